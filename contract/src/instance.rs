@@ -1,0 +1,577 @@
+//! What a workload is made from, and what is known of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, Digest};
+
+/// An instance's id: 64 lower-case hex digits, random.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct InstanceId(String);
+
+impl InstanceId {
+    /// A new random id.
+    ///
+    /// # Panics
+    /// If the operating system gives no random bytes.
+    pub fn random() -> Self {
+        let mut bytes = [0; 32];
+        #[expect(clippy::expect_used, reason = "nothing works on a system without random bytes")]
+        getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
+        Self(Digest::from_bytes(bytes).hex())
+    }
+
+    /// All 64 digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 12 digits, as tables show them.
+    pub fn short(&self) -> &str {
+        &self.0[..12]
+    }
+}
+
+impl FromStr for InstanceId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl TryFrom<String> for InstanceId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if Digest::from_hex(&text).is_ok() {
+            Ok(Self(text))
+        } else {
+            Err(format!("`{text}` is not an instance id (64 lower-case hex digits)"))
+        }
+    }
+}
+
+impl From<InstanceId> for String {
+    fn from(id: InstanceId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What isolates a workload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Isolation {
+    /// Namespaces of this kernel.
+    #[default]
+    Container,
+    /// A kernel of its own.
+    Machine,
+}
+
+/// Which OCI runtime makes a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RuntimeChoice {
+    /// In this process.
+    #[default]
+    Native,
+    /// An OCI runtime's program, such as runc or crun.
+    External(PathBuf),
+}
+
+/// What to run.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    /// The command and its arguments; never empty.
+    pub args: Vec<String>,
+    /// `NAME=value`, in order, each name once.
+    pub env: Vec<String>,
+    /// The working directory in the container, absolute.
+    pub cwd: String,
+    /// `user[:group]` by name or number, as the image or the user gave it; empty is root.
+    pub user: String,
+    /// Supplementary groups by name or number.
+    #[serde(default)]
+    pub groups: Vec<String>,
+    /// Give it a terminal.
+    pub tty: bool,
+    /// Keep its standard input open.
+    pub stdin: bool,
+}
+
+/// How something is mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum MountKind {
+    /// A file or directory of the host. `create`: make a missing directory first, as `-v` does and `--mount` does not.
+    Bind {
+        /// On the host, absolute.
+        source: PathBuf,
+        /// Make it if it is missing.
+        create: bool,
+        /// `private`, `rprivate`, `shared`, `rshared`, `slave`, `rslave`.
+        propagation: Option<String>,
+    },
+    /// A named volume, made if it is missing. `None`: an anonymous one, removed with the instance.
+    Volume {
+        /// Its name.
+        name: Option<String>,
+        /// Copy what the image has there into a new volume.
+        copy: bool,
+    },
+    /// Memory.
+    Tmpfs(TmpfsOptions),
+}
+
+/// Options of a tmpfs mount.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TmpfsOptions {
+    /// The most it may hold.
+    pub size: Option<ByteSize>,
+    /// Permission bits, 0o1777 unless told.
+    pub mode: Option<u32>,
+    /// Further mount options as given: `noexec`, `uid=1000`.
+    pub options: Vec<String>,
+}
+
+/// Something that is seen at a path in the container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountSpec {
+    /// What.
+    #[serde(flatten)]
+    pub kind: MountKind,
+    /// Where, absolute.
+    pub target: String,
+    /// Nothing may be changed through it.
+    pub read_only: bool,
+}
+
+/// TCP or UDP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// One published port. Ranges are spread out before they come here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishSpec {
+    /// The host's address to listen on; `None` is all of them.
+    pub host_address: Option<IpAddr>,
+    /// The host's port; 0 lets the host choose.
+    pub host_port: u16,
+    /// The container's port.
+    pub container_port: u16,
+    /// The protocol.
+    pub protocol: Protocol,
+}
+
+/// How the workload is connected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSpec {
+    /// `none`, `host`, `pasta`, `container:<name or id>`, or the name of a bridge network. `default` is the
+    /// built-in bridge for root, and pasta for others.
+    pub mode: String,
+    /// Further names by which others on the network find it.
+    pub aliases: Vec<String>,
+    /// A fixed address.
+    pub address: Option<IpAddr>,
+    /// `name:address` lines for `/etc/hosts`; `host-gateway` is a valid address.
+    pub add_hosts: Vec<String>,
+    /// Name servers.
+    pub dns: Vec<IpAddr>,
+    /// Search domains.
+    pub dns_search: Vec<String>,
+    /// Resolver options.
+    pub dns_options: Vec<String>,
+}
+
+impl Default for NetworkSpec {
+    fn default() -> Self {
+        Self {
+            mode: "default".into(),
+            aliases: Vec::new(),
+            address: None,
+            add_hosts: Vec::new(),
+            dns: Vec::new(),
+            dns_search: Vec::new(),
+            dns_options: Vec::new(),
+        }
+    }
+}
+
+/// Processor time in thousandths of a processor: `--cpus 1.5` is 1500.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CpuLimit {
+    /// Thousandths of a processor, at least 10.
+    pub millis: u32,
+}
+
+impl FromStr for CpuLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<f64>() {
+            Ok(cpus) if (0.01..=100_000.0).contains(&cpus) => {
+                Ok(Self { millis: (cpus * 1000.0).round() as u32 })
+            }
+            _ => Err(format!("`{text}` is not a number of processors (0.01 or more, for example 1.5)")),
+        }
+    }
+}
+
+/// A resource limit of processes (`getrlimit(2)`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ulimit {
+    /// `nofile`, `core`, … without `RLIMIT_`.
+    pub name: String,
+    /// `u64::MAX` is unlimited.
+    pub soft: u64,
+    /// `u64::MAX` is unlimited.
+    pub hard: u64,
+}
+
+/// What a workload may use. `None` is no limit.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Resources {
+    /// Processor time.
+    pub cpus: Option<CpuLimit>,
+    /// Relative weight of processor time, 2 to 262144.
+    pub cpu_shares: Option<u64>,
+    /// Processors it may run on, such as `0-1`.
+    pub cpuset: Option<String>,
+    /// Memory in bytes.
+    pub memory: Option<ByteSize>,
+    /// Memory and swap together in bytes; `None` is twice `memory`.
+    pub memory_swap: Option<ByteSize>,
+    /// Processes and threads.
+    pub pids: Option<i64>,
+    /// Limits of every process.
+    pub ulimits: Vec<Ulimit>,
+    /// `/dev/shm` in bytes, 64 MiB unless told.
+    pub shm_size: Option<ByteSize>,
+}
+
+/// What a workload may do.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SecuritySpec {
+    /// Capabilities to add to the default set, `NET_ADMIN` or `CAP_NET_ADMIN`; `ALL` is all.
+    pub cap_add: Vec<String>,
+    /// Capabilities to take away; `ALL` is all.
+    pub cap_drop: Vec<String>,
+    /// All capabilities, all devices, no seccomp, nothing masked.
+    pub privileged: bool,
+    /// As given: `no-new-privileges[=false]`, `seccomp=unconfined`, `seccomp=<file>`, `systempaths=unconfined`.
+    pub options: Vec<String>,
+    /// `net.*` and IPC sysctls.
+    pub sysctls: BTreeMap<String, String>,
+    /// Devices of the host: `path[:path-in-container[:rwm]]`.
+    pub devices: Vec<String>,
+    /// The root may not be written to.
+    pub read_only: bool,
+}
+
+/// What is done when the workload ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Nothing.
+    #[default]
+    No,
+    /// Start it again if it failed, so many times in a row (`None`: for ever).
+    OnFailure {
+        /// The most restarts in a row.
+        limit: Option<u32>,
+    },
+    /// Start it again.
+    Always,
+    /// Start it again unless a user stopped it.
+    UnlessStopped,
+}
+
+impl FromStr for RestartPolicy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None => match text {
+                "no" | "" => Ok(Self::No),
+                "always" => Ok(Self::Always),
+                "unless-stopped" => Ok(Self::UnlessStopped),
+                "on-failure" => Ok(Self::OnFailure { limit: None }),
+                _ => Err(()),
+            },
+            Some(("on-failure", limit)) => {
+                limit.parse().map(|limit| Self::OnFailure { limit: Some(limit) }).map_err(|_| ())
+            }
+            Some(_) => Err(()),
+        }
+        .map_err(|()| {
+            format!("`{text}` is not a restart policy (no, on-failure[:limit], always, unless-stopped)")
+        })
+    }
+}
+
+impl fmt::Display for RestartPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::No => f.write_str("no"),
+            Self::OnFailure { limit: None } => f.write_str("on-failure"),
+            Self::OnFailure { limit: Some(limit) } => write!(f, "on-failure:{limit}"),
+            Self::Always => f.write_str("always"),
+            Self::UnlessStopped => f.write_str("unless-stopped"),
+        }
+    }
+}
+
+/// How a workload is asked to end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopSpec {
+    /// The signal: a name with or without `SIG`, or a number.
+    pub signal: String,
+    /// How long it has before it is killed.
+    pub timeout: Duration,
+}
+
+impl Default for StopSpec {
+    fn default() -> Self {
+        Self { signal: "SIGTERM".into(), timeout: Duration::from_secs(10) }
+    }
+}
+
+/// How to tell whether a workload is well (OCI image config's `Healthcheck`, as Docker has it).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthCheck {
+    /// The command; exit code 0 is well.
+    pub command: Vec<String>,
+    /// Between checks.
+    pub interval: Duration,
+    /// After which a check has failed.
+    pub timeout: Duration,
+    /// In which failures do not count.
+    pub start_period: Duration,
+    /// Between checks during the start period.
+    pub start_interval: Duration,
+    /// Failures in a row that make it unwell.
+    pub retries: u32,
+}
+
+/// Everything that a workload is made from: complete, with the image's own settings already taken in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceSpec {
+    /// Its name, unique in this home: `[a-zA-Z0-9][a-zA-Z0-9_.-]*`.
+    pub name: String,
+    /// Container or machine.
+    pub isolation: Isolation,
+    /// The image as the user named it.
+    pub image: String,
+    /// The image's id (the digest of its config).
+    pub image_id: Digest,
+    /// The layers of its root, bottom first.
+    pub layers: Vec<Digest>,
+    /// What to run.
+    pub process: ProcessSpec,
+    /// The host name; `None` is the short id.
+    pub hostname: Option<String>,
+    /// What else is mounted.
+    pub mounts: Vec<MountSpec>,
+    /// How it is connected.
+    pub network: NetworkSpec,
+    /// Published ports.
+    pub ports: Vec<PublishSpec>,
+    /// What it may use.
+    pub resources: Resources,
+    /// What it may do.
+    pub security: SecuritySpec,
+    /// What happens when it ends.
+    pub restart: RestartPolicy,
+    /// How it is stopped.
+    pub stop: StopSpec,
+    /// How its health is told.
+    pub health: Option<HealthCheck>,
+    /// Labels, the image's and the user's.
+    pub labels: BTreeMap<String, String>,
+    /// Run a small init as process 1 that reaps and forwards signals.
+    pub init: bool,
+    /// Remove it when it ends.
+    pub remove: bool,
+    /// What makes it.
+    pub runtime: RuntimeChoice,
+}
+
+/// A process, told from any later process with the same number by when it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The number.
+    pub pid: u32,
+    /// Field 22 of `/proc/<pid>/stat`: clock ticks after boot.
+    pub start: u64,
+}
+
+/// How a workload ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitStatus {
+    /// 0 to 255; 128 + n for signal n, as shells have it.
+    pub code: u8,
+    /// It was killed because it took more memory than allowed.
+    pub out_of_memory: bool,
+    /// When.
+    pub at: Timestamp,
+    /// Why it could not be started, if it could not.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// What an instance is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InstanceStatus {
+    /// Made, never started.
+    Created,
+    /// Its process runs.
+    Running,
+    /// Its processes are suspended.
+    Paused,
+    /// It ended, and waits to be started again by its restart policy.
+    Restarting,
+    /// It ended.
+    Exited,
+}
+
+impl fmt::Display for InstanceStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Restarting => "restarting",
+            Self::Exited => "exited",
+        })
+    }
+}
+
+/// Whether a workload is well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HealthState {
+    /// Not known yet.
+    Starting,
+    /// Yes.
+    Healthy,
+    /// No.
+    Unhealthy,
+}
+
+/// What the health check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthStatus {
+    /// The verdict.
+    pub state: HealthState,
+    /// Failures in a row.
+    pub failing: u32,
+    /// The last check's output, cut to 4 KiB.
+    pub last_output: String,
+}
+
+/// What is known of an instance: `instance.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceRecord {
+    /// The version of this format, [`InstanceRecord::FORMAT`].
+    pub format: u32,
+    /// Its id.
+    pub id: InstanceId,
+    /// What it is made from.
+    pub spec: InstanceSpec,
+    /// What it is doing, as far as its supervisor wrote it: after a crash the truth may be another.
+    pub status: InstanceStatus,
+    /// When it was made.
+    pub created: Timestamp,
+    /// When it was last started.
+    pub started: Option<Timestamp>,
+    /// How it last ended.
+    pub exit: Option<ExitStatus>,
+    /// Its first process, while it runs.
+    pub process: Option<ProcessId>,
+    /// Its supervisor, while it has one.
+    pub supervisor: Option<ProcessId>,
+    /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which these processes live.
+    pub boot: Option<String>,
+    /// Its addresses, while it runs.
+    pub addresses: Vec<IpAddr>,
+    /// Its published ports with the host's ports chosen, while it runs.
+    pub ports: Vec<PublishSpec>,
+    /// Its cgroup, relative to each hierarchy's root, while it has one.
+    pub cgroup: Option<String>,
+    /// How often its restart policy has started it.
+    pub restarts: u32,
+    /// What its health check found.
+    pub health: Option<HealthStatus>,
+    /// Anonymous volumes that it owns.
+    pub volumes: Vec<String>,
+    /// A user asked it to stop: its restart policy does not start it again.
+    pub stopped_by_user: bool,
+}
+
+impl InstanceRecord {
+    /// The version that this program writes.
+    pub const FORMAT: u32 = 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn restart_policies_read_back_what_they_show() {
+        for text in ["no", "on-failure", "on-failure:3", "always", "unless-stopped"] {
+            assert_eq!(text.parse::<RestartPolicy>().unwrap().to_string(), text);
+        }
+        for text in ["never", "always:3", "on-failure:", "on-failure:-1", "on-failure:x"] {
+            assert!(text.parse::<RestartPolicy>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn cpus_are_thousandths_of_a_processor() {
+        assert_eq!("1.5".parse(), Ok(CpuLimit { millis: 1500 }));
+        for text in ["0", "-1", "", "x", "inf", "nan"] {
+            assert!(text.parse::<CpuLimit>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn ids_are_random_and_checked() {
+        assert_ne!(InstanceId::random(), InstanceId::random());
+        assert!("../../etc".parse::<InstanceId>().is_err());
+        assert!(serde_json::from_str::<InstanceId>("\"..\"").is_err());
+    }
+}

@@ -1,0 +1,48 @@
+//! The traits and neutral types that every room of Kiln shares.
+//!
+//! This room does nothing by itself: it fixes the words. What a workload is made from
+//! ([`InstanceSpec`]), what is known of it ([`InstanceRecord`]), and what anything that runs it must be
+//! able to do ([`RuntimeBackend`], [`Hypervisor`], [`DiskBackend`], [`NetworkBackend`], [`ViewBackend`]).
+//! It also holds the few values that all rooms must write the same way: digests, sizes, durations, and
+//! the paths below `KILN_HOME`.
+//!
+//! ```
+//! use kiln_contract::{ByteSize, Digest};
+//!
+//! let empty = Digest::of(b"");
+//! assert_eq!(empty.to_string().len(), "sha256:".len() + 64);
+//! assert_eq!("64m".parse::<ByteSize>().unwrap().bytes(), 64 << 20);
+//! ```
+
+mod backend;
+mod digest;
+mod disk;
+mod home;
+mod hypervisor;
+mod instance;
+mod network;
+mod platform;
+mod progress;
+mod quantity;
+mod runtime;
+mod view;
+
+pub use backend::{BackendError, Capabilities, Capability, ErrorKind};
+pub use digest::{Digest, DigestError, Hasher};
+pub use disk::{DiskBackend, DiskUsage};
+pub use home::{Home, InstanceDir};
+pub use hypervisor::{Hypervisor, Vm, VmConfig, VmState};
+pub use instance::{
+    CpuLimit, ExitStatus, HealthCheck, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceSpec,
+    InstanceStatus, Isolation, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec, Protocol,
+    PublishSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec, StopSpec, TmpfsOptions, Ulimit,
+};
+pub use network::{Attachment, NetworkBackend, NetworkRequest};
+pub use platform::Platform;
+pub use progress::{Progress, Silent, Step, StepId};
+pub use quantity::{ByteSize, HumanDuration, QuantityError};
+pub use runtime::{
+    AttachEnd, AttachOptions, Change, ChangeKind, CommitOptions, ExecSpec, LogLine, LogQuery, LogStream,
+    ProcessTable, RemoveOptions, RuntimeBackend, SnapshotOptions, StartMode, Stats, Stdio,
+};
+pub use view::{Scratch, ViewBackend, ViewRequest};
