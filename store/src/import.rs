@@ -1,0 +1,311 @@
+//! Tars become layers, in one pass.
+//!
+//! ```text
+//! caller   reads the stream into chunks, finds headers and files in them
+//!   ├─→ digest thread   hashes every chunk; compresses what is no file content into the split stream
+//!   └─→ workers         hash files and write them to the staging directory, each object once
+//! ```
+//! Chunks are shared, never copied; their number bounds the memory. When the stream is at its end the tree is written,
+//! everything is put on the disk by one `syncfs`, and renamed into place.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use kiln_contract::{Digest, Hasher};
+use kiln_erofs::{Content, Data, Tree};
+
+use crate::chunk::Chunk;
+use crate::error::{Context as _, is_full};
+use crate::layer_reader::{LayerReader, ReadLayer};
+use crate::object_writer::{ObjectWriter, Queue};
+use crate::split::{self, SplitWriter};
+use crate::staging::Staging;
+use crate::{Result, Store, StoreError};
+
+/// What one layer may be. No limit by default, except that the holes of sparse files may make up no more than
+/// [`ImportLimits::HOLES`]: they cost an attacker nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ImportLimits {
+    /// Bytes of all files of one layer, unpacked.
+    pub max_size: Option<u64>,
+    /// Entries of its tar.
+    pub max_entries: Option<u64>,
+}
+
+impl ImportLimits {
+    /// How many bytes of zeros a layer may have in holes if there is no `max_size`: 64 GiB.
+    pub const HOLES: u64 = 64 << 30;
+}
+
+/// A layer that was brought into the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImportedLayer {
+    /// Its identity: the digest of its tree.
+    pub layer: Digest,
+    /// The digest of its uncompressed tar.
+    pub diff_id: Digest,
+    /// The length of that tar.
+    pub tar_size: u64,
+    /// Entries of the tar, or nodes of the directory.
+    pub entries: u64,
+    /// Bytes of the objects that the store did not have before.
+    pub new_object_bytes: u64,
+}
+
+/// What goes to the digest thread.
+pub(crate) enum Message {
+    /// The next part of the tar.
+    Chunk(Arc<Chunk>),
+    /// The next bytes that are no file content.
+    Literals(Vec<u8>),
+}
+
+impl Store {
+    /// Reads one uncompressed tar as a layer.
+    ///
+    /// The tar is read as a stream, in bounded memory, by the calling thread; others hash and write. Nothing is visible
+    /// before all of it is on the disk, which one `syncfs` sees to. Objects that the store has are not written again.
+    ///
+    /// # Errors
+    /// [`StoreError::DigestMismatch`] if `expected` is given and the tar has another digest;
+    /// [`StoreError::Tar`] and [`StoreError::Entry`] for archives that are damaged or hostile;
+    /// [`StoreError::TooLarge`] beyond `limits`; [`StoreError::DiskFull`]. Nothing is kept then.
+    pub fn import_tar(
+        &self,
+        tar: impl Read + Send,
+        expected: Option<&Digest>,
+        limits: ImportLimits,
+    ) -> Result<ImportedLayer> {
+        self.import_tar_rewriting(tar, expected, limits, &HashSet::new())
+    }
+
+    /// As [`Store::import_tar`], but writes the objects `rewrite` even if the store has them.
+    pub(crate) fn import_tar_rewriting(
+        &self,
+        tar: impl Read,
+        expected: Option<&Digest>,
+        limits: ImportLimits,
+        rewrite: &HashSet<Digest>,
+    ) -> Result<ImportedLayer> {
+        let staged = StagedLayer::new(self, rewrite)?;
+        let read = staged.read_tar(tar, expected, limits)?;
+        staged.publish(&read)
+    }
+}
+
+/// The contents of files, by slot.
+pub(crate) type StoredFiles = Vec<(u32, Data)>;
+
+/// A layer on its way in.
+pub(crate) struct StagedLayer<'s> {
+    store: &'s Store,
+    objects: ObjectWriter<'s>,
+    // Last: it is removed after everything in it is closed.
+    staging: Staging,
+}
+
+/// A layer that is complete but not visible.
+pub(crate) struct NewLayer {
+    pub(crate) tree: Tree,
+    pub(crate) diff_id: Digest,
+    pub(crate) tar_size: u64,
+    pub(crate) entries: u64,
+}
+
+impl<'s> StagedLayer<'s> {
+    pub(crate) fn new(store: &'s Store, rewrite: &'s HashSet<Digest>) -> Result<Self> {
+        let staging = Staging::new(&store.layout)?;
+        let objects = ObjectWriter::new(&store.layout, &staging.path(""), rewrite)?;
+        Ok(Self { store, objects, staging })
+    }
+
+    pub(crate) fn objects(&self) -> &ObjectWriter<'s> {
+        &self.objects
+    }
+
+    fn read_tar(&self, tar: impl Read, expected: Option<&Digest>, limits: ImportLimits) -> Result<NewLayer> {
+        let queue = Queue::new();
+        let (sender, receiver) = sync_channel(128);
+        let split = SplitWriter::create(&self.staging.path("split"));
+        let (read, hashed, worked) = thread::scope(|scope| {
+            let hasher = scope.spawn(move || digest_thread(&receiver, split));
+            let workers = self.spawn_workers(scope, &queue);
+            let mut reader = LayerReader::new(tar, sender, &queue, limits);
+            let mut read = reader.read();
+            if matches!(read, Err(StoreError::Tar { .. } | StoreError::Entry { .. })) && expected.is_some() {
+                // A tar that is not the one that was promised: that is the better message.
+                if let Err(error) = reader.drain() {
+                    read = Err(error);
+                }
+            }
+            drop(reader);
+            if read.is_err() {
+                queue.abandon();
+            }
+            queue.close();
+            let worked: Vec<_> = workers.into_iter().map(join).collect();
+            (read, join(hasher), worked)
+        });
+        let stored = collect(worked)?;
+        if let (Some(expected), Ok(_) | Err(StoreError::Tar { .. } | StoreError::Entry { .. })) =
+            (expected, &read)
+            && hashed.digest != *expected
+        {
+            let what = "the layer's tar".to_owned();
+            return Err(StoreError::DigestMismatch { what, expected: *expected, found: hashed.digest });
+        }
+        let ReadLayer { mut tree, files, segments, entries } = read?;
+        let mut digests = vec![Digest::from_bytes([0; 32]); files.len()];
+        for (slot, data) in stored {
+            if let Data::Object { digest, .. } = &data {
+                digests[slot as usize] = *digest;
+            }
+            tree.set_content(files[slot as usize], Content::Regular(data));
+        }
+        let finished =
+            hashed.split.and_then(|split| split.finish(&hashed.digest, hashed.length, &segments, &digests));
+        match finished {
+            Err(error) if is_full(&error) => return Err(self.disk_full()),
+            finished => finished.doing("write", self.staging.path("split"))?,
+        }
+        Ok(NewLayer { tree: tree.into_tree(), diff_id: hashed.digest, tar_size: hashed.length, entries })
+    }
+
+    /// Starts the threads that take objects from `queue`.
+    pub(crate) fn spawn_workers<'scope, 'env>(
+        &'env self,
+        scope: &'scope thread::Scope<'scope, 'env>,
+        queue: &'env Queue,
+    ) -> Vec<thread::ScopedJoinHandle<'scope, Result<StoredFiles>>> {
+        let threads = thread::available_parallelism().map_or(2, |count| count.get().clamp(1, 4));
+        (0..threads).map(|_| scope.spawn(move || self.objects.work(queue))).collect()
+    }
+
+    /// Writes the tree, puts everything on the disk, and makes it visible.
+    pub(crate) fn publish(self, new: &NewLayer) -> Result<ImportedLayer> {
+        let layout = &self.store.layout;
+        let tree = self.staging.path("tree");
+        let written = write_tree(&new.tree, &tree);
+        let NewLayer { diff_id, tar_size, entries, .. } = *new;
+        let layer = match written {
+            Err(error) if error.is_disk_full() => return Err(self.disk_full()),
+            written => written?,
+        };
+        let split = self.staging.path("split");
+        if !split.exists() {
+            std::fs::write(&split, split::from_tree(&diff_id, tar_size)).doing("write", &split)?;
+        }
+        if self.objects.is_full() {
+            return Err(self.disk_full());
+        }
+        self.staging.sync()?;
+        self.objects.publish()?;
+        // A stream that cannot be read is replaced.
+        let mut split_to = layout.layer_split(&layer);
+        if self.store.split_info(&layer).ok().flatten().is_some_and(|info| info.diff_id != diff_id) {
+            split_to = layout.diff_split(&diff_id);
+        }
+        std::fs::rename(&split, &split_to).doing("rename to", &split_to)?;
+        let layer_to = layout.layer(&layer);
+        std::fs::rename(&tree, &layer_to).doing("rename to", &layer_to)?;
+        self.store.record_diff(&diff_id, &layer)?;
+        let (_, new_object_bytes, _) = self.objects.counts();
+        Ok(ImportedLayer { layer, diff_id, tar_size, entries, new_object_bytes })
+    }
+
+    /// The error of a full disk, with figures of the disk as it is without this import.
+    pub(crate) fn disk_full(&self) -> StoreError {
+        let (files, _, needed) = self.objects.counts();
+        let path = self.store.layout.root().to_owned();
+        self.staging.clear();
+        let Ok(disk) = rustix::fs::statvfs(&path) else {
+            return StoreError::DiskFull { path, needed, available: 0 };
+        };
+        let blocks = if rustix::process::geteuid().is_root() { disk.f_bfree } else { disk.f_bavail };
+        let available = blocks * disk.f_frsize;
+        if disk.f_files > 0 && disk.f_favail < files {
+            return StoreError::NoInodes { path, needed: files, available: disk.f_favail };
+        }
+        // What was hashed is the least: the tree and the file system's own records come on top.
+        StoreError::DiskFull { path, needed: needed.max(available + 4096), available }
+    }
+}
+
+/// The results of all workers, or the first error.
+pub(crate) fn collect(results: Vec<Result<StoredFiles>>) -> Result<StoredFiles> {
+    let mut all = Vec::new();
+    for result in results {
+        all.extend(result?);
+    }
+    Ok(all)
+}
+
+/// The result of a thread; its panic is passed on.
+pub(crate) fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+struct Hashed {
+    digest: Digest,
+    length: u64,
+    split: std::io::Result<SplitWriter>,
+}
+
+fn digest_thread(messages: &Receiver<Message>, mut split: std::io::Result<SplitWriter>) -> Hashed {
+    let mut hasher = Hasher::new();
+    let mut length = 0;
+    for message in messages {
+        match message {
+            Message::Chunk(chunk) => {
+                hasher.update(&chunk);
+                length += chunk.len() as u64;
+            }
+            Message::Literals(bytes) => {
+                if let Ok(writer) = &mut split
+                    && let Err(error) = writer.literals(&bytes)
+                {
+                    split = Err(error);
+                }
+            }
+        }
+    }
+    Hashed { digest: hasher.finish(), length, split }
+}
+
+/// Sends to the digest thread, which lives as long as there is something to send.
+pub(crate) fn send(sender: &SyncSender<Message>, message: Message) {
+    let _ = sender.send(message);
+}
+
+/// Writes a tree to a new file. Returns its digest.
+pub(crate) fn write_tree(tree: &Tree, path: &Path) -> Result<Digest> {
+    let file = File::create_new(path).doing("create", path)?;
+    let mut out = Hashing { out: file, hasher: Hasher::new() };
+    let mut buffered = BufWriter::with_capacity(256 << 10, &mut out);
+    kiln_erofs::write_metadata(tree, &mut buffered)?;
+    buffered.flush().doing("write", path)?;
+    drop(buffered);
+    Ok(out.hasher.finish())
+}
+
+struct Hashing<W> {
+    out: W,
+    hasher: Hasher,
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}

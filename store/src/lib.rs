@@ -1,0 +1,67 @@
+//! Objects, layers, stacks, images, tags, garbage collection and checks: `$KILN_HOME/store`.
+//!
+//! A [`Store`] brings tars, directories and overlays in as layers ([`Store::import_tar`], [`Store::import_directory`],
+//! [`Store::import_upper`]), keeps what registries know of them ([`Store::put_image`], [`Store::tag`]), finds images by
+//! what users type ([`Store::resolve`]), and gives them back: merged trees to mount ([`Store::merged_tree`]), and the tars
+//! byte for byte ([`Store::export_tar`]). [`Store::gc`] and [`Store::check`] look after it. What is on the disk, and why
+//! it survives a crash, is told in [`format`].
+//!
+//! ```
+//! use kiln_contract::Home;
+//! use kiln_store::{ImageName, Store};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! let home = Home::at(dir.path());
+//! let store = Store::open(&home)?;
+//! let rootfs = dir.path().join("rootfs");
+//! std::fs::create_dir_all(rootfs.join("etc"))?;
+//! std::fs::write(rootfs.join("etc/hostname"), "kiln\n")?;
+//!
+//! let layer = store.import_directory(&rootfs)?.layer;
+//! let image = store.make_image(&Default::default(), &[layer])?;
+//! store.tag(&ImageName::parse("me/dev:1")?, &image.manifest_digest, "made here")?;
+//!
+//! assert_eq!(store.resolve("me/dev:1")?.id, image.id);
+//! assert!(store.merged_tree(&image.layers)?.exists());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod blob;
+mod check;
+mod chunk;
+mod diff;
+mod diffs;
+mod directory;
+mod error;
+mod export;
+pub mod format;
+mod gc;
+mod image;
+mod import;
+mod layer_reader;
+mod layer_tree;
+mod lines;
+mod merge;
+mod name;
+mod object_writer;
+mod overlay;
+mod resolve;
+mod split;
+mod staging;
+mod store;
+mod tag;
+mod tar;
+mod tree_file;
+mod upper;
+mod usage;
+
+pub use check::{CheckReport, Repair};
+pub use error::{Result, StoreError};
+pub use gc::{GcOptions, GcReport};
+pub use image::Image;
+pub use import::{ImportLimits, ImportedLayer};
+pub use name::ImageName;
+pub use store::Store;
+pub use tag::TagEntry;
+pub use upper::IdKind;
+pub use usage::Usage;

@@ -1,0 +1,185 @@
+//! Stacks become trees.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use kiln_contract::Digest;
+use kiln_erofs::{Attributes, Content, Device, FileType, ImageError, Inode, Nid, NodeId, Tree};
+
+use crate::error::Context as _;
+use crate::format::stack_key;
+use crate::import::write_tree;
+use crate::staging::Staging;
+use crate::tree_file::TreeFile;
+use crate::{Result, Store, overlay};
+
+impl Store {
+    /// The merged tree of a stack (layers, bottom first): what a container's root is mounted from. It is kept, and made
+    /// only if it is not there; then it begins from that of the longest part of the stack that is.
+    ///
+    /// # Errors
+    /// A layer is missing or damaged, or the tree cannot be written.
+    pub fn merged_tree(&self, layers: &[Digest]) -> Result<PathBuf> {
+        let path = self.layout.merged_tree(&stack_key(layers));
+        if path.exists() {
+            return Ok(path);
+        }
+        let staging = Staging::new(&self.layout)?;
+        let new = staging.path("tree");
+        match layers {
+            // One layer that removes nothing is its own merged tree.
+            [layer] if is_merged(&self.layer_tree(layer)?)? => {
+                let layer = self.layout.layer(layer);
+                std::fs::hard_link(&layer, &new).doing("link", &layer)?;
+            }
+            _ => {
+                write_tree(&self.merge(layers)?, &new)?;
+                // A torn tree would be mounted as it is.
+                let file = std::fs::File::open(&new).doing("open", &new)?;
+                file.sync_data().doing("write to disk", &new)?;
+            }
+        }
+        std::fs::rename(&new, &path).doing("rename to", &path)?;
+        Ok(path)
+    }
+
+    /// The digest that a stack's merged tree must have. Caches are not believed.
+    pub(crate) fn merged_digest(&self, layers: &[Digest]) -> Result<Digest> {
+        if let [layer] = layers
+            && is_merged(&self.layer_tree(layer)?)?
+        {
+            return Ok(*layer);
+        }
+        let mut tree = Tree::default();
+        self.put_on(&mut tree, layers)?;
+        let mut hasher = kiln_contract::Hasher::new();
+        kiln_erofs::write_metadata(&tree, &mut hasher)?;
+        Ok(hasher.finish())
+    }
+
+    /// A stack's merged tree in memory.
+    pub(crate) fn merge(&self, layers: &[Digest]) -> Result<Tree> {
+        for below in (2..layers.len()).rev() {
+            if let Some(file) = TreeFile::open(&self.layout.merged_tree(&stack_key(&layers[..below])))?
+                && let Ok(mut tree) = file.to_tree()
+            {
+                self.put_on(&mut tree, &layers[below..])?;
+                return Ok(tree);
+            }
+        }
+        let mut tree = Tree::default();
+        self.put_on(&mut tree, layers)?;
+        Ok(tree)
+    }
+
+    fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
+        for layer in layers {
+            let file = self.layer_tree(layer)?;
+            put_layer_on(tree, &file).map_err(|source| file.damaged(source))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a layer's tree has nothing that a merged tree must not have.
+fn is_merged(file: &TreeFile) -> Result<bool> {
+    let image = file.image()?;
+    let check = || {
+        let mut stack = vec![image.root()?];
+        while let Some(directory) = stack.pop() {
+            if directory.xattr(overlay::OPAQUE)?.is_some() || directory.xattr(overlay::IMPLIED)?.is_some() {
+                return Ok(false);
+            }
+            for entry in directory.entries(0) {
+                let entry = entry?;
+                match entry.file_type {
+                    FileType::Directory => stack.push(image.inode(entry.nid)?),
+                    FileType::CharDevice if is_whiteout(&image.inode(entry.nid)?) => return Ok(false),
+                    _ => {}
+                }
+            }
+        }
+        Ok(true)
+    };
+    check().map_err(|source| file.damaged(source))
+}
+
+fn is_whiteout(inode: &Inode<'_>) -> bool {
+    inode.file_type() == FileType::CharDevice && inode.device() == Some(Device { major: 0, minor: 0 })
+}
+
+fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), ImageError> {
+    let image = kiln_erofs::Image::open(file.bytes())?;
+    let refused = |nid| move |_| ImageError::Inode { nid, what: "it has no place in the merged tree" };
+    // Files with several names, by inode: links across layers go by name, those inside one by this.
+    let mut linked: HashMap<Nid, NodeId> = HashMap::new();
+    let root = image.root()?;
+    put_attributes(tree, NodeId::ROOT, root.attributes()?, true);
+    let mut stack = vec![(root, NodeId::ROOT)];
+    while let Some((directory, here)) = stack.pop() {
+        for entry in directory.entries(0) {
+            let entry = entry?;
+            let inode = image.inode(entry.nid)?;
+            let below = tree.child(here, entry.name);
+            if is_whiteout(&inode) {
+                tree.remove(here, entry.name);
+                continue;
+            }
+            if inode.file_type() == FileType::Directory {
+                let attributes = inode.attributes()?;
+                let opaque = overlay::is_opaque(&attributes.xattrs);
+                let kept = below.filter(|below| !opaque && *tree.node(*below).content == Content::Directory);
+                let node = match kept {
+                    Some(node) => node,
+                    None => {
+                        tree.remove(here, entry.name);
+                        tree.add(here, entry.name, Content::Directory, Attributes::default())
+                            .map_err(refused(entry.nid))?
+                    }
+                };
+                put_attributes(tree, node, attributes, kept.is_some());
+                stack.push((inode, node));
+                continue;
+            }
+            tree.remove(here, entry.name);
+            if let Some(node) = linked.get(&entry.nid) {
+                tree.link(here, entry.name, *node).map_err(refused(entry.nid))?;
+                continue;
+            }
+            let content = content_of(&inode)?;
+            let node =
+                tree.add(here, entry.name, content, inode.attributes()?).map_err(refused(entry.nid))?;
+            if inode.links() > 1 {
+                linked.insert(entry.nid, node);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives a directory a layer's attributes, without the layer's marks. Those of a directory that the layer only implied
+/// give way to what is there.
+fn put_attributes(tree: &mut Tree, node: NodeId, mut attributes: Attributes, is_there: bool) {
+    attributes.xattrs.remove(overlay::OPAQUE);
+    let implied = attributes.xattrs.remove(overlay::IMPLIED).is_some();
+    if !(implied && is_there) {
+        tree.set_attributes(node, attributes);
+    }
+}
+
+/// What an inode is, for a tree. The entries of a directory are not looked at.
+pub(crate) fn content_of(inode: &Inode<'_>) -> std::result::Result<Content, ImageError> {
+    Ok(match inode.file_type() {
+        FileType::Directory => Content::Directory,
+        FileType::Regular => Content::Regular(inode.data()?),
+        FileType::Symlink => Content::Symlink(inode.symlink_target()?.to_vec()),
+        FileType::CharDevice => Content::CharDevice(device(inode)?),
+        FileType::BlockDevice => Content::BlockDevice(device(inode)?),
+        FileType::Fifo => Content::Fifo,
+        FileType::Socket => Content::Socket,
+    })
+}
+
+fn device(inode: &Inode<'_>) -> std::result::Result<Device, ImageError> {
+    inode.device().ok_or(ImageError::Inode { nid: inode.nid(), what: "a device without a number" })
+}

@@ -1,0 +1,518 @@
+//! Objects on their way into the store: hashed and written on several threads, each once.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use kiln_contract::{Digest, Hasher};
+use kiln_erofs::{Data, INLINE_LIMIT};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::chunk::Slice;
+use crate::error::{Context as _, is_full};
+use crate::format::{Layout, OBJECT_MODE, object_name};
+use crate::import::StoredFiles;
+use crate::{Result, StoreError};
+
+/// Threads that create files in one directory wait for each other; and ext4 looks for free inodes near the directory,
+/// which takes it long where many were freed a moment ago. But removing a directory that is on the disk costs
+/// milliseconds: the first objects lie in the staging directory itself, so that small imports need no other.
+const STAGING_DIRECTORIES: u8 = 4;
+const FLAT_OBJECTS: usize = 64;
+
+/// Work for the threads.
+#[derive(Debug)]
+pub(crate) enum Job {
+    /// Files that are wholly in memory.
+    Small(Vec<SmallFile>),
+    /// A file that is still being read.
+    Stream { slot: u32, pieces: Receiver<Piece> },
+    /// A file of the host that is to be read.
+    HostFile { slot: u32, directory: Arc<HostDirectory>, name: Vec<u8> },
+}
+
+/// An open directory, and its path for messages.
+#[derive(Debug)]
+pub(crate) struct HostDirectory {
+    pub(crate) handle: OwnedFd,
+    pub(crate) path: PathBuf,
+}
+
+/// A file in memory.
+#[derive(Debug)]
+pub(crate) struct SmallFile {
+    /// Where its digest goes.
+    pub(crate) slot: u32,
+    pub(crate) slices: Vec<Slice>,
+}
+
+/// A part of a streamed file. The end of the stream is [`Piece::End`]; without it the file was not read to its end.
+#[derive(Debug)]
+pub(crate) enum Piece {
+    Data(Slice),
+    /// So many bytes of zeros: a hole.
+    Zeros(u64),
+    End,
+}
+
+/// A queue for many takers. What bounds it is the memory of the chunks that its jobs hold.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    state: Mutex<QueueState>,
+    /// There is a job, or there will be none.
+    ready: Condvar,
+    /// There is room.
+    taken: Condvar,
+    failed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    jobs: VecDeque<Job>,
+    closed: bool,
+}
+
+impl Queue {
+    /// More than this, and whoever fills the queue waits: jobs may hold open directories.
+    const JOBS: usize = 256;
+
+    pub(crate) fn new() -> Self {
+        Self {
+            state: Mutex::default(),
+            ready: Condvar::new(),
+            taken: Condvar::new(),
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job; drops it once the queue is closed or a worker failed.
+    pub(crate) fn push(&self, job: Job) {
+        let mut state = self.lock();
+        while state.jobs.len() >= Self::JOBS && !state.closed {
+            state = self.taken.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !state.closed {
+            state.jobs.push_back(job);
+            self.ready.notify_one();
+        }
+    }
+
+    /// No more will come.
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+        self.ready.notify_all();
+        self.taken.notify_all();
+    }
+
+    /// No more will come, and what is there need not be done.
+    pub(crate) fn abandon(&self) {
+        // Dropped outside the lock: jobs give their chunks back.
+        let jobs = std::mem::take(&mut self.lock().jobs);
+        drop(jobs);
+        self.close();
+    }
+
+    /// Whether a worker has stopped with an error.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    fn pop(&self) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                self.taken.notify_one();
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// However a worker ends, nobody must wait for it.
+struct Worker<'q>(&'q Queue);
+
+impl Drop for Worker<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.failed.store(true, Ordering::Relaxed);
+            self.0.abandon();
+        }
+    }
+}
+
+/// The objects of one import, staged.
+#[derive(Debug)]
+pub(crate) struct ObjectWriter<'s> {
+    layout: &'s Layout,
+    objects: OwnedFd,
+    staging: OwnedFd,
+    /// Where each object lies below `staging`.
+    staged: Mutex<HashMap<Digest, Place>>,
+    /// Objects that are written even if there is a file of that name: it is damaged.
+    rewrite: &'s HashSet<Digest>,
+    /// Whether the process's umask takes something from the mode of objects.
+    umask_interferes: OnceLock<bool>,
+    /// Once the disk is full, nothing more is written; but what would have been is counted.
+    full: AtomicBool,
+    new_bytes: AtomicU64,
+    needed_bytes: AtomicU64,
+}
+
+impl<'s> ObjectWriter<'s> {
+    /// Stages objects in the directory `staging`.
+    pub(crate) fn new(layout: &'s Layout, staging: &Path, rewrite: &'s HashSet<Digest>) -> Result<Self> {
+        let open = |path: &Path| {
+            rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .doing("open", path)
+        };
+        Ok(Self {
+            objects: open(&layout.objects())?,
+            staging: open(staging)?,
+            layout,
+            staged: Mutex::default(),
+            rewrite,
+            umask_interferes: OnceLock::new(),
+            full: AtomicBool::new(false),
+            new_bytes: AtomicU64::new(0),
+            needed_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// Takes jobs until the queue is closed and empty. Returns the content of each file by its slot.
+    pub(crate) fn work(&self, queue: &Queue) -> Result<StoredFiles> {
+        let _worker = Worker(queue);
+        let mut stored = Vec::new();
+        while let Some(job) = queue.pop() {
+            if let Err(error) = self.job(job, &mut stored) {
+                queue.failed.store(true, Ordering::Relaxed);
+                queue.abandon();
+                return Err(error);
+            }
+        }
+        Ok(stored)
+    }
+
+    fn job(&self, job: Job, stored: &mut StoredFiles) -> Result<()> {
+        match job {
+            Job::Small(files) => {
+                for file in files {
+                    let slices: Vec<&[u8]> = file.slices.iter().map(|slice| &**slice).collect();
+                    stored.push((file.slot, self.put(&slices)?));
+                }
+            }
+            Job::Stream { slot, pieces } => {
+                if let Some(data) = self.stream(slot, &pieces)? {
+                    stored.push((slot, data));
+                }
+            }
+            Job::HostFile { slot, directory, name } => {
+                stored.push((slot, self.host_file(slot, &directory, &name)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stages a file of the host.
+    fn host_file(&self, slot: u32, directory: &HostDirectory, name: &[u8]) -> Result<Data> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let path = || directory.path.join(OsStr::from_bytes(name));
+        let mut file = File::from(
+            rustix::fs::openat(&directory.handle, name, flags, Mode::empty()).doing("open", path())?,
+        );
+        let mut buffer = vec![0; 256 << 10];
+        let mut have = fill(&mut file, &mut buffer).doing("read", path())?;
+        if have <= INLINE_LIMIT {
+            return Ok(Data::Inline(buffer[..have].to_vec()));
+        }
+        if have < buffer.len() {
+            return self.put(&[&buffer[..have]]);
+        }
+        let mut incoming = self.incoming(slot)?;
+        while have > 0 {
+            if buffer[..have].iter().all(|byte| *byte == 0) {
+                incoming.zeros(have as u64);
+            } else {
+                incoming.data(&buffer[..have])?;
+            }
+            have = fill(&mut file, &mut buffer).doing("read", path())?;
+        }
+        incoming.end()
+    }
+
+    /// Stages an object that is in memory, unless the store has it.
+    fn put(&self, slices: &[&[u8]]) -> Result<Data> {
+        let mut hasher = Hasher::new();
+        slices.iter().for_each(|slice| hasher.update(slice));
+        let digest = hasher.finish();
+        let size = slices.iter().map(|slice| slice.len() as u64).sum();
+        if let Some(place) = self.place_if_new(&digest, size)
+            && !self.is_full()
+        {
+            let name = place.name(&digest);
+            let written = self
+                .create(&name)
+                .and_then(|mut file| slices.iter().try_for_each(|slice| file.write_all(slice)));
+            self.settle(&name, written)?;
+        }
+        Ok(Data::Object { digest, size })
+    }
+
+    /// Stages an object that comes in pieces. `None` if its stream broke off: somebody else has an error to tell.
+    fn stream(&self, slot: u32, pieces: &Receiver<Piece>) -> Result<Option<Data>> {
+        let mut incoming = self.incoming(slot)?;
+        loop {
+            match pieces.recv() {
+                Ok(Piece::Data(slice)) => incoming.data(&slice)?,
+                Ok(Piece::Zeros(length)) => incoming.zeros(length),
+                Ok(Piece::End) => return incoming.end().map(Some),
+                Err(_) => return Ok(None),
+            }
+        }
+    }
+
+    fn incoming(&self, slot: u32) -> Result<Incoming<'_, 's>> {
+        let name = format!("stream-{slot}");
+        let mut file = None;
+        if !self.is_full() {
+            match self.create(&name) {
+                Ok(created) => file = Some(created),
+                Err(error) => self.settle(&name, Err(error))?,
+            }
+        }
+        Ok(Incoming { writer: self, name, file, hole: 0, hasher: Hasher::new(), size: 0 })
+    }
+
+    /// Where an object is to be written, if it is neither in the store nor staged. It counts as staged from now on.
+    fn place_if_new(&self, digest: &Digest, size: u64) -> Option<Place> {
+        let place = {
+            let mut staged = self.staged();
+            if staged.contains_key(digest) {
+                return None;
+            }
+            let place = Place::of(digest, staged.len());
+            staged.insert(*digest, place);
+            place
+        };
+        // Asked second: a thread that gets here is the only one that asks for this object.
+        let there = !self.rewrite.contains(digest)
+            && rustix::fs::statat(&self.objects, object_name(digest), AtFlags::SYMLINK_NOFOLLOW)
+                .is_ok_and(|stat| stat.st_size as u64 == size);
+        if there {
+            self.staged().remove(digest);
+            return None;
+        }
+        self.new_bytes.fetch_add(size, Ordering::Relaxed);
+        self.needed_bytes.fetch_add(size.next_multiple_of(4096), Ordering::Relaxed);
+        Some(place)
+    }
+
+    fn staged(&self) -> MutexGuard<'_, HashMap<Digest, Place>> {
+        self.staged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something in the staging directory, after making the directory that `name` is in if that is missing.
+    fn with_directory<T>(&self, name: &str, act: impl Fn() -> rustix::io::Result<T>) -> std::io::Result<T> {
+        match (act(), name.split_once('/')) {
+            (Err(Errno::NOENT), Some((directory, _))) => {
+                match rustix::fs::mkdirat(&self.staging, directory, Mode::from_raw_mode(0o700)) {
+                    Ok(()) | Err(Errno::EXIST) => Ok(act()?),
+                    Err(error) => Err(error.into()),
+                }
+            }
+            (done, _) => Ok(done?),
+        }
+    }
+
+    fn create(&self, name: &str) -> std::io::Result<File> {
+        let mode = Mode::from_raw_mode(OBJECT_MODE as rustix::fs::RawMode);
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        let file = self.with_directory(name, || rustix::fs::openat(&self.staging, name, flags, mode))?;
+        let interferes = match self.umask_interferes.get() {
+            Some(interferes) => *interferes,
+            None => {
+                let made = Mode::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+                *self.umask_interferes.get_or_init(|| made != mode)
+            }
+        };
+        if interferes {
+            rustix::fs::fchmod(&file, mode)?;
+        }
+        Ok(file.into())
+    }
+
+    /// A full disk is noted, and what was half-written removed; any other error is one.
+    fn settle(&self, name: &str, written: std::io::Result<()>) -> Result<()> {
+        match written {
+            Err(error) if is_full(&error) => {
+                self.full.store(true, Ordering::Relaxed);
+                let _ = rustix::fs::unlinkat(&self.staging, name, AtFlags::empty());
+                Ok(())
+            }
+            written => written.doing("write an object in", self.layout.tmp()),
+        }
+    }
+
+    /// Whether the disk was full at some time.
+    pub(crate) fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// The number of new objects, their bytes, and the bytes that they take on the disk.
+    pub(crate) fn counts(&self) -> (u64, u64, u64) {
+        let staged = self.staged().len() as u64;
+        (staged, self.new_bytes.load(Ordering::Relaxed), self.needed_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Makes the staged objects visible. They have to be on the disk.
+    pub(crate) fn publish(&self) -> Result<()> {
+        let staged = self.staged();
+        for (digest, place) in staged.iter() {
+            let (from, to) = (place.name(digest), object_name(digest));
+            let rename = || rustix::fs::renameat(&self.staging, &from, &self.objects, &to);
+            let mut renamed = rename();
+            if renamed == Err(Errno::NOENT) {
+                match rustix::fs::mkdirat(&self.objects, &to[..2], Mode::from_raw_mode(0o755)) {
+                    Ok(()) | Err(Errno::EXIST) => renamed = rename(),
+                    Err(error) => return Err(error).doing("create", self.layout.objects().join(&to[..2])),
+                }
+            }
+            renamed.doing("rename to", self.layout.object(digest))?;
+        }
+        Ok(())
+    }
+
+    /// The path of an object that is staged or in the store.
+    pub(crate) fn open(&self, digest: &Digest) -> Result<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let place = self.staged().get(digest).copied();
+        let opened = match place {
+            Some(place) => rustix::fs::openat(&self.staging, place.name(digest), flags, Mode::empty()),
+            None => rustix::fs::openat(&self.objects, object_name(digest), flags, Mode::empty()),
+        };
+        match opened {
+            Ok(file) => Ok(file.into()),
+            Err(Errno::NOENT) => Err(StoreError::Missing { what: "object", digest: *digest }),
+            Err(error) => Err(error).doing("open", self.layout.object(digest)),
+        }
+    }
+}
+
+/// An object whose digest is not known yet.
+struct Incoming<'w, 's> {
+    writer: &'w ObjectWriter<'s>,
+    name: String,
+    /// None once the disk is full.
+    file: Option<File>,
+    /// Zeros that have not been written yet, and need not be.
+    hole: u64,
+    hasher: Hasher,
+    size: u64,
+}
+
+impl Incoming<'_, '_> {
+    fn data(&mut self, data: &[u8]) -> Result<()> {
+        self.hasher.update(data);
+        self.size += data.len() as u64;
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut write = || {
+            if self.hole > 0 {
+                file.seek(SeekFrom::Current(self.hole as i64))?;
+                self.hole = 0;
+            }
+            file.write_all(data)
+        };
+        let written = write();
+        if written.is_err() {
+            self.file = None;
+            self.writer.settle(&self.name, written)?;
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, length: u64) {
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        let mut left = length;
+        while left > 0 {
+            let part = left.min(ZEROS.len() as u64);
+            self.hasher.update(&ZEROS[..part as usize]);
+            left -= part;
+        }
+        self.size += length;
+        self.hole += length;
+    }
+
+    fn end(self) -> Result<Data> {
+        let (writer, size, name) = (self.writer, self.size, self.name);
+        let digest = self.hasher.finish();
+        let had_file = self.file.is_some();
+        if let Some(file) = self.file
+            && self.hole > 0
+        {
+            writer.settle(&name, file.set_len(size))?;
+        }
+        let place = writer.place_if_new(&digest, size);
+        if had_file && !writer.is_full() {
+            let staging = &writer.staging;
+            match place {
+                Some(place) => {
+                    let to = place.name(&digest);
+                    writer
+                        .with_directory(&to, || rustix::fs::renameat(staging, &name, staging, &to))
+                        .doing("rename", writer.layout.tmp())?;
+                }
+                None => {
+                    rustix::fs::unlinkat(staging, &name, AtFlags::empty())
+                        .doing("remove", writer.layout.tmp())?;
+                }
+            }
+        }
+        Ok(Data::Object { digest, size })
+    }
+}
+
+/// Reads until `buffer` is full or the file ends.
+fn fill(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut have = 0;
+    while have < buffer.len() {
+        match file.read(&mut buffer[have..]) {
+            Ok(0) => break,
+            Ok(count) => have += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(have)
+}
+
+/// A directory below the staging directory; none is the staging directory itself.
+#[derive(Debug, Clone, Copy)]
+struct Place(Option<u8>);
+
+impl Place {
+    fn of(digest: &Digest, staged: usize) -> Self {
+        Self((staged >= FLAT_OBJECTS).then_some(digest.as_bytes()[0] % STAGING_DIRECTORIES))
+    }
+
+    fn name(self, digest: &Digest) -> String {
+        match self.0 {
+            Some(directory) => format!("{directory}/{}", digest.hex()),
+            None => digest.hex(),
+        }
+    }
+}
