@@ -1,0 +1,644 @@
+//! Requests to registries: which scheme, which certificates, whose credentials, where redirects lead, what is
+//! tried again.
+//!
+//! One request goes these steps:
+//! 1. *Origin.* HTTPS, unless the host is loopback or declared insecure: then the first request finds out
+//!    which of HTTPS and HTTP it speaks.
+//! 2. *Authorisation.* A host that has once answered 401 gets its token or password with every request; one that
+//!    answers 401 the first time, or whose token has run out, is asked again with a fresh one.
+//! 3. *Redirects* are followed here and not in `reqwest`, so that `Authorization` goes to no other host and
+//!    HTTPS never turns into HTTP.
+//! 4. *Time.* There is no limit for a whole request, but one for the time without any byte, sent or received.
+//! 5. *Repetition.* What failed in passing (no connection, no byte, 408, 429, 5xx) is tried again after a pause or
+//!    after `Retry-After`.
+
+use std::collections::{HashMap, HashSet};
+use std::error::Error as _;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Body, Client, Method, Response, StatusCode, Url};
+
+use crate::certs::Certs;
+use crate::challenge::{Challenge, Scopes};
+use crate::endpoint::{self, Endpoint};
+use crate::retry::{self, Retry};
+use crate::token::Tokens;
+use crate::{Config, RegistryError, Result, answer};
+
+const REDIRECTS: usize = 10;
+/// What is read of an answer that is no success.
+const ERROR_BODY: u64 = 64 << 10;
+/// How finely an upload's progress is watched.
+const SLICE: usize = 64 << 10;
+const TICK: Duration = Duration::from_millis(200);
+
+/// One request, which may be sent several times.
+#[derive(Clone)]
+pub(crate) struct Call<'a> {
+    pub(crate) endpoint: &'a Endpoint,
+    pub(crate) method: Method,
+    pub(crate) target: Target,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Option<Bytes>,
+    pub(crate) scopes: Scopes,
+    /// For errors: `read the manifest of …`.
+    pub(crate) doing: String,
+    /// Whether it may be sent again after it failed in passing.
+    pub(crate) repeat: bool,
+    /// Told how many bytes of the body were sent.
+    pub(crate) sent: Option<&'a (dyn Fn(u64) + Sync)>,
+}
+
+#[derive(Clone)]
+pub(crate) enum Target {
+    /// Below `/v2/` of the endpoint's host.
+    Api(String),
+    /// Where the registry itself sent us: an upload's location.
+    Url(Url),
+}
+
+impl<'a> Call<'a> {
+    /// A request below `/v2/<repository>/`.
+    pub(crate) fn new(
+        endpoint: &'a Endpoint,
+        method: Method,
+        path: &str,
+        scopes: Scopes,
+        doing: impl Into<String>,
+    ) -> Self {
+        Self {
+            endpoint,
+            method,
+            target: Target::Api(format!("{}/{path}", endpoint.repository)),
+            headers: HeaderMap::new(),
+            body: None,
+            scopes,
+            doing: doing.into(),
+            repeat: true,
+            sent: None,
+        }
+    }
+}
+
+/// How an attempt ended that gave no answer.
+enum Failure {
+    /// The same may succeed later.
+    Passing(RegistryError),
+    Final(RegistryError),
+}
+
+impl From<RegistryError> for Failure {
+    fn from(error: RegistryError) -> Self {
+        Self::Final(error)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Mode {
+    Plain,
+    Verified,
+    Unverified,
+}
+
+/// Where a host's API is.
+#[derive(Debug, Clone)]
+struct Origin {
+    base: Url,
+    mode: Mode,
+}
+
+#[derive(Default)]
+struct State {
+    clients: HashMap<(String, Mode), Client>,
+    origins: HashMap<String, Origin>,
+    challenges: HashMap<String, Challenge>,
+    /// Hosts that have answered: a refused connection is then worth another attempt.
+    contacted: HashSet<String>,
+}
+
+/// Sends requests; see the module.
+pub(crate) struct Transport {
+    pub(crate) config: Config,
+    pub(crate) tokens: Tokens,
+    state: Mutex<State>,
+}
+
+impl Transport {
+    pub(crate) fn new(config: Config, helpers: Vec<String>) -> Self {
+        // The process may have chosen a provider already; then that one is used.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Self { tokens: Tokens::new(helpers), config, state: Mutex::default() }
+    }
+
+    fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Sends `call`, as often as it takes. Any answer that is not worth another attempt is given back, also
+    /// 404; only 401 and 403 are errors here.
+    pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response> {
+        let mut retry = Retry::new(if call.repeat { self.config.retries() } else { 0 });
+        loop {
+            let (error, asked) = match self.attempt(call).await {
+                Ok(response) if retry::is_transient(response.status().as_u16()) => {
+                    let asked = answer::retry_after(response.headers());
+                    (self.refusal(call, response).await, asked)
+                }
+                Ok(response)
+                    if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) =>
+                {
+                    return Err(self.refusal(call, response).await);
+                }
+                Ok(response) => return Ok(response),
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Passing(error)) => (error, None),
+            };
+            match retry.failed(asked) {
+                Some(pause) => {
+                    tracing::debug!(%error, ?pause, "trying again");
+                    tokio::time::sleep(pause).await;
+                }
+                None => return Err(with_attempts(error, retry.attempts())),
+            }
+        }
+    }
+
+    /// Sends `call` and reads its whole answer, at most `limit` bytes.
+    pub(crate) async fn fetch(
+        &self,
+        call: &Call<'_>,
+        limit: u64,
+        what: &'static str,
+        name: &str,
+    ) -> Result<(StatusCode, HeaderMap, Bytes)> {
+        let mut retry = Retry::new(if call.repeat { self.config.retries() } else { 0 });
+        loop {
+            let response = self.send(call).await?;
+            let (status, headers) = (response.status(), response.headers().clone());
+            match self.body(call, response, limit).await {
+                Ok(Some(body)) => return Ok((status, headers, body)),
+                Ok(None) => {
+                    let size = headers.get(CONTENT_LENGTH).and_then(|size| size.to_str().ok()?.parse().ok());
+                    return Err(RegistryError::TooLarge { what, name: name.into(), size, limit });
+                }
+                Err(error) => match retry.failed(None) {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => return Err(with_attempts(error, retry.attempts())),
+                },
+            }
+        }
+    }
+
+    /// `None` if there is more than `limit`.
+    async fn body(&self, call: &Call<'_>, mut response: Response, limit: u64) -> Result<Option<Bytes>> {
+        if response.content_length().is_some_and(|length| length > limit) {
+            return Ok(None);
+        }
+        let mut body = BytesMut::new();
+        while let Some(chunk) = self.chunk(&mut response, &call.doing, &call.endpoint.host).await? {
+            if (body.len() + chunk.len()) as u64 > limit {
+                return Ok(None);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Some(body.freeze()))
+    }
+
+    /// The next bytes of an answer; an error if none come for too long.
+    pub(crate) async fn chunk(
+        &self,
+        response: &mut Response,
+        doing: &str,
+        host: &str,
+    ) -> Result<Option<Bytes>> {
+        let idle = self.config.idle_timeout();
+        match tokio::time::timeout(idle, response.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => Err(unreachable(doing, host, &error)),
+            Err(_) => Err(RegistryError::TimedOut {
+                doing: doing.into(),
+                registry: host.into(),
+                waited: idle,
+                attempts: 1,
+            }),
+        }
+    }
+
+    /// The error that an answer without success means.
+    pub(crate) async fn refusal(&self, call: &Call<'_>, response: Response) -> RegistryError {
+        let status = response.status().as_u16();
+        let registry = call.endpoint.registry.clone();
+        let asked = answer::retry_after(response.headers());
+        let body = self.body(call, response, ERROR_BODY).await.ok().flatten().unwrap_or_default();
+        let message = answer::message(&body);
+        let doing = call.doing.clone();
+        match status {
+            401 | 403 => RegistryError::Denied {
+                doing,
+                registry,
+                repository: call.endpoint.repository.clone(),
+                reason: message,
+                with_credentials: self.tokens.has_credentials(&self.config, call.endpoint),
+            },
+            429 => RegistryError::RateLimited { doing, registry, retry_after: asked },
+            _ => RegistryError::Status { doing, registry, status, message },
+        }
+    }
+
+    /// One request with its authorisation and redirects.
+    async fn attempt(&self, call: &Call<'_>) -> std::result::Result<Response, Failure> {
+        let host = &call.endpoint.host;
+        let origin = self.origin(call.endpoint, &call.doing).await?;
+        let url = match &call.target {
+            Target::Url(url) => url.clone(),
+            Target::Api(path) => {
+                origin.base.join(&format!("/v2/{path}")).map_err(|error| RegistryError::Unreachable {
+                    doing: call.doing.clone(),
+                    registry: host.clone(),
+                    reason: error.to_string(),
+                })?
+            }
+        };
+        let mut authorization = None;
+        if let Some(challenge) = self.state(|state| state.challenges.get(host).cloned()) {
+            authorization = self.tokens.authorization(self, call, &challenge, false).await?;
+        }
+        let mut fresh = false;
+        loop {
+            let response = self.follow(call, &origin, url.clone(), authorization.as_ref()).await?;
+            let ours = same_origin(response.url(), &origin.base);
+            if response.status() != StatusCode::UNAUTHORIZED || fresh || !ours {
+                return Ok(response);
+            }
+            let Some(challenge) = Challenge::of(response.headers()) else { return Ok(response) };
+            self.state(|state| state.challenges.insert(host.clone(), challenge.clone()));
+            authorization = self.tokens.authorization(self, call, &challenge, true).await?;
+            if authorization.is_none() {
+                return Ok(response);
+            }
+            fresh = true;
+        }
+    }
+
+    async fn follow(
+        &self,
+        call: &Call<'_>,
+        origin: &Origin,
+        mut url: Url,
+        authorization: Option<&HeaderValue>,
+    ) -> std::result::Result<Response, Failure> {
+        let insecure = call.endpoint.insecure || self.config.insecure;
+        for _ in 0..=REDIRECTS {
+            let host = host_of(&url);
+            let mode = if url.scheme() == "http" {
+                Mode::Plain
+            } else if self.config.insecure || same_origin(&url, &origin.base) {
+                if origin.mode == Mode::Plain { Mode::Verified } else { origin.mode }
+            } else {
+                Mode::Verified
+            };
+            let client = self.client(&host, mode)?;
+            let mut request = client.request(call.method.clone(), url.clone()).headers(call.headers.clone());
+            if let Some(authorization) = authorization.filter(|_| same_origin(&url, &origin.base)) {
+                request = request.header(AUTHORIZATION, authorization.clone());
+            }
+            let response = self.timed(call, request, &host).await?;
+            let get = matches!(call.method, Method::GET | Method::HEAD);
+            let redirect = match response.status().as_u16() {
+                301..=303 => get,
+                307 | 308 => true,
+                _ => false,
+            };
+            let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+            let Some(location) = location.filter(|_| redirect) else { return Ok(response) };
+            let refuse = |reason: String| {
+                Failure::Final(RegistryError::Unreachable {
+                    doing: call.doing.clone(),
+                    registry: host.clone(),
+                    reason,
+                })
+            };
+            let next =
+                url.join(location).map_err(|error| refuse(format!("it redirects to no URL: {error}")))?;
+            if !matches!(next.scheme(), "http" | "https")
+                || (url.scheme() == "https" && next.scheme() == "http" && !insecure)
+            {
+                return Err(refuse(format!(
+                    "it redirects from HTTPS to `{}`",
+                    answer::printable(next.scheme())
+                )));
+            }
+            url = next;
+        }
+        Err(Failure::Final(RegistryError::Unreachable {
+            doing: call.doing.clone(),
+            registry: call.endpoint.host.clone(),
+            reason: format!("more than {REDIRECTS} redirects"),
+        }))
+    }
+
+    /// Sends one request; the clock starts anew with every slice of the body that was taken.
+    async fn timed(
+        &self,
+        call: &Call<'_>,
+        request: reqwest::RequestBuilder,
+        host: &str,
+    ) -> std::result::Result<Response, Failure> {
+        let taken = Arc::new(AtomicU64::new(0));
+        let request = match &call.body {
+            Some(body) => {
+                request.header(CONTENT_LENGTH, body.len()).body(counted(body.clone(), taken.clone()))
+            }
+            None => request,
+        };
+        let idle = self.config.idle_timeout();
+        let mut sending = std::pin::pin!(request.send());
+        let (mut told, mut since) = (0, Instant::now());
+        loop {
+            let tick = TICK.min(idle);
+            let outcome = tokio::time::timeout(tick, &mut sending).await;
+            let now = taken.load(Ordering::Relaxed);
+            if now > told {
+                if let Some(sent) = call.sent {
+                    sent(now - told);
+                }
+                (told, since) = (now, Instant::now());
+            }
+            match outcome {
+                Ok(Ok(response)) => {
+                    self.state(|state| state.contacted.insert(host.to_owned()));
+                    return Ok(response);
+                }
+                Ok(Err(error)) => return Err(self.failure(&call.doing, host, &error)),
+                Err(_) if since.elapsed() < idle => {}
+                Err(_) => {
+                    return Err(Failure::Passing(RegistryError::TimedOut {
+                        doing: call.doing.clone(),
+                        registry: host.to_owned(),
+                        waited: idle,
+                        attempts: 1,
+                    }));
+                }
+            }
+        }
+    }
+
+    fn failure(&self, doing: &str, host: &str, error: &reqwest::Error) -> Failure {
+        if let Some(reason) = tls_error(error).filter(|error| !is_no_tls(error)) {
+            return Failure::Final(RegistryError::Tls {
+                doing: doing.into(),
+                registry: host.into(),
+                reason: answer::printable(&reason.to_string()),
+            });
+        }
+        let refused = unreachable(doing, host, error);
+        // A host that never answered is more likely misspelt than restarting.
+        if error.is_connect() && !error.is_timeout() && !self.state(|state| state.contacted.contains(host)) {
+            return Failure::Final(refused);
+        }
+        Failure::Passing(refused)
+    }
+
+    /// Where `endpoint`'s API is; asks the host once if that is not certain.
+    async fn origin(&self, endpoint: &Endpoint, doing: &str) -> std::result::Result<Origin, Failure> {
+        let host = &endpoint.host;
+        if let Some(origin) = self.state(|state| state.origins.get(host).cloned()) {
+            return Ok(origin);
+        }
+        let insecure = endpoint.insecure || self.config.insecure;
+        let at = |mode: Mode| -> std::result::Result<Origin, Failure> {
+            let scheme = if mode == Mode::Plain { "http" } else { "https" };
+            let base =
+                Url::parse(&format!("{scheme}://{host}/")).map_err(|error| RegistryError::Unreachable {
+                    doing: doing.into(),
+                    registry: host.clone(),
+                    reason: error.to_string(),
+                })?;
+            Ok(Origin { base, mode })
+        };
+        let has_certs = !Certs::load(&self.config, host)?.authorities.is_empty();
+        let origin = if insecure {
+            // HTTPS first: whoever can be spoken to in private shall be.
+            match self.probe(&at(Mode::Unverified)?, doing, host).await {
+                Ok(_) => at(Mode::Unverified)?,
+                Err(failure) => match self.probe(&at(Mode::Plain)?, doing, host).await {
+                    Ok(_) => at(Mode::Plain)?,
+                    Err(_) => return Err(failure),
+                },
+            }
+        } else if endpoint.is_loopback() && !has_certs {
+            match self.probe(&at(Mode::Plain)?, doing, host).await {
+                // What a TLS server says to plain HTTP: 400 (Go, nginx), or an alert that is no HTTP.
+                Ok(StatusCode::BAD_REQUEST) | Err(Failure::Passing(RegistryError::Unreachable { .. })) => {
+                    match self.probe(&at(Mode::Verified)?, doing, host).await {
+                        Ok(_) => at(Mode::Verified)?,
+                        Err(Failure::Final(error @ RegistryError::Tls { .. })) => {
+                            return Err(Failure::Final(error));
+                        }
+                        Err(_) => at(Mode::Plain)?,
+                    }
+                }
+                Ok(_) => at(Mode::Plain)?,
+                Err(failure) => return Err(failure),
+            }
+        } else {
+            at(Mode::Verified)?
+        };
+        self.state(|state| state.origins.insert(host.clone(), origin.clone()));
+        Ok(origin)
+    }
+
+    /// Asks for `/v2/`; a 401 there tells already how to authorise.
+    async fn probe(
+        &self,
+        origin: &Origin,
+        doing: &str,
+        host: &str,
+    ) -> std::result::Result<StatusCode, Failure> {
+        let url = origin.base.join("/v2/").map_err(|error| RegistryError::Unreachable {
+            doing: doing.into(),
+            registry: host.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let idle = self.config.idle_timeout();
+        match tokio::time::timeout(idle, self.client(host, origin.mode)?.get(url).send()).await {
+            Ok(Ok(response)) => {
+                self.state(|state| state.contacted.insert(host.to_owned()));
+                if let Some(challenge) = Challenge::of(response.headers())
+                    .filter(|_| response.status() == StatusCode::UNAUTHORIZED)
+                {
+                    self.state(|state| state.challenges.insert(host.to_owned(), challenge));
+                }
+                Ok(response.status())
+            }
+            Ok(Err(error)) => Err(self.failure(doing, host, &error)),
+            Err(_) => Err(Failure::Passing(RegistryError::TimedOut {
+                doing: doing.into(),
+                registry: host.to_owned(),
+                waited: idle,
+                attempts: 1,
+            })),
+        }
+    }
+
+    /// A client for one host: each may have certificates of its own.
+    fn client(&self, host: &str, mode: Mode) -> Result<Client> {
+        let key = (host.to_owned(), mode);
+        if let Some(client) = self.state(|state| state.clients.get(&key).cloned()) {
+            return Ok(client);
+        }
+        let builder = || {
+            let builder = Client::builder()
+                .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
+                .redirect(reqwest::redirect::Policy::none())
+                .connect_timeout(self.config.idle_timeout())
+                .tcp_nodelay(true);
+            if endpoint::is_loopback(host) { builder.no_proxy() } else { builder }
+        };
+        let client = match mode {
+            // No authorities: the system's need not be read for what is not encrypted.
+            Mode::Plain => builder().tls_certs_only([]).build(),
+            Mode::Verified | Mode::Unverified => {
+                let certs = Certs::load(&self.config, host)?;
+                let with_identity = || match &certs.identity {
+                    Some(identity) => builder().identity(identity.clone()),
+                    None => builder(),
+                };
+                if mode == Mode::Unverified {
+                    with_identity().tls_danger_accept_invalid_certs(true).build()
+                } else if certs.authorities.is_empty() {
+                    with_identity().build()
+                } else {
+                    // A system without authorities of its own is no reason to fail when there are ours.
+                    with_identity()
+                        .tls_certs_merge(certs.authorities.clone())
+                        .build()
+                        .or_else(|_| with_identity().tls_certs_only(certs.authorities).build())
+                }
+            }
+        };
+        let client = client.map_err(|error| RegistryError::Tls {
+            doing: "prepare a connection".into(),
+            registry: host.into(),
+            reason: answer::printable(&innermost(&error)),
+        })?;
+        self.state(|state| state.clients.insert(key, client.clone()));
+        Ok(client)
+    }
+
+    /// A request outside of the registry's API: to its token server.
+    pub(crate) fn outside(&self, url: &Url, endpoint: &Endpoint) -> Result<Client> {
+        let insecure = self.config.insecure || endpoint.insecure;
+        let plain = url.scheme() == "http";
+        let registry_is_plain = self.state(|state| {
+            state.origins.get(&endpoint.host).is_some_and(|origin| origin.mode == Mode::Plain)
+        });
+        if plain && !insecure && !registry_is_plain {
+            return Err(RegistryError::Denied {
+                doing: "get a token".into(),
+                registry: endpoint.registry.clone(),
+                repository: endpoint.repository.clone(),
+                reason: format!("its token server `{}` is not encrypted", answer::printable(url.as_str())),
+                with_credentials: false,
+            });
+        }
+        let mode = if plain {
+            Mode::Plain
+        } else if insecure {
+            Mode::Unverified
+        } else {
+            Mode::Verified
+        };
+        self.client(&host_of(url), mode)
+    }
+
+    /// Where an upload goes on: relative locations are allowed.
+    pub(crate) fn absolute(&self, endpoint: &Endpoint, location: &str) -> Option<Url> {
+        let base = self.state(|state| state.origins.get(&endpoint.host).map(|origin| origin.base.clone()))?;
+        base.join(location).ok()
+    }
+
+    /// How the registry wants to be asked, if it is known.
+    pub(crate) fn challenge(&self, endpoint: &Endpoint) -> Option<Challenge> {
+        self.state(|state| state.challenges.get(&endpoint.host).cloned())
+    }
+}
+
+/// The body in slices, each counted when it is taken to be sent.
+fn counted(body: Bytes, taken: Arc<AtomicU64>) -> Body {
+    let slices = futures_util::stream::unfold(body, move |mut rest| {
+        let taken = taken.clone();
+        async move {
+            if rest.is_empty() {
+                return None;
+            }
+            let slice = rest.split_to(rest.len().min(SLICE));
+            taken.fetch_add(slice.len() as u64, Ordering::Relaxed);
+            Some((Ok::<_, io::Error>(slice), rest))
+        }
+    });
+    Body::wrap_stream(slices)
+}
+
+fn host_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme()
+        && a.host_str() == b.host_str()
+        && a.port_or_known_default() == b.port_or_known_default()
+}
+
+fn unreachable(doing: &str, host: &str, error: &reqwest::Error) -> RegistryError {
+    RegistryError::Unreachable {
+        doing: doing.into(),
+        registry: host.into(),
+        reason: answer::printable(&innermost(error)),
+    }
+}
+
+/// The cause at the bottom: `connection refused` instead of `error sending request`.
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+/// The TLS error below a request's error.
+fn tls_error(error: &reqwest::Error) -> Option<&rustls::Error> {
+    let mut next = error.source();
+    while let Some(cause) = next {
+        if let Some(tls) = cause.downcast_ref::<rustls::Error>() {
+            return Some(tls);
+        }
+        // An `io::Error` does not name what it wraps as its source, but the source of that.
+        next = match cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => cause.source(),
+        };
+    }
+    None
+}
+
+/// Whether the peer did not speak TLS at all.
+fn is_no_tls(error: &rustls::Error) -> bool {
+    matches!(error, rustls::Error::InvalidMessage(_))
+}
+
+fn with_attempts(error: RegistryError, made: u32) -> RegistryError {
+    match error {
+        RegistryError::TimedOut { doing, registry, waited, .. } => {
+            RegistryError::TimedOut { doing, registry, waited, attempts: made }
+        }
+        other => other,
+    }
+}
