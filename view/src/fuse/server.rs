@@ -1,0 +1,489 @@
+//! The server: requests answered from a mapped tree and opened objects.
+
+use std::collections::HashMap;
+use std::collections::hash_map;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BackingId, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+};
+use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xattr_name};
+
+use super::objects::{Objects, RecentObjects};
+use crate::userns;
+
+/// As long as the kernel can count: nothing in a tree changes.
+const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// FUSE's number for the root of everything.
+const ROOT: u64 = 1;
+
+/// Answers requests until the last mount of the connection is gone.
+pub(super) fn serve(
+    bytes: &'static [u8],
+    objects: OwnedFd,
+    device: OwnedFd,
+    objects_path: &Path,
+) -> std::io::Result<()> {
+    let image = Image::open(bytes).map_err(std::io::Error::other)?;
+    let in_namespace = userns::entered();
+    let served = Served {
+        image,
+        objects: Objects::new(objects, objects_path),
+        names: if in_namespace { OverlayNames::User } else { OverlayNames::Trusted },
+        may_pass_through: !in_namespace && nix::unistd::geteuid().is_root(),
+        open: Mutex::default(),
+    };
+    Session::from_fd(served, device, SessionACL::All, Config::default())?.run()
+}
+
+/// Which xattrs an overlay over this file system takes for its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OverlayNames {
+    /// `trusted.overlay.`
+    Trusted,
+    /// `user.overlay.`, with the option `userxattr`.
+    User,
+}
+
+impl OverlayNames {
+    /// The name under which a tree's xattr is shown, so that an overlay above does not take an image's for its own.
+    fn shown(self, name: &[u8]) -> Vec<u8> {
+        match (self, name.strip_prefix(b"user.overlay.")) {
+            (Self::Trusted, _) => escape_xattr_name(name).into_owned(),
+            (Self::User, Some(rest)) => [b"user.overlay.overlay.", rest].concat(),
+            (Self::User, None) => name.to_owned(),
+        }
+    }
+}
+
+/// The handle of files that are read here, which need none.
+const READ_HERE: FileHandle = FileHandle(0);
+/// The handle of files that the kernel reads by itself.
+const PASSED: FileHandle = FileHandle(1);
+
+#[derive(Default)]
+struct OpenFiles {
+    recent: RecentObjects,
+    /// Files that the kernel reads by itself, with the number of handles that each has: it wants one identity a file.
+    passed: HashMap<u64, (BackingId, usize)>,
+    /// Whether the kernel takes objects: not known before the first. It refuses those that are on an overlay themselves.
+    passes: Option<bool>,
+}
+
+struct Served {
+    image: Image<'static>,
+    objects: Objects,
+    names: OverlayNames,
+    /// Whether the kernel lets this process hand objects to it. If not, it is told not to ask when files are opened: an
+    /// object that is missing then shows when it is read.
+    may_pass_through: bool,
+    open: Mutex<OpenFiles>,
+}
+
+/// What kept a request from being answered; told to the log where it is a fault of the store.
+fn fault(nid: Nid, error: &ImageError) -> Errno {
+    tracing::error!(inode = nid, %error, "the tree cannot be read");
+    Errno::EIO
+}
+
+impl Served {
+    fn nid(&self, ino: INodeNo) -> Nid {
+        if ino.0 == ROOT { self.image.root_nid() } else { ino.0 }
+    }
+
+    fn number(&self, nid: Nid) -> INodeNo {
+        INodeNo(if nid == self.image.root_nid() { ROOT } else { nid })
+    }
+
+    fn inode(&self, ino: INodeNo) -> Result<Inode<'static>, Errno> {
+        let nid = self.nid(ino);
+        self.image.inode(nid).map_err(|error| fault(nid, &error))
+    }
+
+    fn open_files(&self) -> MutexGuard<'_, OpenFiles> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn attributes(&self, inode: &Inode<'_>) -> FileAttr {
+        let time = system_time(inode.mtime());
+        let rdev = inode.device().map_or(0, |device| libc::makedev(device.major, device.minor) as u32);
+        FileAttr {
+            ino: self.number(inode.nid()),
+            size: inode.size(),
+            blocks: inode.size().div_ceil(512),
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: kind(inode.file_type()),
+            perm: inode.mode() as u16,
+            nlink: inode.links(),
+            uid: inode.uid(),
+            gid: inode.gid(),
+            rdev,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+
+    fn find(&self, parent: INodeNo, name: &OsStr) -> Result<Option<FileAttr>, Errno> {
+        let directory = self.inode(parent)?;
+        let entry = directory.lookup(name.as_bytes()).map_err(|error| fault(directory.nid(), &error))?;
+        entry.map(|entry| Ok(self.attributes(&self.inode(INodeNo(entry.nid))?))).transpose()
+    }
+
+    /// `.` and `..`, then the entries, each with the offset of the next.
+    fn listing(
+        &self,
+        directory: &Inode<'static>,
+        from: u64,
+    ) -> Result<impl Iterator<Item = Result<(u64, Entry<'static>), Errno>>, Errno> {
+        let nid = directory.nid();
+        let parent = directory.parent().map_err(|error| fault(nid, &error))?;
+        let dots = [(&b"."[..], nid), (&b".."[..], parent)];
+        let dots = dots.map(|(name, nid)| Ok(Entry { name, nid, file_type: FileType::Directory }));
+        let entries = directory.entries(from.saturating_sub(2) as usize);
+        let all = dots.into_iter().skip(from.min(2) as usize).chain(entries);
+        Ok(all.enumerate().map(move |(index, entry)| {
+            entry.map(|entry| (from + index as u64 + 1, entry)).map_err(|error| fault(nid, &error))
+        }))
+    }
+
+    /// The object that a file is; `None` for files that are in the tree itself.
+    fn open_for_kernel(&self, ino: INodeNo) -> Result<Option<File>, Errno> {
+        let inode = self.inode(ino)?;
+        let object = inode.object().map_err(|error| fault(inode.nid(), &error))?;
+        object.map(|digest| self.objects.open(&digest, inode.size())).transpose()
+    }
+
+    /// Everything of an inode's xattrs that is shown.
+    fn xattrs(&self, ino: INodeNo) -> Result<impl Iterator<Item = (Vec<u8>, Vec<u8>)>, Errno> {
+        let inode = self.inode(ino)?;
+        let xattrs = inode.xattrs().map_err(|error| fault(inode.nid(), &error))?;
+        let names = self.names;
+        Ok(xattrs.into_iter().map(move |(name, value)| (names.shown(&name), value)))
+    }
+}
+
+impl Filesystem for Served {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        for wanted in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+        ] {
+            // What the kernel lacks only makes it ask more often.
+            let _ = config.add_capabilities(wanted);
+        }
+        if self.may_pass_through {
+            // One level: an overlay above is the second and last that there may be.
+            self.may_pass_through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+                && config.set_max_stack_depth(1).is_ok();
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.find(parent, name) {
+            Ok(Some(attributes)) => reply.entry(&FOR_EVER, &attributes, Generation(0)),
+            Ok(None) => {
+                // Number zero: there is none, and the kernel may remember that too.
+                let none = FileAttr { ino: INodeNo(0), ..NOTHING };
+                reply.entry(&FOR_EVER, &none, Generation(0));
+            }
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.inode(ino) {
+            Ok(inode) => reply.attr(&FOR_EVER, &self.attributes(&inode)),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        let target = self
+            .inode(ino)
+            .and_then(|inode| inode.symlink_target().map_err(|error| fault(inode.nid(), &error)));
+        match target {
+            Ok(target) => reply.data(target),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let mut files = self.open_files();
+        if !self.may_pass_through || files.passes == Some(false) {
+            // Neither this nor the end of its use needs a request: the kernel never asks again.
+            return reply.error(Errno::ENOSYS);
+        }
+        let OpenFiles { passed, passes, .. } = &mut *files;
+        if let hash_map::Entry::Vacant(vacant) = passed.entry(ino.0) {
+            let file = match self.open_for_kernel(ino) {
+                Ok(Some(file)) => file,
+                Ok(None) => return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
+                Err(error) => return reply.error(error),
+            };
+            match reply.open_backing(&file) {
+                Ok(backing) => {
+                    vacant.insert((backing, 0));
+                }
+                Err(error) if passes.is_none() => {
+                    tracing::debug!(%error, "the kernel does not read objects by itself");
+                    *passes = Some(false);
+                    return reply.error(Errno::ENOSYS);
+                }
+                // A file must not be read both ways at once, so that there is no way back once it took one.
+                Err(error) => {
+                    tracing::error!(inode = ino.0, %error, "the kernel does not take an object");
+                    return reply.error(Errno::EIO);
+                }
+            }
+            *passes = Some(true);
+        }
+        if let Some((backing, handles)) = passed.get_mut(&ino.0) {
+            *handles += 1;
+            reply.opened_passthrough(PASSED, FopenFlags::empty(), backing);
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let inode = match self.inode(ino) {
+            Ok(inode) => inode,
+            Err(error) => return reply.error(error),
+        };
+        match inode.object().map_err(|error| fault(inode.nid(), &error)) {
+            Ok(None) => match inode.embedded().map_err(|error| fault(inode.nid(), &error)) {
+                Ok(bytes) => {
+                    let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                    let to = from.saturating_add(size as usize).min(bytes.len());
+                    reply.data(&bytes[from..to]);
+                }
+                Err(error) => reply.error(error),
+            },
+            Ok(Some(digest)) => {
+                let open = || self.objects.open(&digest, inode.size());
+                match self.open_files().recent.read(inode.nid(), offset, size as usize, open) {
+                    Ok(bytes) => reply.data(bytes),
+                    Err(error) => reply.error(error),
+                }
+            }
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        let mut files = self.open_files();
+        if handle == PASSED
+            && let Some((_, handles)) = files.passed.get_mut(&ino.0)
+        {
+            *handles -= 1;
+            if *handles == 0 {
+                files.passed.remove(&ino.0);
+            }
+        }
+        reply.ok();
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // There is nothing to flush: the kernel never asks again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        // Listings need no state: the kernel never asks again, and keeps listings.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let directory = match self.inode(ino) {
+            Ok(directory) => directory,
+            Err(error) => return reply.error(error),
+        };
+        let listing = match self.listing(&directory, offset) {
+            Ok(listing) => listing,
+            Err(error) => return reply.error(error),
+        };
+        for item in listing {
+            match item {
+                Ok((next, entry)) => {
+                    let name = OsStr::from_bytes(entry.name);
+                    if reply.add(self.number(entry.nid), next, kind(entry.file_type), name) {
+                        break;
+                    }
+                }
+                Err(error) => return reply.error(error),
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let directory = match self.inode(ino) {
+            Ok(directory) => directory,
+            Err(error) => return reply.error(error),
+        };
+        let listing = match self.listing(&directory, offset) {
+            Ok(listing) => listing,
+            Err(error) => return reply.error(error),
+        };
+        for item in listing {
+            let item = item.and_then(|(next, entry)| Ok((next, entry, self.inode(INodeNo(entry.nid))?)));
+            match item {
+                Ok((next, entry, inode)) => {
+                    let (name, attributes) = (OsStr::from_bytes(entry.name), self.attributes(&inode));
+                    if reply.add(attributes.ino, next, name, &FOR_EVER, &attributes, Generation(0)) {
+                        break;
+                    }
+                }
+                Err(error) => return reply.error(error),
+            }
+        }
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        reply.statfs(self.image.len() / 4096, 0, 0, self.image.inode_count(), 0, 4096, 255, 4096);
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.xattrs(ino) {
+            Ok(mut xattrs) => match xattrs.find(|(shown, _)| shown == name.as_bytes()) {
+                Some((_, value)) => send_xattr(&value, size, reply),
+                None => reply.error(Errno::ENODATA),
+            },
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.xattrs(ino) {
+            Ok(xattrs) => {
+                let mut names = Vec::new();
+                for (name, _) in xattrs {
+                    names.extend_from_slice(&name);
+                    names.push(0);
+                }
+                send_xattr(&names, size, reply);
+            }
+            Err(error) => reply.error(error),
+        }
+    }
+}
+
+/// A size of zero asks for the length.
+fn send_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    if size == 0 {
+        reply.size(value.len() as u32);
+    } else if value.len() > size as usize {
+        reply.error(Errno::ERANGE);
+    } else {
+        reply.data(value);
+    }
+}
+
+fn kind(file_type: FileType) -> fuser::FileType {
+    match file_type {
+        FileType::Directory => fuser::FileType::Directory,
+        FileType::Regular => fuser::FileType::RegularFile,
+        FileType::Symlink => fuser::FileType::Symlink,
+        FileType::CharDevice => fuser::FileType::CharDevice,
+        FileType::BlockDevice => fuser::FileType::BlockDevice,
+        FileType::Fifo => fuser::FileType::NamedPipe,
+        FileType::Socket => fuser::FileType::Socket,
+    }
+}
+
+/// The attributes of what is not there.
+const NOTHING: FileAttr = FileAttr {
+    ino: INodeNo(0),
+    size: 0,
+    blocks: 0,
+    atime: UNIX_EPOCH,
+    mtime: UNIX_EPOCH,
+    ctime: UNIX_EPOCH,
+    crtime: UNIX_EPOCH,
+    kind: fuser::FileType::RegularFile,
+    perm: 0,
+    nlink: 0,
+    uid: 0,
+    gid: 0,
+    rdev: 0,
+    blksize: 0,
+    flags: 0,
+};
+
+/// A time that this system cannot tell is 1970.
+fn system_time(time: Time) -> SystemTime {
+    let whole = Duration::from_secs(time.seconds.unsigned_abs());
+    let seconds =
+        if time.seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    let part = Duration::from_nanos(time.nanoseconds.into());
+    seconds.and_then(|seconds| seconds.checked_add(part)).unwrap_or(UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_images_own_overlay_xattrs_are_never_taken_for_the_overlays() {
+        for (names, name, shown) in [
+            (OverlayNames::User, "user.overlay.opaque", "user.overlay.overlay.opaque"),
+            (OverlayNames::User, "user.overlay.overlay.x", "user.overlay.overlay.overlay.x"),
+            (OverlayNames::User, "trusted.overlay.redirect", "trusted.overlay.redirect"),
+            (OverlayNames::User, "user.mime", "user.mime"),
+            (OverlayNames::Trusted, "trusted.overlay.redirect", "trusted.overlay.overlay.redirect"),
+            (OverlayNames::Trusted, "user.overlay.opaque", "user.overlay.opaque"),
+        ] {
+            assert_eq!(names.shown(name.as_bytes()), shown.as_bytes(), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_time_of_a_tree_can_be_told() {
+        let before = Time { seconds: -2, nanoseconds: 500_000_000 };
+        assert_eq!(system_time(before), UNIX_EPOCH - Duration::from_millis(1500));
+        let last = system_time(Time { seconds: i64::MAX, nanoseconds: 999_999_999 });
+        assert_eq!(last.duration_since(UNIX_EPOCH).unwrap(), Duration::new(i64::MAX as u64, 999_999_999));
+        let first = system_time(Time { seconds: i64::MIN, nanoseconds: 0 });
+        assert_eq!(UNIX_EPOCH.duration_since(first).unwrap(), Duration::from_secs(1 << 63));
+    }
+}

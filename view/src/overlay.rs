@@ -1,0 +1,203 @@
+//! Views as kernel overlays.
+//!
+//! How a view is mounted:
+//! 1. The lower file system appears at the target: the tree's own EROFS mount, or a FUSE server of the same tree.
+//! 2. An overlay is made over it (not yet attached anywhere). It keeps the lower file system alive by itself.
+//! 3. The lower mount is detached from the target, and the overlay takes its place. One mount is left to take away.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Mutex;
+
+use kiln_contract::{BackendError, Change, Scratch, ViewBackend, ViewRequest};
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+};
+
+use crate::{fuse, userns};
+
+/// Mounts views in the mount namespace of the calling process.
+///
+/// Where the kernel does not mount trees for this process, it also holds the FUSE servers of the views that it mounted:
+/// it must live as long as they do.
+#[derive(Debug, Default)]
+pub struct Overlay {
+    servers: Mutex<Vec<fuse::Mounted>>,
+}
+
+/// How an overlay finds the objects that the tree names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Linux 6.16: files of lower layers may redirect into data-only layers, while new uppers stay plain.
+    Plain,
+    /// Linux 6.5: only with `metacopy`, which new uppers then use too.
+    Metacopy,
+}
+
+impl Overlay {
+    /// A back end that has mounted nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn mount_kernel(&self, request: &ViewRequest) -> Result<(), Failure> {
+        let tree = mount_file_system("erofs", &[("source", request.tree.as_os_str().as_encoded_bytes())])?;
+        attach(&tree, &request.target)?;
+        let stacked = stack(request, Some(Form::Plain)).or_else(|_| stack(request, Some(Form::Metacopy)));
+        replace(stacked, &request.target)
+    }
+
+    fn mount_fuse(&self, request: &ViewRequest) -> Result<(), BackendError> {
+        let server = fuse::mount(&request.tree, &request.objects, &request.target)?;
+        replace(stack(request, None), &request.target).map_err(|failure| failure.at(request))?;
+        self.servers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(server);
+        Ok(())
+    }
+}
+
+impl ViewBackend for Overlay {
+    fn name(&self) -> &'static str {
+        "overlay"
+    }
+
+    fn mount(&self, request: &ViewRequest) -> Result<(), BackendError> {
+        if let Some(Scratch { work, .. }) = &request.scratch {
+            forget_volatile(work)
+                .map_err(|error| BackendError::caused(format!("cannot clear {}", work.display()), error))?;
+        }
+        if !userns::entered() {
+            match self.mount_kernel(request) {
+                Ok(()) => return Ok(()),
+                // What a kernel says that has no file-backed EROFS, or no EROFS, or no data-only layers.
+                Err(Failure { errno: Errno::NOTBLK | Errno::NODEV | Errno::INVAL, .. }) => {}
+                Err(failure) => return Err(failure.at(request)),
+            }
+        }
+        self.mount_fuse(request)
+    }
+
+    fn unmount(&self, target: &Path) -> Result<(), BackendError> {
+        match unmount(target, UnmountFlags::DETACH) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+            Err(error) => Err(BackendError::caused(
+                format!("cannot unmount {}", target.display()),
+                io::Error::from(error),
+            )),
+        }
+    }
+
+    fn changes(&self, request: &ViewRequest) -> Result<Vec<Change>, BackendError> {
+        match &request.scratch {
+            Some(scratch) => crate::changes(&request.tree, &scratch.upper),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+/// Makes the overlay of a request whose lower file system is mounted at the target. `form` is `None` where the lower has
+/// the data itself.
+fn stack(request: &ViewRequest, form: Option<Form>) -> Result<OwnedFd, Failure> {
+    let path = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
+    let mut options = vec![("lowerdir+", path(&request.target))];
+    if form.is_some() {
+        options.push(("datadir+", path(&request.objects)));
+    }
+    match form {
+        Some(Form::Metacopy) => {
+            options.extend([("metacopy", b"on".to_vec()), ("redirect_dir", b"on".to_vec())]);
+        }
+        Some(Form::Plain) => {
+            options.extend([("metacopy", b"off".to_vec()), ("redirect_dir", b"nofollow".to_vec())]);
+        }
+        None => {}
+    }
+    if userns::entered() {
+        options.push(("userxattr", Vec::new()));
+    }
+    if let Some(scratch) = &request.scratch {
+        options.extend([("upperdir", path(&scratch.upper)), ("workdir", path(&scratch.work))]);
+        if scratch.volatile {
+            options.push(("volatile", Vec::new()));
+        }
+    }
+    let options: Vec<(&str, &[u8])> = options.iter().map(|(key, value)| (*key, &value[..])).collect();
+    mount_file_system("overlay", &options)
+}
+
+/// Puts the overlay where the lower file system is, or takes that away if there is no overlay.
+fn replace(stacked: Result<OwnedFd, Failure>, target: &Path) -> Result<(), Failure> {
+    unmount(target, UnmountFlags::DETACH)?;
+    attach(&stacked?, target)
+}
+
+/// Makes a detached mount. An empty value is a flag.
+fn mount_file_system(kind: &str, options: &[(&str, &[u8])]) -> Result<OwnedFd, Failure> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let configure = || {
+        for (key, value) in options {
+            if value.is_empty() {
+                fsconfig_set_flag(context.as_fd(), *key)?;
+            } else {
+                fsconfig_set_string(context.as_fd(), *key, *value)?;
+            }
+        }
+        if !options.iter().any(|(key, _)| *key == "upperdir") {
+            fsconfig_set_flag(context.as_fd(), "ro")?;
+        }
+        fsconfig_create(context.as_fd())
+    };
+    configure().map_err(|errno| Failure { errno, said: kernel_log(&context) })?;
+    Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?)
+}
+
+fn attach(mount: &OwnedFd, target: &Path) -> Result<(), Failure> {
+    Ok(move_mount(mount.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// What the kernel itself says about a failed configuration: lines that begin with `e `, `w ` or `i `.
+fn kernel_log(context: &OwnedFd) -> String {
+    let mut buffer = [0; 1024];
+    let mut lines = Vec::new();
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {
+        lines.push(String::from_utf8_lossy(&buffer[..length]).trim().to_owned());
+    }
+    lines.join("; ")
+}
+
+/// A scratch that was mounted `volatile` and not unmounted carries a mark that forbids to mount it again, because its
+/// content may be torn after a crash of the host. A volatile scratch is never used twice, so the mark is only ever seen
+/// when an instance whose changes are to be thrown away is started over.
+fn forget_volatile(work: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(work.join("work/incompat")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[derive(Debug)]
+struct Failure {
+    errno: Errno,
+    said: String,
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Self {
+        Self { errno, said: String::new() }
+    }
+}
+
+impl Failure {
+    fn at(self, request: &ViewRequest) -> BackendError {
+        let target = request.target.display();
+        let what = match self.said.as_str() {
+            "" => format!("cannot mount a view at {target}"),
+            said => format!("cannot mount a view at {target} (the kernel says: {said})"),
+        };
+        BackendError::caused(what, io::Error::from(self.errno))
+            .hint("`kiln system doctor` tells what this host lacks")
+    }
+}
