@@ -1,0 +1,178 @@
+//! A command that shows a workload's streams: the client of [`crate::control`].
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+use kiln_contract::{BackendError, ExitStatus, Stdio};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+
+use crate::control::{self, Connection, Kind, Reply, Request};
+use crate::keys::DetachKeys;
+use crate::supervisor::signals::Signals;
+use crate::terminal::{self, RawTerminal};
+
+/// What happens to the streams while attached.
+#[derive(Debug)]
+pub(crate) struct Manner {
+    /// Where they go.
+    pub(crate) stdio: Stdio,
+    /// Send standard input.
+    pub(crate) stdin: bool,
+    /// The workload has a terminal.
+    pub(crate) tty: bool,
+    /// Keys that detach.
+    pub(crate) keys: DetachKeys,
+    /// Pass signals on, where the workload has no terminal.
+    pub(crate) signal_proxy: bool,
+}
+
+/// How showing the streams ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The workload ended.
+    Exited(ExitStatus),
+    /// The user typed the detach keys.
+    Detached,
+    /// The supervisor went away without a word.
+    Lost,
+}
+
+/// Signals that end the command, if they are not passed on.
+const FATAL: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+
+/// Shows the streams over a connection that is attached, until that ends. The user's terminal is as it was when this
+/// returns, and when a signal ends the process meanwhile.
+pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, BackendError> {
+    let fail =
+        |error: io::Error| BackendError::caused("lost the connection to the container's streams", error);
+    let signals = Signals::take().map_err(fail)?;
+    let Manner { stdio, stdin, tty, mut keys, signal_proxy } = manner;
+    let raw = if tty && stdin { RawTerminal::enter(&stdio.stdin).map_err(fail)? } else { None };
+    let mut input = stdin.then_some(stdio.stdin);
+    let mut out = [Some(File::from(stdio.stdout)), Some(File::from(stdio.stderr))];
+    // What waits to be sent: input is read only when nothing does.
+    let mut unsent: Vec<u8> = Vec::new();
+    loop {
+        while let Some((kind, payload)) = connection.buffered().map_err(fail)? {
+            match kind {
+                Kind::Stdout => write(&mut out[0], &payload),
+                Kind::Stderr => write(&mut out[1], &payload),
+                Kind::Message => {
+                    match control::parse(&payload).map_err(|error| fail(io::Error::other(error)))? {
+                        Reply::Exited { status } => return Ok(End::Exited(status)),
+                        Reply::Failed(failure) => return Err(failure.into()),
+                        Reply::Done | Reply::Attached { .. } => {}
+                    }
+                }
+                Kind::Stdin | Kind::StdinEnd => {}
+            }
+        }
+        let mut fds = vec![
+            PollFd::new(
+                connection.socket(),
+                if unsent.is_empty() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT },
+            ),
+            PollFd::from_borrowed_fd(signals.fd().as_fd(), PollFlags::IN),
+        ];
+        if let Some(input) = input.as_ref().filter(|_| unsent.is_empty()) {
+            fds.push(PollFd::new(input, PollFlags::IN));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(fail(error.into())),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let readable = fds[0].revents().intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR);
+        drop(fds);
+        if ready[1] {
+            while let Some(signal) = signals.next() {
+                match signal {
+                    libc::SIGCHLD => {}
+                    libc::SIGWINCH if tty => {
+                        let from =
+                            input.iter().map(|fd| fd.as_fd()).chain(out.iter().flatten().map(AsFd::as_fd));
+                        if let Some((rows, columns)) = terminal::size(from) {
+                            unsent.extend(control::message(&Request::Resize { rows, columns }));
+                        }
+                    }
+                    libc::SIGWINCH => {}
+                    _ if signal_proxy && !tty => {
+                        unsent.extend(control::message(&Request::Signal { signal }));
+                    }
+                    _ if FATAL.contains(&signal) => {
+                        drop(raw);
+                        drop(signals);
+                        die(signal);
+                        return Ok(End::Detached);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        if ready.get(2) == Some(&true)
+            && let Some(fd) = &input
+        {
+            let mut buffer = [0; 16 << 10];
+            match rustix::io::read(fd, &mut buffer) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Ok(read) if read > 0 => {
+                    let (typed, detach) =
+                        if tty { keys.filter(&buffer[..read]) } else { (buffer[..read].to_vec(), false) };
+                    if !typed.is_empty() {
+                        control::append(&mut unsent, Kind::Stdin, &typed);
+                    }
+                    if detach {
+                        let _ = connection.send_bytes(&unsent);
+                        return Ok(End::Detached);
+                    }
+                }
+                _ => {
+                    input = None;
+                    control::append(&mut unsent, Kind::StdinEnd, b"");
+                }
+            }
+        }
+        if !unsent.is_empty() {
+            match send(connection.socket(), &unsent, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(sent) => {
+                    unsent.drain(..sent);
+                }
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                // It ended: what it still had to say is read below.
+                Err(_) => {
+                    unsent.clear();
+                    input = None;
+                }
+            }
+        }
+        if readable && !connection.fill().map_err(fail)? {
+            return Ok(End::Lost);
+        }
+    }
+}
+
+/// What nobody reads any more is not written any more; the workload goes on.
+fn write(to: &mut Option<File>, bytes: &[u8]) {
+    if let Some(file) = to
+        && file.write_all(bytes).is_err()
+    {
+        *to = None;
+    }
+}
+
+/// What the signal would have done without us.
+pub(crate) fn die(signal: i32) {
+    if let Some(signal) = crate::process::named(signal) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    }
+}
+
+/// The ends of `Stdio` that a terminal's size can be asked of.
+pub(crate) fn size(stdio: &Stdio) -> Option<(u16, u16)> {
+    let all: [&OwnedFd; 3] = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+    terminal::size(all.map(AsFd::as_fd))
+}

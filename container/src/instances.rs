@@ -1,0 +1,561 @@
+//! The instances of a home: their directories, their records, their names.
+//!
+//! An instance's directory is its lock: who holds an exclusive `flock(2)` on the directory itself may change its
+//! record, which is replaced by a rename, so that a reader sees the old one or the new one. A name is a symbolic link
+//! `names/<name>` → `../instances/<id>`: making it is atomic, and fails if the name is taken.
+//!
+//! What an interrupted `create`, `rename` or `forget` leaves is told apart from what is alive by that lock: a directory
+//! without a record, or a name whose instance does not say that it has it, is dead unless somebody holds the lock.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind as IoKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_contract::{
+    BackendError, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, InstanceSpec, InstanceStatus,
+};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, openat};
+
+use crate::process;
+
+/// A longer name would not fit where names go (files, DNS, `/etc/hosts`).
+const MAX_NAME: usize = 200;
+/// How old a directory without a record must be before it is swept: its maker may be about to lock it.
+const HALF_MADE: Duration = Duration::from_secs(10);
+
+/// The instances of a home.
+#[derive(Debug, Clone)]
+pub(crate) struct Instances {
+    home: Home,
+}
+
+/// An instance whose record only the holder of this value may change.
+#[derive(Debug)]
+pub(crate) struct Locked {
+    dir: OwnedFd,
+    path: PathBuf,
+    id: InstanceId,
+}
+
+impl Instances {
+    /// Nothing is opened or read by this.
+    pub(crate) fn of(home: &Home) -> Self {
+        Self { home: home.clone() }
+    }
+
+    /// The home that they are in.
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// The directory of one of them.
+    pub(crate) fn dir(&self, id: &InstanceId) -> InstanceDir {
+        self.home.instance(id)
+    }
+
+    /// Makes an instance: takes its name, writes its record. `volumes` are the anonymous ones that it owns.
+    pub(crate) fn create(
+        &self,
+        spec: &InstanceSpec,
+        volumes: Vec<String>,
+    ) -> Result<InstanceRecord, BackendError> {
+        check_name(&spec.name)?;
+        let id = InstanceId::random();
+        let record = InstanceRecord {
+            format: InstanceRecord::FORMAT,
+            id: id.clone(),
+            spec: spec.clone(),
+            status: InstanceStatus::Created,
+            created: Timestamp::now(),
+            started: None,
+            exit: None,
+            process: None,
+            supervisor: None,
+            boot: None,
+            addresses: Vec::new(),
+            ports: Vec::new(),
+            cgroup: None,
+            restarts: 0,
+            health: None,
+            volumes,
+            stopped_by_user: false,
+        };
+        let dir = self.dir(&id);
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700);
+        if let Err(error) = builder.create(dir.path()) {
+            if error.kind() != IoKind::NotFound {
+                return Err(failed("make", dir.path(), error));
+            }
+            for parent in [self.home.instances(), self.home.names()] {
+                fs::create_dir_all(&parent).map_err(|error| failed("make", &parent, error))?;
+            }
+            builder.create(dir.path()).map_err(|error| failed("make", dir.path(), error))?;
+        }
+        let made = self.lock(&id).and_then(|locked| {
+            self.take_name(&spec.name, &id)?;
+            locked.write(&record).inspect_err(|_| self.drop_name(&spec.name, &id))
+        });
+        if let Err(error) = made {
+            let _ = fs::remove_dir_all(dir.path());
+            return Err(error);
+        }
+        Ok(record)
+    }
+
+    /// Its record, as it was last written.
+    pub(crate) fn read(&self, id: &InstanceId) -> Result<InstanceRecord, BackendError> {
+        let path = self.dir(id).record();
+        match read_record(&path) {
+            Ok(Some(record)) => Ok(record),
+            Ok(None) => Err(no_such(id.short())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for its lock and takes it.
+    pub(crate) fn lock(&self, id: &InstanceId) -> Result<Locked, BackendError> {
+        match self.lock_how(id, FlockOperation::LockExclusive) {
+            Ok(Some(locked)) => Ok(locked),
+            Ok(None) => Err(no_such(id.short())),
+            Err(error) => Err(failed("lock", self.dir(id).path(), error)),
+        }
+    }
+
+    fn lock_how(&self, id: &InstanceId, how: FlockOperation) -> io::Result<Option<Locked>> {
+        let path = self.dir(id).path().to_owned();
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let dir = match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(dir) => dir,
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        rustix::io::retry_on_intr(|| flock(&dir, how))?;
+        Ok(Some(Locked { dir, path, id: id.clone() }))
+    }
+
+    /// Changes its record under its lock; the new record.
+    pub(crate) fn update(
+        &self,
+        id: &InstanceId,
+        change: impl FnOnce(&mut InstanceRecord) -> Result<(), BackendError>,
+    ) -> Result<InstanceRecord, BackendError> {
+        let locked = self.lock(id)?;
+        let mut record = locked.read()?;
+        change(&mut record)?;
+        locked.write(&record)?;
+        Ok(record)
+    }
+
+    /// The ids of all that have a directory.
+    pub(crate) fn ids(&self) -> Result<Vec<InstanceId>, BackendError> {
+        let path = self.home.instances();
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == IoKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed("list", &path, error)),
+        };
+        Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok()).collect())
+    }
+
+    /// All records, oldest first. Directories that an interrupted `create` or `forget` left are swept; a record that
+    /// cannot be read is passed over, so that one damaged instance does not hide the others.
+    pub(crate) fn all(&self) -> Result<Vec<InstanceRecord>, BackendError> {
+        let mut records = Vec::new();
+        for id in self.ids()? {
+            match read_record(&self.dir(&id).record()) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => self.sweep(&id),
+                Err(error) => tracing::warn!(id = id.short(), "{error}"),
+            }
+        }
+        records.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+        Ok(records)
+    }
+
+    fn sweep(&self, id: &InstanceId) {
+        let path = self.dir(id).path().to_owned();
+        let old = fs::metadata(&path)
+            .and_then(|metadata| metadata.modified())
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > HALF_MADE));
+        if !old {
+            return;
+        }
+        if let Ok(Some(locked)) = self.lock_how(id, FlockOperation::NonBlockingLockExclusive)
+            && matches!(read_record(&locked.path.join("instance.json")), Ok(None))
+        {
+            tracing::debug!(id = id.short(), "sweeping what an interrupted command left");
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
+
+    /// Finds one by its full id, its name, or a prefix of its id that fits no other.
+    pub(crate) fn find(&self, text: &str) -> Result<InstanceRecord, BackendError> {
+        if let Ok(id) = text.parse::<InstanceId>() {
+            return self.read(&id);
+        }
+        if check_name(text).is_ok()
+            && let Some(id) = self.holder(text)
+            && let Some(record) = read_record(&self.dir(&id).record())?
+            && record.spec.name == text
+        {
+            return Ok(record);
+        }
+        if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+        {
+            return Err(no_such(text));
+        }
+        let mut found = Vec::new();
+        for id in self.ids()?.into_iter().filter(|id| id.as_str().starts_with(text)) {
+            found.extend(read_record(&self.dir(&id).record())?);
+        }
+        match found.len() {
+            0 => Err(no_such(text)),
+            1 => Ok(found.remove(0)),
+            _ => {
+                let candidates: Vec<_> = found
+                    .iter()
+                    .map(|record| format!("{} ({})", record.id.short(), record.spec.name))
+                    .collect();
+                Err(BackendError::new(
+                    ErrorKind::Conflict,
+                    format!("`{text}` fits several instances: {}", candidates.join(", ")),
+                )
+                .hint("give more digits of the id, or the name"))
+            }
+        }
+    }
+
+    /// Gives it another name.
+    pub(crate) fn rename(&self, id: &InstanceId, name: &str) -> Result<(), BackendError> {
+        check_name(name)?;
+        let locked = self.lock(id)?;
+        let mut record = locked.read()?;
+        if record.spec.name == name {
+            return Ok(());
+        }
+        self.take_name(name, id)?;
+        let old = std::mem::replace(&mut record.spec.name, name.to_owned());
+        locked.write(&record).inspect_err(|_| self.drop_name(name, id))?;
+        self.drop_name(&old, id);
+        Ok(())
+    }
+
+    /// Removes its record, its name and all its files. Its root must not be mounted where this process sees it.
+    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+        let dir = self.dir(&record.id);
+        let locked = match self.lock(&record.id) {
+            Ok(locked) => locked,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        // Looked at again: it may have been started since it was found not to run.
+        if let Ok(now) = locked.read()
+            && is_supervised(&now)
+            && now.supervisor != Some(process::this())
+        {
+            return Err(BackendError::new(
+                ErrorKind::State,
+                format!("cannot remove instance {}: it was started meanwhile", now.spec.name),
+            ));
+        }
+        // From here on it is gone for everybody, even if this process is killed before the rest is.
+        match fs::remove_file(dir.record()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == IoKind::NotFound => {}
+            Err(error) => return Err(failed("remove", &dir.record(), error)),
+        }
+        self.drop_name(&record.spec.name, &record.id);
+        match fs::remove_dir_all(dir.path()) {
+            Err(error) if error.kind() != IoKind::NotFound => Err(failed("remove", dir.path(), error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn take_name(&self, name: &str, id: &InstanceId) -> Result<(), BackendError> {
+        let link = self.home.names().join(name);
+        let target = format!("../instances/{id}");
+        let taken = match symlink(&target, &link) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == IoKind::AlreadyExists => error,
+            Err(error) if error.kind() == IoKind::NotFound => {
+                fs::create_dir_all(self.home.names())
+                    .and_then(|()| symlink(&target, &link))
+                    .map_err(|error| failed("make", &link, error))?;
+                return Ok(());
+            }
+            Err(error) => return Err(failed("make", &link, error)),
+        };
+        // Only one process at a time may find out that a name is stale and take it over.
+        let names =
+            File::open(self.home.names()).map_err(|error| failed("open", &self.home.names(), error))?;
+        rustix::io::retry_on_intr(|| flock(&names, FlockOperation::LockExclusive))
+            .map_err(|error| failed("lock", &self.home.names(), error.into()))?;
+        if let Some(holder) = self.holder(name)
+            && self.has_name(&holder, name)?
+        {
+            return Err(BackendError::new(
+                ErrorKind::Conflict,
+                format!("the name `{name}` is taken by instance {}", holder.short()),
+            )
+            .hint(format!("remove it with `kiln rm {name}`, rename it, or choose another name")));
+        }
+        tracing::debug!(name, %taken, "taking over a name that an interrupted command left");
+        fs::remove_file(&link)
+            .or_else(|error| if error.kind() == IoKind::NotFound { Ok(()) } else { Err(error) })
+            .and_then(|()| symlink(&target, &link))
+            .map_err(|error| failed("take over", &link, error))
+    }
+
+    /// Whether an instance has a name, or is just getting it.
+    fn has_name(&self, id: &InstanceId, name: &str) -> Result<bool, BackendError> {
+        match self.lock_how(id, FlockOperation::NonBlockingLockExclusive) {
+            Ok(None) => Ok(false),
+            Ok(Some(_locked)) => {
+                Ok(read_record(&self.dir(id).record())?.is_some_and(|record| record.spec.name == name))
+            }
+            // Somebody is making or changing it.
+            Err(error) if error.kind() == IoKind::WouldBlock => Ok(true),
+            Err(error) => Err(failed("lock", self.dir(id).path(), error)),
+        }
+    }
+
+    fn holder(&self, name: &str) -> Option<InstanceId> {
+        let target = fs::read_link(self.home.names().join(name)).ok()?;
+        target.file_name()?.to_str()?.parse().ok()
+    }
+
+    fn drop_name(&self, name: &str, id: &InstanceId) {
+        if self.holder(name).as_ref() == Some(id) {
+            let _ = fs::remove_file(self.home.names().join(name));
+        }
+    }
+}
+
+impl Locked {
+    /// The record.
+    pub(crate) fn read(&self) -> Result<InstanceRecord, BackendError> {
+        read_record(&self.path.join("instance.json"))?.ok_or_else(|| no_such(self.id.short()))
+    }
+
+    /// Replaces the record.
+    pub(crate) fn write(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+        let path = self.path.join("instance.json");
+        let fail = |error: io::Error| failed("write", &path, error);
+        let bytes = serde_json::to_vec(record).map_err(|error| fail(error.into()))?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let file = openat(&self.dir, "instance.json.new", flags, Mode::from_raw_mode(0o600))
+            .map_err(|error| fail(error.into()))?;
+        io::Write::write_all(&mut File::from(file), &bytes).map_err(fail)?;
+        rustix::fs::renameat(&self.dir, "instance.json.new", &self.dir, "instance.json")
+            .map_err(|error| fail(error.into()))
+    }
+}
+
+fn read_record(path: &Path) -> Result<Option<InstanceRecord>, BackendError> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if matches!(error.kind(), IoKind::NotFound | IoKind::NotADirectory) => return Ok(None),
+        Err(error) => return Err(failed("read", path, error)),
+    };
+    /// The one field that every version of the format has.
+    #[derive(serde::Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    match serde_json::from_slice::<InstanceRecord>(&bytes) {
+        Ok(record) if record.format <= InstanceRecord::FORMAT => Ok(Some(record)),
+        parsed => match serde_json::from_slice::<Format>(&bytes) {
+            Ok(Format { format }) if format > InstanceRecord::FORMAT => Err(BackendError::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "cannot read {}: its format is {format}, this program knows up to {}",
+                    path.display(),
+                    InstanceRecord::FORMAT
+                ),
+            )
+            .hint("use the newer kiln that made it")),
+            _ => Err(BackendError::new(
+                ErrorKind::Failed,
+                match parsed {
+                    Err(error) => format!("cannot read {}: {error}", path.display()),
+                    Ok(_) => format!("cannot read {}: not an instance's record", path.display()),
+                },
+            )
+            .hint("remove the directory that it is in if the instance is not needed")),
+        },
+    }
+}
+
+/// Whether a name is one that an instance may have: `[a-zA-Z0-9][a-zA-Z0-9_.-]*`, and nobody's id.
+fn check_name(name: &str) -> Result<(), BackendError> {
+    let invalid = |why: &str| {
+        Err(BackendError::new(ErrorKind::Invalid, format!("`{name}` is no name for an instance: {why}")))
+    };
+    let good = name.bytes().enumerate().all(|(index, byte)| {
+        byte.is_ascii_alphanumeric() || (index > 0 && matches!(byte, b'_' | b'.' | b'-'))
+    });
+    if name.is_empty() || !good {
+        return invalid("only letters, digits, `_`, `.` and `-`, and one of the first two at the start");
+    }
+    if name.len() > MAX_NAME {
+        return invalid("too long (200 characters at most)");
+    }
+    if name.parse::<InstanceId>().is_ok() {
+        return invalid("it looks like an id");
+    }
+    Ok(())
+}
+
+fn no_such(text: &str) -> BackendError {
+    BackendError::new(ErrorKind::NotFound, format!("no such instance: {text}"))
+        .hint("`kiln ps -a` lists all instances")
+}
+
+/// Whether a record's supervisor lives.
+pub(crate) fn is_supervised(record: &InstanceRecord) -> bool {
+    record.boot.as_deref() == Some(process::boot_id()) && record.supervisor.is_some_and(process::alive)
+}
+
+/// A failed operation on a file.
+pub(crate) fn failed(doing: &str, path: &Path, error: io::Error) -> BackendError {
+    BackendError::caused(format!("cannot {doing} {}", path.display()), error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples;
+
+    fn fresh() -> (tempfile::TempDir, Instances) {
+        let dir = tempfile::tempdir().unwrap();
+        let instances = Instances::of(&Home::at(dir.path()));
+        (dir, instances)
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_free_again_after_its_instance_is_gone() {
+        let (_dir, instances) = fresh();
+        let first = instances.create(&samples::spec("web"), Vec::new()).unwrap();
+        let error = instances.create(&samples::spec("web"), Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Conflict);
+        assert!(error.to_string().contains(first.id.short()), "{error}");
+        assert_eq!(instances.all().unwrap(), std::slice::from_ref(&first), "the loser leaves nothing behind");
+        instances.forget(&first).unwrap();
+        assert!(!instances.dir(&first.id).path().exists());
+        instances.create(&samples::spec("web"), Vec::new()).unwrap();
+    }
+
+    #[test]
+    fn of_many_who_want_a_name_at_once_one_gets_it() {
+        let (_dir, instances) = fresh();
+        // A stale name in the way makes them all go through the take-over.
+        fs::create_dir_all(instances.home().names()).unwrap();
+        symlink(format!("../instances/{}", InstanceId::random()), instances.home().names().join("web"))
+            .unwrap();
+        let won: Vec<bool> = std::thread::scope(|scope| {
+            let all: Vec<_> = (0..16)
+                .map(|_| scope.spawn(|| instances.create(&samples::spec("web"), Vec::new()).is_ok()))
+                .collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        });
+        assert_eq!(won.iter().filter(|won| **won).count(), 1);
+        assert_eq!(instances.all().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_killed_commands_left_does_not_block_names() {
+        let (_dir, instances) = fresh();
+        // Killed between taking the name and writing the record.
+        let id = InstanceId::random();
+        fs::create_dir_all(instances.dir(&id).path()).unwrap();
+        fs::create_dir_all(instances.home().names()).unwrap();
+        symlink(format!("../instances/{id}"), instances.home().names().join("x")).unwrap();
+        instances.create(&samples::spec("x"), Vec::new()).unwrap();
+        // Killed in a rename from `y` to `z`, before the record said so.
+        let y = instances.create(&samples::spec("y"), Vec::new()).unwrap();
+        symlink(format!("../instances/{}", y.id), instances.home().names().join("z")).unwrap();
+        assert_eq!(instances.find("z").unwrap_err().kind(), ErrorKind::NotFound);
+        let z = instances.create(&samples::spec("z"), Vec::new()).unwrap();
+        assert_eq!(instances.find("z").unwrap().id, z.id);
+        assert_eq!(instances.find("y").unwrap().id, y.id);
+    }
+
+    #[test]
+    fn instances_are_found_by_id_name_and_unique_prefix() {
+        let (_dir, instances) = fresh();
+        let all: Vec<_> = (0..17)
+            .map(|n| instances.create(&samples::spec(&format!("n{n}")), Vec::new()).unwrap())
+            .collect();
+        for record in &all {
+            for text in [record.id.as_str(), record.id.short(), &record.spec.name] {
+                assert_eq!(instances.find(text).unwrap().id, record.id, "{text}");
+            }
+        }
+        // Seventeen ids cannot all begin with different digits.
+        let twice = all
+            .iter()
+            .map(|record| &record.id.as_str()[..1])
+            .find(|digit| all.iter().filter(|record| record.id.as_str().starts_with(digit)).count() > 1)
+            .unwrap();
+        assert_eq!(instances.find(twice).unwrap_err().kind(), ErrorKind::Conflict);
+        for text in ["", "..", "n17", "../names/n1", "zz"] {
+            assert_eq!(instances.find(text).unwrap_err().kind(), ErrorKind::NotFound, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_that_nobody_may_have() {
+        let (_dir, instances) = fresh();
+        let id = InstanceId::random().to_string();
+        for name in ["", "-a", ".a", "a/b", "a b", "ä", &"a".repeat(201), &id] {
+            let error = instances.create(&samples::spec(name), Vec::new()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{name}");
+        }
+        assert!(instances.all().unwrap().is_empty());
+    }
+
+    #[test]
+    fn rename_frees_the_old_name_and_refuses_a_taken_one() {
+        let (_dir, instances) = fresh();
+        let a = instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        instances.create(&samples::spec("b"), Vec::new()).unwrap();
+        assert_eq!(instances.rename(&a.id, "b").unwrap_err().kind(), ErrorKind::Conflict);
+        instances.rename(&a.id, "c").unwrap();
+        assert_eq!(instances.find("c").unwrap().id, a.id);
+        instances.create(&samples::spec("a"), Vec::new()).unwrap();
+    }
+
+    #[test]
+    fn what_was_started_meanwhile_is_not_removed() {
+        let (_dir, instances) = fresh();
+        let stale = instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let claimed = instances.update(&stale.id, |record| {
+            record.supervisor = process::identify(other.id());
+            record.boot = Some(process::boot_id().to_owned());
+            Ok(())
+        });
+        let refused = instances.forget(&stale).unwrap_err();
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(refused.kind(), ErrorKind::State);
+        assert_eq!(instances.read(&stale.id).unwrap(), claimed.unwrap());
+        instances.forget(&stale).unwrap();
+    }
+
+    #[test]
+    fn a_record_of_a_newer_format_is_refused_with_both_versions() {
+        let (_dir, instances) = fresh();
+        let record = instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        fs::write(instances.dir(&record.id).record(), r#"{"format": 7, "new": true}"#).unwrap();
+        let error = instances.read(&record.id).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("format is 7"), "{error}");
+        assert!(instances.all().unwrap().is_empty());
+    }
+}

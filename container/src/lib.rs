@@ -1,0 +1,98 @@
+//! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), its supervisor and its volumes.
+//!
+//! ```no_run
+//! use kiln_contract::{Home, RuntimeBackend, StartMode};
+//! use kiln_container::Containers;
+//!
+//! # fn spec() -> kiln_contract::InstanceSpec { unimplemented!() }
+//! kiln_container::prepare()?;
+//! let containers = Containers::open(&Home::at("/var/lib/kiln"))?;
+//! let web = containers.create(&spec())?;
+//! containers.start(&web.id, StartMode::Detached)?;
+//! assert_eq!(containers.wait(&web.id)?.code, 0);
+//! # Ok::<(), kiln_contract::BackendError>(())
+//! ```
+//!
+//! What is where: the verbs in `backend`, names and records in `instances`, the process that owns a running container in
+//! `supervisor`, its socket in `control`, how a container's process is made in `runtime`, `spec`, `seccomp` and `cgroup`.
+
+#[cfg(target_os = "linux")]
+pub mod archive;
+#[cfg(target_os = "linux")]
+mod attach;
+#[cfg(target_os = "linux")]
+mod backend;
+#[cfg(target_os = "linux")]
+mod capabilities;
+#[cfg(target_os = "linux")]
+mod cgroup;
+#[cfg(target_os = "linux")]
+mod commit;
+#[cfg(target_os = "linux")]
+mod control;
+#[cfg(target_os = "linux")]
+mod copy;
+#[cfg(target_os = "linux")]
+mod devices;
+#[cfg(target_os = "linux")]
+mod exec;
+#[cfg(target_os = "linux")]
+mod host;
+#[cfg(target_os = "linux")]
+mod host_files;
+#[cfg(target_os = "linux")]
+mod instances;
+#[cfg(target_os = "linux")]
+mod keys;
+#[cfg(target_os = "linux")]
+mod log;
+#[cfg(target_os = "linux")]
+mod process;
+#[cfg(target_os = "linux")]
+mod reconcile;
+#[cfg(target_os = "linux")]
+mod root;
+#[cfg(target_os = "linux")]
+mod runtime;
+#[cfg(all(test, target_os = "linux"))]
+mod samples;
+#[cfg(target_os = "linux")]
+mod seccomp;
+#[cfg(target_os = "linux")]
+mod spawn;
+#[cfg(target_os = "linux")]
+mod spec;
+#[cfg(target_os = "linux")]
+mod supervisor;
+#[cfg(target_os = "linux")]
+mod terminal;
+#[cfg(target_os = "linux")]
+mod user_namespace;
+#[cfg(target_os = "linux")]
+mod users;
+#[cfg(target_os = "linux")]
+mod volumes;
+
+#[cfg(target_os = "linux")]
+pub use backend::Containers;
+#[cfg(target_os = "linux")]
+pub use supervisor::supervise;
+#[cfg(target_os = "linux")]
+pub use volumes::{Volume, Volumes};
+
+/// Moves this process to where containers can be made: nothing for root, for others the user namespace of their home
+/// ([`Home::from_env`](kiln_contract::Home::from_env)) and a mount namespace. To be called first of all in `main`, while
+/// the process has one thread.
+///
+/// # Errors
+/// If this host gives its users no user namespaces.
+#[cfg(target_os = "linux")]
+pub fn prepare() -> Result<(), kiln_contract::BackendError> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    match kiln_contract::Home::from_env(false) {
+        Some(home) => user_namespace::enter(&home),
+        None => kiln_view::userns::enter(),
+    }
+}

@@ -1,0 +1,7 @@
+//! Real containers in a plain directory, by every runtime.
+
+mod bed;
+mod further;
+mod limits;
+mod rootless;
+mod running;

@@ -1,0 +1,117 @@
+//! Signals of this process, taken as events; and signals by name.
+
+use std::io;
+
+use kiln_contract::{BackendError, ErrorKind};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+/// What a process that supervises or attaches takes as events. Faults of the process itself (SIGSEGV and its like), what
+/// cannot be caught, and what stops and continues processes are not among them.
+const TAKEN: [i32; 13] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    libc::SIGWINCH,
+    libc::SIGCHLD,
+];
+
+/// Blocks signals of the calling thread and gives them as events, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    before: SigSet,
+    fd: SignalFd,
+}
+
+impl Signals {
+    /// From now on.
+    pub(crate) fn take() -> io::Result<Self> {
+        let mut set = SigSet::empty();
+        for number in TAKEN {
+            if let Ok(signal) = number.try_into() {
+                set.add(signal);
+            }
+        }
+        let mut before = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
+        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Self { before, fd })
+    }
+
+    /// What is to be polled.
+    pub(crate) fn fd(&self) -> &SignalFd {
+        &self.fd
+    }
+
+    /// The next signal that has come.
+    pub(crate) fn next(&self) -> Option<i32> {
+        let info = self.fd.read_signal().ok().flatten()?;
+        i32::try_from(info.ssi_signo).ok()
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // What came and was not looked at belongs to who was attached, not to who comes after: a pending SIGINT
+        // must not end the program now.
+        while self.next().is_some() {}
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.before), None);
+    }
+}
+
+/// Reads a signal: its name with or without `SIG`, its number, `RTMIN+n`, `RTMAX-n`.
+pub(crate) fn parse(text: &str) -> Result<i32, BackendError> {
+    let bad = || {
+        BackendError::new(ErrorKind::Invalid, format!("`{text}` is no signal"))
+            .hint("give a name such as TERM or SIGTERM, or a number from 1 to 64")
+    };
+    if let Ok(number) = text.parse::<i32>() {
+        return if (1..=64).contains(&number) { Ok(number) } else { Err(bad()) };
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    let real_time = |rest: &str, sign: char| match rest {
+        "" => Some(0),
+        _ => rest.strip_prefix(sign)?.parse::<u8>().ok().map(i32::from),
+    };
+    let number = match name {
+        _ if name.starts_with("RTMIN") => real_time(&name[5..], '+').map(|n| 34 + n),
+        _ if name.starts_with("RTMAX") => real_time(&name[5..], '-').map(|n| 64 - n),
+        "POLL" => Some(libc::SIGIO),
+        _ => format!("SIG{name}").parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32),
+    };
+    number.filter(|number| (1..=64).contains(number)).ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_are_read_as_docker_reads_them() {
+        let table = [
+            ("SIGTERM", 15),
+            ("term", 15),
+            ("9", 9),
+            ("KILL", 9),
+            ("SIGRTMIN+3", 37),
+            ("RTMIN", 34),
+            ("rtmax-1", 63),
+            ("WINCH", 28),
+        ];
+        for (text, number) in table {
+            assert_eq!(parse(text).unwrap(), number, "{text}");
+        }
+        for text in ["", "0", "65", "-1", "SIG", "NOPE", "RTMIN+40", "RTMAX-x", "RTMIN3x"] {
+            assert_eq!(parse(text).unwrap_err().kind(), ErrorKind::Invalid, "{text}");
+        }
+    }
+}
