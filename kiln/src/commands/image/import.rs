@@ -1,0 +1,90 @@
+//! `kiln image import`.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use kiln_contract::{ByteSize, Platform};
+
+use super::image_name;
+use crate::context::Context;
+use crate::error::Result;
+use crate::exit::Exit;
+use crate::output::Out;
+use crate::progress;
+
+/// Take images from a file, a directory or standard input, and print their names or ids
+///
+/// The source is an OCI layout, an oci-archive, a docker-archive, or a plain root filesystem (a directory or a tar);
+/// compressed files too.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where it is; `-` is standard input
+    source: PathBuf,
+    /// The name for an image that has none of its own
+    image: Option<String>,
+    /// What it is; found out otherwise
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<ArchiveFormat>,
+    /// Take the image made for this platform (os/arch[/variant])
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
+    /// Refuse an image whose layer is larger when unpacked
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<ByteSize>,
+    /// Show nothing meanwhile
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// A form in which images are outside of registries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ArchiveFormat {
+    /// A directory (OCI image-layout)
+    #[value(alias = "oci")]
+    OciLayout,
+    /// The same in a tar
+    OciArchive,
+    /// What `docker save` writes
+    DockerArchive,
+    /// A directory or a tar of files
+    Rootfs,
+}
+
+impl From<ArchiveFormat> for kiln_registry::Format {
+    fn from(format: ArchiveFormat) -> Self {
+        match format {
+            ArchiveFormat::OciLayout => Self::OciLayout,
+            ArchiveFormat::OciArchive => Self::OciArchive,
+            ArchiveFormat::DockerArchive => Self::DockerArchive,
+            ArchiveFormat::Rootfs => Self::Rootfs,
+        }
+    }
+}
+
+impl Args {
+    /// What `kiln load` means.
+    pub(super) fn docker(source: PathBuf, quiet: bool) -> Self {
+        Self { source, image: None, format: None, platform: None, max_size: None, quiet }
+    }
+
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        let name = self.image.as_deref().map(image_name).transpose()?;
+        let store = context.store()?;
+        let progress = progress::new(self.quiet);
+        let images = kiln_registry::import(
+            &store,
+            &self.source,
+            self.format.map(Into::into),
+            name.as_ref(),
+            self.platform.as_ref(),
+            self.max_size.map(ByteSize::bytes),
+            &*progress,
+        )?;
+        let mut out = Out::new();
+        for (name, image) in images {
+            out.line(name.map_or_else(|| image.id.to_string(), |name| name.familiar()))?;
+        }
+        out.flush()?;
+        Ok(Exit::SUCCESS)
+    }
+}

@@ -1,0 +1,25 @@
+//! `kiln load`, as Docker has it.
+
+use std::path::PathBuf;
+
+use super::import;
+use crate::context::Context;
+use crate::error::Result;
+use crate::exit::Exit;
+
+/// Take images from an archive (`kiln image import`)
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where it is; standard input otherwise
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+    /// Show nothing meanwhile
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        import::Args::docker(self.input, self.quiet).run(context)
+    }
+}

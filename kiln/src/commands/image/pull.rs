@@ -1,0 +1,63 @@
+//! `kiln image pull`.
+
+use clap_complete::engine::ArgValueCompleter;
+use kiln_contract::{ByteSize, Platform};
+use kiln_registry::{PullOptions, PullPolicy, Registry};
+
+use super::image_name;
+use crate::commands::RegistryArgs;
+use crate::complete;
+use crate::context::{self, Context};
+use crate::error::Result;
+use crate::exit::Exit;
+use crate::output::Out;
+use crate::progress;
+
+/// Take images from a registry, and print their ids
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Names
+    #[arg(required = true, value_name = "IMAGE", add = ArgValueCompleter::new(complete::images))]
+    images: Vec<String>,
+    /// Take the image made for this platform (os/arch[/variant])
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
+    /// Refuse an image whose layer is larger when unpacked
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<ByteSize>,
+    /// How many layers are taken at once
+    #[arg(long, value_name = "NUMBER")]
+    parallel: Option<usize>,
+    /// Show nothing while pulling
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        let store = context.store()?;
+        let registry = Registry::new(self.registry.config())?;
+        let options = PullOptions {
+            platform: self.platform,
+            policy: PullPolicy::Always,
+            max_size: self.max_size.map(ByteSize::bytes),
+            parallel: self.parallel,
+        };
+        context::each(&self.images, |text| {
+            let name = image_name(text)?;
+            let progress = progress::new(self.quiet);
+            let pulled = registry.pull(&store, &name, &options, &*progress)?;
+            if pulled.up_to_date {
+                progress.note(&format!("{} is up to date", name.familiar()));
+            } else {
+                let (layers, bytes) = (pulled.layers_pulled, ByteSize(pulled.bytes));
+                progress.note(&format!("pulled {}: {layers} layers, {bytes}", name.familiar()));
+            }
+            let mut out = Out::new();
+            out.line(pulled.image.id.to_string())?;
+            out.flush()
+        })
+    }
+}

@@ -1,0 +1,82 @@
+//! One file a command: its `Args`, whose comments are its help, and its `run`.
+
+pub(crate) mod attach;
+pub(crate) mod commit;
+pub(crate) mod completion;
+pub(crate) mod cp;
+pub(crate) mod create;
+pub(crate) mod diff;
+pub(crate) mod exec;
+pub(crate) mod image;
+pub(crate) mod inspect;
+pub(crate) mod kill;
+pub(crate) mod login;
+pub(crate) mod logout;
+pub(crate) mod logs;
+pub(crate) mod man;
+pub(crate) mod network;
+pub(crate) mod pause;
+pub(crate) mod port;
+pub(crate) mod ps;
+pub(crate) mod rename;
+pub(crate) mod restart;
+pub(crate) mod resume;
+pub(crate) mod rm;
+pub(crate) mod run;
+pub(crate) mod start;
+pub(crate) mod stats;
+pub(crate) mod stop;
+pub(crate) mod supervise;
+pub(crate) mod system;
+pub(crate) mod top;
+pub(crate) mod volume;
+pub(crate) mod wait;
+pub(crate) mod workload;
+
+use std::path::PathBuf;
+
+use clap::Args;
+use kiln_contract::HumanDuration;
+
+/// The keys that detach from a terminal unless others are asked for, as in Docker.
+pub(crate) const DETACH_KEYS: &str = "ctrl-p,ctrl-q";
+
+/// How registries are reached.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct RegistryArgs {
+    /// Take credentials from this file ($REGISTRY_AUTH_FILE)
+    #[arg(long, value_name = "FILE", help_heading = "Registry")]
+    pub(crate) authfile: Option<PathBuf>,
+    /// Take mirrors and insecure registries from this file
+    #[arg(long, value_name = "FILE", help_heading = "Registry")]
+    pub(crate) registries_conf: Option<PathBuf>,
+    /// Take certificates from this directory
+    #[arg(long, value_name = "DIR", help_heading = "Registry")]
+    pub(crate) cert_dir: Option<PathBuf>,
+    /// Whether certificates are verified, and plain HTTP is refused
+    #[arg(
+        long, value_name = "BOOL", help_heading = "Registry", default_value_t = true, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set
+    )]
+    pub(crate) tls_verify: bool,
+    /// Give up when no byte comes for so long (30s)
+    #[arg(long, value_name = "DURATION", help_heading = "Registry")]
+    pub(crate) registry_timeout: Option<HumanDuration>,
+    /// Try again so often
+    #[arg(long, value_name = "NUMBER", help_heading = "Registry")]
+    pub(crate) retries: Option<u32>,
+}
+
+impl RegistryArgs {
+    /// As the registry takes it.
+    pub(crate) fn config(&self) -> kiln_registry::Config {
+        kiln_registry::Config {
+            authfile: self.authfile.clone(),
+            registries_conf: self.registries_conf.clone(),
+            cert_dir: self.cert_dir.clone(),
+            insecure: !self.tls_verify,
+            timeout: self.registry_timeout.map(|given| given.0),
+            retries: self.retries,
+        }
+    }
+}

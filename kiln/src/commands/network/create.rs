@@ -1,0 +1,51 @@
+//! `kiln network create`.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use kiln_net::NetworkOptions;
+
+use crate::context::Context;
+use crate::error::Result;
+use crate::exit::Exit;
+use crate::output::Out;
+use crate::resolve::{check_name, label_map};
+
+/// Make a bridge network, and print its name
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Its name
+    name: String,
+    /// Its addresses (10.90.0.0/24); a free range otherwise
+    #[arg(long, value_name = "SUBNET")]
+    subnet: Option<IpNet>,
+    /// The host's address on it; the first of the range otherwise
+    #[arg(long, value_name = "ADDRESS")]
+    gateway: Option<IpAddr>,
+    /// Nothing outside of it can be reached
+    #[arg(long)]
+    internal: bool,
+    /// Add a label
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    label: Vec<String>,
+    /// What makes it
+    #[arg(short, long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge"])]
+    driver: String,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        check_name("NAME", &self.name)?;
+        let options = NetworkOptions {
+            subnet: self.subnet,
+            gateway: self.gateway,
+            internal: self.internal,
+            labels: label_map("--label", &self.label)?,
+        };
+        let network = context.networks()?.create(&self.name, &options)?;
+        let mut out = Out::new();
+        out.line(network.name)?;
+        out.flush()?;
+        Ok(Exit::SUCCESS)
+    }
+}

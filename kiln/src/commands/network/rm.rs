@@ -1,0 +1,36 @@
+//! `kiln network rm`.
+
+use clap_complete::engine::ArgValueCompleter;
+use kiln_contract::ErrorKind;
+
+use crate::complete;
+use crate::context::{self, Context};
+use crate::error::Result;
+use crate::exit::Exit;
+use crate::output::Out;
+
+/// Remove networks that no instance uses
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Names
+    #[arg(required = true, value_name = "NETWORK", add = ArgValueCompleter::new(complete::networks))]
+    networks: Vec<String>,
+    /// Those that do not exist are no error
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        let networks = context.networks()?;
+        context::each(&self.networks, |name| {
+            match networks.remove(name) {
+                Err(error) if self.force && error.kind() == ErrorKind::NotFound => return Ok(()),
+                other => other?,
+            }
+            let mut out = Out::new();
+            out.line(name)?;
+            out.flush()
+        })
+    }
+}

@@ -1,0 +1,27 @@
+//! `kiln stop`.
+
+use clap_complete::engine::ArgValueCompleter;
+use kiln_contract::{HumanDuration, RuntimeBackend};
+
+use crate::complete;
+use crate::context::Context;
+use crate::error::Result;
+use crate::exit::Exit;
+
+/// Ask instances to end, and kill those that do not
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Names or ids
+    #[arg(required = true, value_name = "INSTANCE", add = ArgValueCompleter::new(complete::instances))]
+    instances: Vec<String>,
+    /// How long each may take; as it was created with (10s) otherwise
+    #[arg(short, long, visible_alias = "timeout", value_name = "SECONDS")]
+    time: Option<HumanDuration>,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        let time = self.time.map(|given| given.0);
+        context.each_instance(&self.instances, |containers, id| Ok(containers.stop(id, time)?))
+    }
+}

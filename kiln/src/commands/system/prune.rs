@@ -1,0 +1,163 @@
+//! `kiln system prune`, and the collecting of garbage for `image prune` too.
+
+use kiln_container::Containers;
+use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
+use kiln_store::{GcOptions, Store};
+use serde::Serialize;
+
+use crate::context::Context;
+use crate::error::Result;
+use crate::exit::{self, Exit};
+use crate::output::{Format, FormatArgs, Table, print_json};
+
+/// Remove what nobody needs: instances that do not run, unused networks, images without a name, unreachable data
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// All images that no instance uses, named or not
+    #[arg(short, long)]
+    all: bool,
+    /// Volumes that no instance uses, too: anonymous ones, with --all named ones as well
+    #[arg(long)]
+    volumes: bool,
+    /// Keep instances that do not run
+    #[arg(long)]
+    keep_instances: bool,
+    /// Only show what would be removed
+    #[arg(long)]
+    dry_run: bool,
+    /// Accepted for Docker's sake: nothing is asked
+    #[arg(short, long, hide = true)]
+    force: bool,
+    #[command(flatten)]
+    format: FormatArgs,
+}
+
+/// What was removed, as the JSON forms write it.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Removed {
+    /// Names of instances.
+    instances: Vec<String>,
+    /// Names of networks.
+    networks: Vec<String>,
+    /// Names of volumes.
+    volumes: Vec<String>,
+    /// Names or ids of images.
+    images: Vec<String>,
+    /// How many layers.
+    layers: u64,
+    /// How many files of images.
+    objects: u64,
+    /// How many manifests and configs.
+    blobs: u64,
+    /// How many caches.
+    renders: u64,
+    /// Bytes given back, in the store and in volumes.
+    bytes: u64,
+    /// Nothing was removed: this is what would be.
+    dry_run: bool,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        let containers = context.containers()?;
+        let mut before = Removed::default();
+        if !self.keep_instances {
+            before.instances = remove_instances(&containers, self.dry_run)?;
+        }
+        if !self.dry_run {
+            before.networks = context.networks()?.prune()?;
+            if self.volumes {
+                for (name, bytes) in context.volumes()?.prune(self.all)? {
+                    before.volumes.push(name);
+                    before.bytes += bytes;
+                }
+            }
+        }
+        let collected = collect(context, &containers, self.all, self.dry_run)?;
+        let all = Removed {
+            instances: before.instances,
+            networks: before.networks,
+            volumes: before.volumes,
+            bytes: before.bytes + collected.bytes,
+            ..collected
+        };
+        all.print(self.format.format)?;
+        Ok(Exit::SUCCESS)
+    }
+}
+
+fn remove_instances(containers: &Containers, dry_run: bool) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for record in containers.list()? {
+        if !matches!(record.status, InstanceStatus::Created | InstanceStatus::Exited) {
+            continue;
+        }
+        if !dry_run {
+            // One that was started meanwhile stays, and so do the others' images.
+            if let Err(error) = containers.remove(&record.id, RemoveOptions { force: false, volumes: true }) {
+                exit::print_line("warning", &format!("{} stays: {error}", record.spec.name));
+                continue;
+            }
+        }
+        removed.push(record.spec.name);
+    }
+    Ok(removed)
+}
+
+/// Removes images without a name (`all`: those that no instance uses), and what of the store nobody needs then.
+pub(crate) fn collect(
+    context: &Context,
+    containers: &Containers,
+    all: bool,
+    dry_run: bool,
+) -> Result<Removed> {
+    let mut in_use: Vec<Digest> = Vec::new();
+    for record in containers.list()? {
+        in_use.push(record.spec.image_id);
+        in_use.extend(record.spec.layers);
+    }
+    let report = Store::gc(context.home(), &in_use, &GcOptions { untagged: true, all, dry_run })?;
+    Ok(Removed {
+        images: report.images,
+        layers: report.layers,
+        objects: report.objects,
+        blobs: report.blobs,
+        renders: report.renders,
+        bytes: report.bytes,
+        dry_run,
+        ..Default::default()
+    })
+}
+
+impl Removed {
+    pub(crate) fn print(&self, format: Format) -> Result<()> {
+        if format != Format::Table {
+            return print_json(format, self);
+        }
+        let mut table = Table::new(["WHAT", if self.dry_run { "WOULD BE REMOVED" } else { "REMOVED" }]);
+        for (what, names) in [
+            ("instance", &self.instances),
+            ("network", &self.networks),
+            ("volume", &self.volumes),
+            ("image", &self.images),
+        ] {
+            for name in names {
+                table.row([what, name]);
+            }
+        }
+        for (what, number) in [
+            ("layers", self.layers),
+            ("files", self.objects),
+            ("manifests and configs", self.blobs),
+            ("caches", self.renders),
+        ] {
+            if number > 0 {
+                table.row([what.to_owned(), number.to_string()]);
+            }
+        }
+        table.row(["space".to_owned(), ByteSize(self.bytes).to_string()]);
+        let mut out = crate::output::Out::new();
+        out.table(&table)?;
+        out.flush()
+    }
+}

@@ -1,0 +1,124 @@
+//! What every command has at hand: the home, and what is opened in it on demand.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use kiln_container::{Containers, Volumes};
+use kiln_contract::{ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
+use kiln_net::Networks;
+use kiln_store::{Image, Store, StoreError};
+
+use crate::error::{CliError, Result};
+use crate::exit::{self, Exit};
+use crate::suggest;
+
+/// The surroundings of a command. Making it opens nothing.
+#[derive(Debug, Clone)]
+pub(crate) struct Context {
+    home: Home,
+}
+
+impl Context {
+    /// The surroundings below `home`.
+    pub(crate) fn new(home: Home) -> Self {
+        Self { home }
+    }
+
+    /// Where everything is kept.
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// The store, opened now.
+    pub(crate) fn store(&self) -> Result<Store> {
+        Ok(Store::open(&self.home)?)
+    }
+
+    /// The containers, opened now. Enters the user namespace of an unprivileged user first: no thread may run yet.
+    pub(crate) fn containers(&self) -> Result<Containers> {
+        kiln_container::prepare()?;
+        Ok(Containers::open(&self.home)?)
+    }
+
+    /// The volumes. Enters the user namespace as [`Self::containers`] does: files in volumes have many owners.
+    pub(crate) fn volumes(&self) -> Result<Volumes> {
+        kiln_container::prepare()?;
+        Ok(Volumes::open(&self.home))
+    }
+
+    /// The networks.
+    pub(crate) fn networks(&self) -> Result<Networks> {
+        kiln_container::prepare()?;
+        Ok(Networks::open(&self.home))
+    }
+
+    /// Finds an instance; a near name is suggested if there is none.
+    pub(crate) fn instance(&self, containers: &Containers, name: &str) -> Result<InstanceRecord> {
+        containers.find(name).map_err(|error| {
+            let missing = error.kind() == ErrorKind::NotFound;
+            let error = CliError::from(error);
+            let all = if missing { containers.list().unwrap_or_default() } else { Vec::new() };
+            match suggest::nearest(name, all.iter().map(|record| record.spec.name.as_str())) {
+                Some(near) => error.with_hint(format!("did you mean `{near}`?")),
+                None => error,
+            }
+        })
+    }
+
+    /// Finds an image; the store suggests near names if there is none.
+    pub(crate) fn image(&self, store: &Store, name: &str) -> Result<Image> {
+        store.resolve(name).map_err(|error| {
+            let error = CliError::from(error);
+            match error {
+                CliError::Store(StoreError::NotFound { .. }) if error.hint().is_none() => {
+                    error.with_hint("`kiln image ls` lists the images that there are")
+                }
+                _ => error,
+            }
+        })
+    }
+
+    /// Does something to each of several instances. What fails is reported, and the others are done all the same.
+    pub(crate) fn each_instance(
+        &self,
+        names: &[String],
+        mut action: impl FnMut(&Containers, &InstanceId) -> Result<()>,
+    ) -> Result<Exit> {
+        let containers = self.containers()?;
+        each(names, |name| {
+            let record = self.instance(&containers, name)?;
+            action(&containers, &record.id)?;
+            let mut out = crate::output::Out::new();
+            out.line(name)?;
+            out.flush()
+        })
+    }
+}
+
+/// Does something to each of several targets. What fails is reported, and the others are done all the same.
+pub(crate) fn each<T>(targets: &[T], mut action: impl FnMut(&T) -> Result<()>) -> Result<Exit> {
+    let mut failed = None;
+    for target in targets {
+        match action(target) {
+            Ok(()) => {}
+            Err(error) if error.is_broken_pipe() => return Err(error),
+            // One target: the exit code may tell more about it than «some failed».
+            Err(error) if targets.len() == 1 => return Err(error),
+            Err(error) => {
+                exit::print_error(&error);
+                failed = Some(CliError::Reported);
+            }
+        }
+    }
+    failed.map_or(Ok(Exit::SUCCESS), Err)
+}
+
+/// This process's own standard streams, for a workload to use.
+pub(crate) fn stdio() -> Result<Stdio> {
+    Ok(Stdio { stdin: own(io::stdin())?, stdout: own(io::stdout())?, stderr: own(io::stderr())? })
+}
+
+fn own(stream: impl AsFd) -> Result<OwnedFd> {
+    let owned = stream.as_fd().try_clone_to_owned();
+    owned.map_err(|error| CliError::file("cannot use this process's standard streams", error))
+}
