@@ -191,15 +191,21 @@ impl<'a> Inode<'a> {
         Ok(target)
     }
 
+    /// The object that a file's overlay xattrs name: where the data are that [`Inode::embedded`] does not have.
+    ///
+    /// # Errors
+    /// Its xattrs are damaged, or redirect to something else than an object.
+    pub fn object(&self) -> Result<Option<Digest>, ImageError> {
+        self.raw_xattr(xattr::REDIRECT)?.map(|path| self.named_object(path)).transpose()
+    }
+
     /// Where a regular file's data are: inline, or in an object that its overlay xattrs name. The bytes of a file that
     /// is embedded whole (and larger than [`INLINE_LIMIT`]) are hashed to name the object that they are.
     ///
     /// # Errors
     /// It is no regular file, or damaged.
     pub fn data(&self) -> Result<Data, ImageError> {
-        if let Some(path) = self.raw_xattr(xattr::REDIRECT)? {
-            let what = "the redirect does not name an object";
-            let digest = xattr::redirected_object(path).ok_or(ImageError::Xattr { nid: self.nid, what })?;
+        if let Some(digest) = self.object()? {
             return Ok(Data::Object { digest, size: self.size });
         }
         let bytes = self.embedded()?;
@@ -237,26 +243,40 @@ impl<'a> Inode<'a> {
     /// # Errors
     /// They are damaged.
     pub fn xattrs(&self) -> Result<Xattrs, ImageError> {
-        let mut xattrs = Xattrs::new();
-        let mut bytes = 0;
+        self.described().map(|(xattrs, ..)| xattrs)
+    }
+
+    /// All that xattrs say, in one walk: those of the tree, the object, and how many bytes they are.
+    pub(crate) fn described(&self) -> Result<(Xattrs, Option<Digest>, u64), ImageError> {
+        let wrong = |what| ImageError::Xattr { nid: self.nid, what };
+        let (mut xattrs, mut object, mut bytes) = (Xattrs::new(), None, 0);
+        let mut full = Vec::new();
         for entry in self.raw_xattrs() {
             let (prefix, rest, value) = entry?;
-            let wrong = |what| ImageError::Xattr { nid: self.nid, what };
-            bytes += value.len() as u64;
+            bytes += (prefix.len() + rest.len() + value.len()) as u64;
             if bytes > self.image.len() {
                 return Err(ImageError::Overlap);
             }
-            let full = [prefix, rest].concat();
+            full.clear();
+            full.extend_from_slice(prefix);
+            full.extend_from_slice(rest);
             if full.is_empty() || full.contains(&0) {
                 return Err(wrong("a name is empty or has a NUL"));
             }
-            if let Some(name) = unescape_xattr_name(&full)
-                && xattrs.insert(name.into_owned(), value.to_owned()).is_some()
-            {
-                return Err(wrong("a name stands twice"));
+            if let Some(name) = unescape_xattr_name(&full) {
+                if xattrs.insert(name.into_owned(), value.to_owned()).is_some() {
+                    return Err(wrong("a name stands twice"));
+                }
+            } else if self.file_type == FileType::Regular && full == xattr::REDIRECT && object.is_none() {
+                object = Some(self.named_object(value)?);
             }
         }
-        Ok(xattrs)
+        Ok((xattrs, object, bytes))
+    }
+
+    fn named_object(&self, path: &[u8]) -> Result<Digest, ImageError> {
+        let what = "the redirect does not name an object";
+        xattr::redirected_object(path).ok_or(ImageError::Xattr { nid: self.nid, what })
     }
 
     /// One of [`Inode::xattrs`].
@@ -280,16 +300,6 @@ impl<'a> Inode<'a> {
     /// Its own bytes, with its inline xattrs.
     pub(crate) fn header_size(&self) -> u64 {
         COMPACT_SIZE as u64 + self.xattrs_size
-    }
-
-    /// Bytes of all its xattrs.
-    pub(crate) fn xattr_bytes(&self) -> Result<u64, ImageError> {
-        let mut bytes = 0;
-        for entry in self.raw_xattrs() {
-            let (prefix, rest, value) = entry?;
-            bytes += (prefix.len() + rest.len() + value.len()) as u64;
-        }
-        Ok(bytes)
     }
 
     /// Where its blocks begin, if it has any.

@@ -3,7 +3,7 @@
 //! A [`Tree`] is what is written: [`write_metadata`] makes the metadata-only images in which the store keeps layers
 //! and merged stacks, and which an overlay with the store's objects as a data-only lower turns into a root file
 //! system; [`write_full`] embeds the data, for machines and bakes. An [`Image`] is what is read: a mapped file in
-//! which lookups and listings need no preparation. [`format`] draws what is on disk.
+//! which lookups and listings need no preparation. [`mod@format`] draws what is on disk.
 //!
 //! ```
 //! use kiln_erofs::{Attributes, Content, Data, Image, NodeId, Tree, write_metadata};

@@ -9,7 +9,7 @@ use crate::format::{
     SUPER_SIZE, VERSION, superblock_checksum,
 };
 use crate::inode::Inode;
-use crate::{Content, Data, FileType, ImageError, NodeId, Time, Tree};
+use crate::{Attributes, Content, Data, FileType, ImageError, NodeId, Time, Tree};
 
 /// An inode number as the kernel shows it: EROFS's nid, the place of the inode in units of 32 bytes.
 pub type Nid = u64;
@@ -193,11 +193,18 @@ impl<'a> Unfolding<'a> {
                     return Err(wrong("an entry has another type than its inode"));
                 }
                 spend(&mut self.entry_budget, inode.header_size())?;
-                let xattr_bytes = inode.xattr_bytes()?;
+                let (xattrs, object, xattr_bytes) = inode.described()?;
                 spend(&mut self.shared_budget, xattr_bytes)?;
-                let content = self.content(&inode)?;
+                let attributes = Attributes {
+                    mode: inode.mode(),
+                    uid: inode.uid(),
+                    gid: inode.gid(),
+                    mtime: inode.mtime(),
+                    xattrs,
+                };
+                let content = self.content(&inode, object)?;
                 let child = tree
-                    .add(id, entry.name, content, inode.attributes()?)
+                    .add(id, entry.name, content, attributes)
                     .map_err(|_| wrong("an entry cannot be there"))?;
                 self.nodes[entry.nid as usize] = child.0 + 1;
                 if inode.file_type() == FileType::Directory {
@@ -208,12 +215,15 @@ impl<'a> Unfolding<'a> {
         Ok(tree)
     }
 
-    fn content(&mut self, inode: &Inode<'a>) -> Result<Content, ImageError> {
+    fn content(&mut self, inode: &Inode<'a>, object: Option<Digest>) -> Result<Content, ImageError> {
         let device =
             || inode.device().ok_or(ImageError::Inode { nid: inode.nid(), what: "a device has no number" });
         Ok(match inode.file_type() {
             FileType::Directory => Content::Directory,
-            FileType::Regular => Content::Regular(self.data(inode)?),
+            FileType::Regular => Content::Regular(match object {
+                Some(digest) => Data::Object { digest, size: inode.size() },
+                None => self.data(inode)?,
+            }),
             FileType::Symlink => {
                 spend(&mut self.shared_budget, inode.size())?;
                 Content::Symlink(inode.symlink_target()?.to_owned())

@@ -104,7 +104,9 @@ pub(crate) fn redirected_object(path: &[u8]) -> Option<Digest> {
     if path.len() != 66 || path[0] != b'/' || path[3] != b'/' {
         return None;
     }
-    let hex = [&path[1..3], &path[4..]].concat();
+    let mut hex = [0; 64];
+    hex[..2].copy_from_slice(&path[1..3]);
+    hex[2..].copy_from_slice(&path[4..]);
     Digest::from_hex(std::str::from_utf8(&hex).ok()?).ok()
 }
 

@@ -1,0 +1,63 @@
+//! `cargo xtask bench`: Kiln beside its peers on this machine, in one run, as medians and their ratios.
+//!
+//! Contenders take turns within each measure, so that whatever else the machine does meets them alike. The table goes to
+//! the terminal and to `docs/benchmarks.md`. Nothing here fails because something is slow: a missed goal is written down.
+
+mod machine;
+mod measures;
+mod peers;
+mod sampling;
+mod table;
+
+use std::process::Command;
+
+use kiln_fixtures::{RegistryOptions, RegistryServer};
+
+use crate::kiln;
+use crate::setup;
+use crate::shell::{Outcome, capture, root};
+use measures::Images;
+
+/// Takes every measure and writes the table.
+pub(crate) fn run() -> Outcome {
+    setup::for_benches()?;
+    if !rustix::process::geteuid().is_root() {
+        return Err("the peers (runc, umoci, podman) are measured as root: run it as root".to_owned());
+    }
+    let program = kiln::build()?;
+    let missing = |what: &str| format!("cannot make {what}: see the skips above");
+    let registry = RegistryServer::start(&RegistryOptions::default()).ok_or_else(|| missing("a registry"))?;
+    let busybox_root = kiln_fixtures::busybox_rootfs().ok_or_else(|| missing("the busybox root"))?;
+    let debian_root = kiln_fixtures::debian_rootfs().ok_or_else(|| missing("the Debian root"))?;
+    let similar_root = measures::similar_root(&debian_root)?;
+    let images = Images {
+        busybox: pushed(&registry, "busybox", &busybox_root)?,
+        debian: pushed(&registry, "debian", &debian_root)?,
+        similar: pushed(&registry, "similar", &similar_root)?,
+        busybox_root,
+        similar_root,
+    };
+
+    let mut rows = Vec::new();
+    for measure in measures::ALL {
+        let found = measure(&program, &images)?;
+        found.iter().for_each(|row| eprintln!("{}", row.line()));
+        rows.extend(found);
+    }
+    let document = table::document(&rows, &machine::facts());
+    let path = root().join("docs/benchmarks.md");
+    std::fs::write(&path, &document).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    print!("{document}");
+    Ok(())
+}
+
+/// Makes an image of `rootfs`, pushes it with skopeo, and gives the reference to pull it by.
+fn pushed(registry: &RegistryServer, name: &str, rootfs: &std::path::Path) -> Outcome<String> {
+    let layout = kiln_fixtures::oci_layout(rootfs, "latest").ok_or("umoci is missing")?;
+    let reference = format!("{}/{name}:latest", registry.address());
+    let mut copy = Command::new("skopeo");
+    copy.args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]);
+    copy.arg(format!("oci:{}:latest", layout.display())).arg(format!("docker://{reference}"));
+    capture(&mut copy)?;
+    Ok(reference)
+}
