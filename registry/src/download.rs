@@ -2,10 +2,16 @@
 //!
 //! The bytes are hashed as they come and handed on at once; when a connection breaks or hangs, the next one
 //! asks for what is missing (`Range: bytes=N-`) and the stream goes on where it was, so that its reader notices nothing.
+//! A large blob comes in parts over several connections at once, each asked for and repeated by itself and handed on in
+//! order; a server without ranges is noticed by its first answer, which then is the stream.
+//!
 //! The stream is *ended* only when size and digest are right: a reader that has seen the end has seen the blob,
 //! and one that has not must keep nothing.
 
-use bytes::Bytes;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use kiln_contract::{Digest, Hasher};
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Method, Response, StatusCode};
@@ -19,6 +25,15 @@ use crate::{RegistryError, Result};
 
 /// So much between two failures counts as progress: the attempts are counted anew.
 const PROGRESS: u64 = 1 << 20;
+
+/// From this size on a blob is fetched in parts.
+const LARGE: u64 = 16 << 20;
+/// Bytes of a part. A part is held in memory until those before it have been handed on.
+const PART: u64 = 4 << 20;
+/// In such pieces a part is handed on.
+const PIECE: usize = 128 << 10;
+/// Parts on their way at the same time.
+const PARTS: usize = 3;
 
 /// A blob that is wanted.
 #[derive(Debug, Clone)]
@@ -39,17 +54,20 @@ pub(crate) enum Piece {
     End,
 }
 
-/// Downloads `blob` into `out`. `advance` is told of every byte that came. `false` if nobody reads any more.
+/// Downloads `blob` into `out`. `advance` is told of all bytes that came, and takes back what has to come again. `false` if nobody reads any more.
 pub(crate) async fn download(
     transport: &Transport,
     endpoint: &Endpoint,
     blob: &Blob,
-    advance: &(dyn Fn(u64) + Sync),
+    advance: &(dyn Fn(i64) + Sync),
     out: &mpsc::Sender<Piece>,
 ) -> Result<bool> {
     let mut state = State { position: 0, hasher: Hasher::new() };
     let mut retry = Retry::new(transport.config.retries());
     let mut last_failure = 0;
+    if blob.size >= LARGE && !state.parts(transport, endpoint, blob, advance, out).await? {
+        return Ok(false);
+    }
     while state.position < blob.size || state.position == 0 {
         let broken = match state.once(transport, endpoint, blob, advance, out).await? {
             Once::Complete => break,
@@ -127,23 +145,54 @@ enum Once {
 }
 
 impl State {
+    /// Fetches in parts what can be fetched so; what is missing afterwards is left to [`State::once`]. `false` if nobody reads.
+    async fn parts(
+        &mut self,
+        transport: &Transport,
+        endpoint: &Endpoint,
+        blob: &Blob,
+        advance: &(dyn Fn(i64) + Sync),
+        out: &mpsc::Sender<Piece>,
+    ) -> Result<bool> {
+        let came = AtomicI64::new(0);
+        let counted = |bytes: i64| {
+            came.fetch_add(bytes, Ordering::Relaxed);
+            advance(bytes);
+        };
+        let starts = (0..blob.size).step_by(PART as usize);
+        let mut parts = futures_util::stream::iter(starts)
+            .map(|start| part(transport, endpoint, blob, start, &counted))
+            .buffered(if serves_ranges(transport, endpoint, blob).await? { PARTS } else { return Ok(true) });
+        while let Some(part) = parts.next().await {
+            // A part that cannot be had is no end: the stream goes on from here over one connection, which tells why.
+            let Some(mut data) = part? else {
+                advance(self.position as i64 - came.load(Ordering::Relaxed));
+                return Ok(true);
+            };
+            self.hasher.update(&data);
+            self.position += data.len() as u64;
+            // In small pieces: the queue to the unpacking thread is bounded by their number.
+            while !data.is_empty() {
+                let piece = data.split_to(data.len().min(PIECE));
+                if out.send(Piece::Data(piece)).await.is_err() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     /// One connection.
     async fn once(
         &mut self,
         transport: &Transport,
         endpoint: &Endpoint,
         blob: &Blob,
-        advance: &(dyn Fn(u64) + Sync),
+        advance: &(dyn Fn(i64) + Sync),
         out: &mpsc::Sender<Piece>,
     ) -> Result<Once> {
-        let doing = format!("download {} {} of `{}`", blob.what, blob.digest, blob.name);
-        let scopes = Scopes::pull(&endpoint.repository);
-        let mut call =
-            Call::new(endpoint, Method::GET, &format!("blobs/{}", blob.digest), scopes, doing.clone());
-        if self.position > 0 {
-            let range = HeaderValue::from_str(&format!("bytes={}-", self.position));
-            call.headers.insert(RANGE, range.unwrap_or_else(|_| unreachable!("digits are a header's value")));
-        }
+        let range = (self.position > 0).then(|| format!("bytes={}-", self.position));
+        let call = get(endpoint, blob, range);
         let response = transport.send(&call).await?;
         let mut skip = match response.status() {
             // It knows no ranges: what we have is read over.
@@ -160,7 +209,7 @@ impl State {
         check_length(&response, blob, blob.size - self.position + skip, endpoint)?;
         let mut response = response;
         loop {
-            let mut data = match transport.chunk(&mut response, &doing, &endpoint.host).await {
+            let mut data = match transport.chunk(&mut response, &call.doing, &endpoint.host).await {
                 Ok(Some(data)) => data,
                 Ok(None) if self.position == blob.size => return Ok(Once::Complete),
                 Ok(None) => {
@@ -183,12 +232,64 @@ impl State {
             }
             self.hasher.update(&data);
             self.position += length;
-            advance(length);
+            advance(length as i64);
             if out.send(Piece::Data(data)).await.is_err() {
                 return Ok(Once::NobodyReads);
             }
         }
     }
+}
+
+/// Whether the server gives parts of a blob: asked for one byte, it gives one byte.
+async fn serves_ranges(transport: &Transport, endpoint: &Endpoint, blob: &Blob) -> Result<bool> {
+    let response = transport.send(&get(endpoint, blob, Some("bytes=0-0".into()))).await?;
+    // Whatever else this is, the request for the whole blob finds out.
+    Ok(response.status() == StatusCode::PARTIAL_CONTENT && response.content_length() == Some(1))
+}
+
+/// One part of a blob; `None` if it cannot be had, although it was tried again.
+async fn part(
+    transport: &Transport,
+    endpoint: &Endpoint,
+    blob: &Blob,
+    start: u64,
+    advance: &(dyn Fn(i64) + Sync),
+) -> Result<Option<Bytes>> {
+    let end = (start + PART).min(blob.size);
+    let mut data = BytesMut::with_capacity((end - start) as usize);
+    let mut retry = Retry::new(transport.config.retries());
+    while (data.len() as u64) < end - start {
+        let at = start + data.len() as u64;
+        let call = get(endpoint, blob, Some(format!("bytes={at}-{}", end - 1)));
+        let mut response = transport.send(&call).await?;
+        if response.status() != StatusCode::PARTIAL_CONTENT || range_start(response.headers()) != Some(at) {
+            return Ok(None);
+        }
+        while let Ok(Some(bytes)) = transport.chunk(&mut response, &call.doing, &endpoint.host).await {
+            let taken = bytes.len().min((end - start) as usize - data.len());
+            data.extend_from_slice(&bytes[..taken]);
+            advance(taken as i64);
+        }
+        if (data.len() as u64) < end - start {
+            match retry.failed(None) {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => return Ok(None),
+            }
+        }
+    }
+    Ok(Some(data.freeze()))
+}
+
+/// A request for a blob or a part of it.
+fn get<'a>(endpoint: &'a Endpoint, blob: &Blob, range: Option<String>) -> Call<'a> {
+    let doing = format!("download {} {} of `{}`", blob.what, blob.digest, blob.name);
+    let scopes = Scopes::pull(&endpoint.repository);
+    let mut call = Call::new(endpoint, Method::GET, &format!("blobs/{}", blob.digest), scopes, doing);
+    if let Some(range) = range {
+        let range = HeaderValue::from_str(&range);
+        call.headers.insert(RANGE, range.unwrap_or_else(|_| unreachable!("digits are a header's value")));
+    }
+    call
 }
 
 /// A length that is announced and is not what the descriptor says needs no download to be wrong.

@@ -157,14 +157,14 @@ impl Export<'_> {
     /// Writes a layer once; `path` makes its name from its digest. Its descriptor.
     fn layer(
         &mut self,
-        layer: &Digest,
+        diff_id: &Digest,
         compression: Compression,
         path: impl Fn(&Digest) -> String,
     ) -> Result<Descriptor> {
-        if let Some(done) = self.layers.get(layer) {
+        if let Some(done) = self.layers.get(diff_id) {
             return Ok(done.clone());
         }
-        let step = self.progress.begin(Step { name: layer.short(), verb: "export", total: None });
+        let step = self.progress.begin(Step { name: diff_id.short(), verb: "export", total: None });
         let failed =
             |source| RegistryError::Io { doing: "write below", path: self.store.path().join("tmp"), source };
         let spool = Hashed {
@@ -173,7 +173,7 @@ impl Export<'_> {
             length: 0,
         };
         let mut compressor = Compressor::new(compression, spool).map_err(failed)?;
-        self.store.export_tar(layer, &mut compressor)?;
+        self.store.export_diff(diff_id, &mut compressor)?;
         let Hashed { inner, hasher, length } = compressor.finish().map_err(failed)?;
         let mut file = inner.into_inner().map_err(|error| failed(error.into_error()))?;
         file.rewind().map_err(failed)?;
@@ -186,7 +186,7 @@ impl Export<'_> {
         self.progress.advance(step, length as i64);
         self.progress.end(step, "done");
         let descriptor = manifest::descriptor(manifest::layer_media_type(compression), &digest, length);
-        self.layers.insert(*layer, descriptor.clone());
+        self.layers.insert(*diff_id, descriptor.clone());
         Ok(descriptor)
     }
 
@@ -204,8 +204,8 @@ impl Export<'_> {
             let config = self.blob(&image.id)?;
             self.add(&blob_path(&image.id), &config)?;
             let mut layers = Vec::new();
-            for layer in &image.layers {
-                layers.push(self.layer(layer, self.compression, blob_path)?);
+            for diff_id in &image.diff_ids() {
+                layers.push(self.layer(diff_id, self.compression, blob_path)?);
             }
             let (media_type, bytes) = manifest::with_layers(self.store, image, &layers, config.len() as u64)?;
             let digest = Digest::of(&bytes);
@@ -287,8 +287,8 @@ impl Export<'_> {
             }
             let mut layers = Vec::new();
             let path = |digest: &Digest| format!("{}.tar", digest.hex());
-            for layer in &image.layers {
-                let descriptor = self.layer(layer, Compression::None, path)?;
+            for diff_id in &image.diff_ids() {
+                let descriptor = self.layer(diff_id, Compression::None, path)?;
                 layers.push(path(&manifest::descriptor_digest(&descriptor, "")?));
             }
             let config = self.blob(&image.id)?;

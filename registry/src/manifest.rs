@@ -27,8 +27,8 @@ pub(crate) const CONFIG_LIMIT: u64 = 16 << 20;
 /// A document that a reference leads to.
 #[derive(Debug)]
 pub(crate) enum Document {
-    Manifest(ImageManifest),
-    Index(ImageIndex),
+    Manifest(Box<ImageManifest>),
+    Index(Box<ImageIndex>),
 }
 
 /// What all kinds of manifests have, to tell them apart.
@@ -61,12 +61,12 @@ impl Document {
         }
         match (&kind.manifests, &kind.config) {
             (Some(_), Some(_)) => unsupported("its manifest is also an index"),
-            (Some(_), None) => {
-                serde_json::from_slice(bytes).map(Self::Index).map_err(|error| invalid("index", error))
-            }
-            (None, Some(_)) => {
-                serde_json::from_slice(bytes).map(Self::Manifest).map_err(|error| invalid("manifest", error))
-            }
+            (Some(_), None) => serde_json::from_slice(bytes)
+                .map(|index| Self::Index(Box::new(index)))
+                .map_err(|error| invalid("index", error)),
+            (None, Some(_)) => serde_json::from_slice(bytes)
+                .map(|manifest| Self::Manifest(Box::new(manifest)))
+                .map_err(|error| invalid("manifest", error)),
             (None, None) => {
                 let kind = kind.media_type.unwrap_or_else(|| "without a media type".into());
                 unsupported(&format!(
@@ -269,7 +269,7 @@ mod tests {
             .collect();
         let text = serde_json::json!({"schemaVersion": 2, "manifests": manifests}).to_string();
         match Document::parse(text.as_bytes(), "x").unwrap() {
-            Document::Index(index) => index,
+            Document::Index(index) => *index,
             Document::Manifest(_) => panic!("an index was read as a manifest"),
         }
     }
@@ -317,7 +317,7 @@ mod tests {
     #[test]
     fn layers_and_diff_ids_must_be_as_many() {
         let descriptor =
-            |n: u8| format!(r#"{{"mediaType":"{OCI_MANIFEST}","size":1,"digest":"sha256:{:064x}"}}"#, n);
+            |n: u8| format!(r#"{{"mediaType":"{OCI_MANIFEST}","size":1,"digest":"sha256:{n:064x}"}}"#);
         let manifest =
             format!(r#"{{"schemaVersion":2,"config":{},"layers":[{}]}}"#, descriptor(0), descriptor(1));
         let Document::Manifest(manifest) = Document::parse(manifest.as_bytes(), "n").unwrap() else {

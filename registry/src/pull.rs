@@ -8,7 +8,7 @@
 //! digest was right ([`crate::download`]).
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::thread;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -382,13 +382,15 @@ impl Pull<'_> {
             let mut pieces = Pieces::new(receiver);
             let _ = told.send(unpack(store, &mut pieces, Some(&diff_id), limits, &label.0, &label.1));
         });
-        let advance = |bytes: u64| {
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-            self.progress.advance(step, i64::try_from(bytes).unwrap_or(i64::MAX));
+        let came = AtomicI64::new(0);
+        let advance = |bytes: i64| {
+            came.fetch_add(bytes, Ordering::Relaxed);
+            self.progress.advance(step, bytes);
         };
         let downloaded =
             download::download(&self.session.transport, self.endpoint, &blob, &advance, &sender).await;
         drop(sender);
+        self.bytes.fetch_add(u64::try_from(came.into_inner()).unwrap_or(0), Ordering::Relaxed);
         let imported = imported.await.unwrap_or_else(|_| Err(unpacking_died(&blob)));
         // A wrong digest explains whatever unpacking complained of.
         let outcome = downloaded.and(imported);

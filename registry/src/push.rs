@@ -288,9 +288,9 @@ impl Push<'_> {
     ) -> std::result::Result<Descriptor, UploadError> {
         let mut session = self.uploads.begin().await?;
         let (sender, mut chunks) = mpsc::channel(1);
-        let (store, compression, size, digest) =
-            (self.store, self.options.compression, session.chunk, layer.digest);
-        scope.spawn(move || pack(store, &digest, compression, size, &sender));
+        let (store, compression, size, diff_id) =
+            (self.store, self.options.compression, session.chunk, layer.diff_id);
+        scope.spawn(move || pack(store, &diff_id, compression, size, &sender));
         let sent = |bytes: u64| self.progress.advance(step, i64::try_from(bytes).unwrap_or(i64::MAX));
         let mut total = 0;
         loop {
@@ -360,10 +360,16 @@ enum Packed {
 }
 
 /// Packs a layer into chunks of `size` bytes.
-fn pack(store: &Store, layer: &Digest, compression: Compression, size: usize, sender: &mpsc::Sender<Packed>) {
+fn pack(
+    store: &Store,
+    diff_id: &Digest,
+    compression: Compression,
+    size: usize,
+    sender: &mpsc::Sender<Packed>,
+) {
     let chunks = Chunks { size, filling: Vec::new(), hasher: Hasher::new(), sender };
     let packed = Compressor::new(compression, chunks).map_err(packing).and_then(|mut compressor| {
-        store.export_tar(layer, &mut compressor)?;
+        store.export_diff(diff_id, &mut compressor)?;
         compressor.finish().map_err(packing)
     });
     // Nobody listens if the push has failed elsewhere.

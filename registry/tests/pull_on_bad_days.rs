@@ -110,6 +110,60 @@ fn a_server_without_ranges_sends_it_all_again() {
 }
 
 #[test]
+fn a_large_layer_comes_in_parts_whatever_happens_to_some_of_them() {
+    let image = HandMade::new(&[tar(&[("noise", &noise(20 << 20))])]);
+    let (layer, diff_id) = image.layers[0];
+    type Fault = fn(&Request, usize, Reply) -> Reply;
+    let faults: [(&str, bool, Fault); 5] = [
+        ("no fault", true, |_, _, reply| reply),
+        ("every part cut off once", true, |request, before, reply| {
+            if before == 0 && request.range_start() != Some(0) { reply.cut(1 << 20) } else { reply }
+        }),
+        ("the third part never complete", true, |request, _, reply| {
+            let third = (8 << 20)..(12 << 20);
+            let part =
+                request.range_end().is_some() && request.range_start().is_some_and(|at| third.contains(&at));
+            if part { reply.cut(1) } else { reply }
+        }),
+        ("a range that is another", true, |request, _, reply| match request.range_end() {
+            Some(end) if end > 1 => {
+                Reply { headers: vec![("Content-Range".into(), "bytes 7-8/9".into())], ..reply }
+            }
+            _ => reply,
+        }),
+        ("wrong bytes in one part", false, |request, _, mut reply| {
+            if request.range_start() == Some(4 << 20) {
+                reply.body[1000] ^= 1;
+            }
+            reply
+        }),
+    ];
+    for (what, works, fault) in faults {
+        let served = image.clone();
+        let (outcome, server, store) = pull_through(&image, move |request, before| {
+            request.is_blob(&layer).then(|| fault(request, before, served.answer(request)))
+        });
+        let parts = server.requests().iter().filter(|request| request.range_end().is_some()).count();
+        assert!(parts >= 3, "{what}: {parts} parts");
+        match outcome {
+            Ok(pulled) => {
+                assert!(works, "{what}");
+                let mut tar = Vec::new();
+                store.store.export_tar(&pulled.image.layers[0], &mut tar).unwrap();
+                assert_eq!(Digest::of(&tar), diff_id, "{what}");
+                let whole: usize = image.blobs.values().map(Vec::len).sum::<usize>() + image.manifest.len();
+                assert_eq!(pulled.bytes, whole as u64, "{what}");
+            }
+            Err(error) => {
+                assert!(!works, "{what}: {error}");
+                assert!(matches!(error, RegistryError::WrongDigest { .. }), "{what}: {error}");
+                assert_nothing_kept(&image, &server, &store);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_layer_that_stays_truncated_is_an_error_and_leaves_nothing() {
     let image = image();
     let layer = image.layers[1].0;

@@ -330,37 +330,14 @@ fn an_index_gives_the_image_of_the_platform_that_is_asked_for() {
 }
 
 fn upload(address: &str, repository: &str, blob: &[u8]) {
-    let curl = |args: &[&str], body: Option<&[u8]>| -> String {
-        let mut command = Command::new(require("curl").expect("curl"));
-        command.args(["-sSf", "-D", "-", "-o", "/dev/null"]).args(args);
-        if let Some(body) = body {
-            let mut file = tempfile::NamedTempFile::new().unwrap();
-            std::io::Write::write_all(&mut file, body).unwrap();
-            command.arg("--data-binary").arg(format!("@{}", file.path().display()));
-            return run(&mut command);
-        }
-        run(&mut command)
-    };
-    let opened = curl(&["-X", "POST", &format!("http://{address}/v2/{repository}/blobs/uploads/")], None);
-    let location = opened.lines().find_map(|line| line.strip_prefix("Location: ")).unwrap().trim().to_owned();
+    let opened =
+        support::http(address, "POST", &format!("/v2/{repository}/blobs/uploads/"), "text/plain", b"");
+    let location = opened.lines().find_map(|line| line.strip_prefix("Location: ")).unwrap();
+    let path = location.split_once(address).map_or(location, |(_, path)| path);
     let digest = Digest::of(blob);
-    curl(
-        &[
-            "-X",
-            "PUT",
-            "-H",
-            "Content-Type: application/octet-stream",
-            &format!("{location}&digest={digest}"),
-        ],
-        Some(blob),
-    );
+    support::http(address, "PUT", &format!("{path}&digest={digest}"), "application/octet-stream", blob);
 }
 
 fn put_manifest(address: &str, repository: &str, reference: &str, media_type: &str, manifest: &[u8]) {
-    let mut file = tempfile::NamedTempFile::new().unwrap();
-    std::io::Write::write_all(&mut file, manifest).unwrap();
-    let mut command = Command::new(require("curl").expect("curl"));
-    command.args(["-sSf", "-X", "PUT", "-H", &format!("Content-Type: {media_type}"), "--data-binary"]);
-    command.arg(format!("@{}", file.path().display()));
-    run(command.arg(format!("http://{address}/v2/{repository}/manifests/{reference}")));
+    support::http(address, "PUT", &format!("/v2/{repository}/manifests/{reference}"), media_type, manifest);
 }

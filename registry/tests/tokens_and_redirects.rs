@@ -1,8 +1,7 @@
-//! Who gets to see a secret: token servers, redirects, credential helpers.
+//! Who gets to see a secret: token servers and redirects. And how uploads go on.
 
 mod support;
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::sync::{Arc, Mutex};
 
 use base64::Engine as _;
@@ -161,46 +160,6 @@ fn redirects_without_end_are_given_up() {
     let (registry, _conf) = support::plain_registry();
     let error = registry.pull(&store.store, &server.image(), &always(), &Silent).unwrap_err();
     assert!(error.to_string().contains("more than 10 redirects"), "{error}");
-}
-
-#[test]
-fn a_credential_helper_is_asked_by_its_protocol() {
-    let accepted = format!("Basic {}", STANDARD.encode("helped:by: a helper"));
-    let served = image();
-    let server = Server::start(move |request, _| {
-        if authorization(request) == accepted {
-            served.answer(request)
-        } else {
-            Reply::new(401, "{}").header("WWW-Authenticate", r#"Basic realm="x""#)
-        }
-    });
-    let bin = tempfile::tempdir().unwrap();
-    let helper = bin.path().join("docker-credential-kiln-test");
-    let script = format!(
-        "#!/bin/sh\nread server\n[ \"$1\" = get ] && [ \"$server\" = {} ] || {{ echo credentials not found; exit 1; }}\n\
-         echo '{{\"ServerURL\":\"x\",\"Username\":\"helped\",\"Secret\":\"by: a helper\"}}'\n",
-        server.address()
-    );
-    std::fs::write(&helper, script).unwrap();
-    std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let path = std::env::var("PATH").unwrap();
-    // SAFETY: no other thread of this program reads or changes the environment: the other tests start no programs.
-    unsafe { std::env::set_var("PATH", format!("{}:{path}", bin.path().display())) };
-    for (text, works) in [
-        (format!(r#"{{"credHelpers":{{"{}":"kiln-test"}}}}"#, server.address()), true),
-        (r#"{"credsStore":"kiln-test"}"#.to_owned(), true),
-        (r#"{"credsStore":"kiln-no-such-helper"}"#.to_owned(), false),
-        (r#"{"credHelpers":{"other.test":"kiln-test"}}"#.to_owned(), false),
-    ] {
-        let store = TestStore::new();
-        let (registry, _conf) = registry(|config, dir| {
-            let path = dir.join("mine.json");
-            std::fs::write(&path, &text).unwrap();
-            config.authfile = Some(path);
-        });
-        let outcome = registry.pull(&store.store, &server.image(), &always(), &Silent);
-        assert_eq!(outcome.is_ok(), works, "{text}: {outcome:?}");
-    }
 }
 
 /// A registry for one upload; `fault` may answer in its place.

@@ -23,15 +23,19 @@ pub(crate) struct Kiln {
 impl Kiln {
     /// As `user`, or as whoever runs this task.
     pub(crate) fn new(program: &Path, user: Option<&OrdinaryUser>) -> Outcome<Self> {
-        let home = match user {
-            Some(user) => user.tempdir(),
-            None => tempfile::Builder::new()
-                .prefix("kiln-home-")
-                // On a disk, as a store is.
-                .tempdir_in("/var/tmp")
-                .map_err(|error| format!("cannot make a temporary directory: {error}"))?,
+        let Some(user) = user else {
+            // On a disk, as a store is.
+            return Self::below(Path::new("/var/tmp"), program);
         };
-        Ok(Self { program: program.to_owned(), user: user.cloned(), home })
+        Ok(Self { program: program.to_owned(), user: Some(user.clone()), home: user.tempdir() })
+    }
+
+    /// With a home below `directory`.
+    pub(crate) fn below(directory: &Path, program: &Path) -> Outcome<Self> {
+        let home = tempfile::Builder::new().prefix("kiln-home-").tempdir_in(directory);
+        let home =
+            home.map_err(|error| format!("cannot make a directory in {}: {error}", directory.display()))?;
+        Ok(Self { program: program.to_owned(), user: None, home })
     }
 
     /// `KILN_HOME`.

@@ -131,6 +131,10 @@ impl OciRuntime for External {
         Ok(Executed { process, terminal })
     }
 
+    fn brings_up_loopback(&self) -> bool {
+        false
+    }
+
     fn delete(&self, record: &InstanceRecord, dir: &InstanceDir) -> Result<(), RuntimeError> {
         let removed =
             Call { external: self, record, dir, join: None, makes_no_group: record.cgroup.is_none() }

@@ -194,6 +194,9 @@ pub(crate) trait OciRuntime {
         streams: Streams,
     ) -> Result<Executed, RuntimeError>;
 
+    /// Whether the loopback interface of a new network namespace is up after [`create`](Self::create).
+    fn brings_up_loopback(&self) -> bool;
+
     /// Takes away what `create` made (state, cgroup) after the first process has ended; kills what is left of
     /// the others first. Taking away what is not there is no error.
     fn delete(&self, record: &InstanceRecord, dir: &InstanceDir) -> Result<(), RuntimeError>;

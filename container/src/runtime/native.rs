@@ -112,6 +112,10 @@ impl OciRuntime for Native {
         Ok(Executed { process: born.process, terminal: born.terminal })
     }
 
+    fn brings_up_loopback(&self) -> bool {
+        true
+    }
+
     fn delete(&self, record: &InstanceRecord, _: &InstanceDir) -> Result<(), RuntimeError> {
         let Some(path) = &record.cgroup else { return Ok(()) };
         let cgroup = Cgroup::at(path);

@@ -168,7 +168,9 @@ impl Ground {
             Attachment::default()
         } else {
             let network = run.network.insert(ContainerNetwork::new(self.instances.home()));
-            let own = namespace == NetworkNamespace::New;
+            // Without a network there is nothing to do in the namespace but that.
+            let ready = record.spec.network.mode == "none" && self.runtime.brings_up_loopback();
+            let own = namespace == NetworkNamespace::New && !ready;
             let attachment = network.setup(&NetworkRequest {
                 id: self.id.clone(),
                 name: record.spec.name.clone(),

@@ -1,5 +1,5 @@
 //! What the tests of this room share: stores, images made by hand, and a server that misbehaves as it is told.
-#![allow(dead_code, missing_docs, reason = "every test program uses its own part of it")]
+#![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses its own part of it")]
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -184,6 +184,11 @@ impl HandMade {
         }
         match path.rsplit_once("/blobs/").and_then(|(_, digest)| self.blobs.get(digest)) {
             Some(blob) => match request.range_start() {
+                Some(start) if request.range_end().is_some() => {
+                    let end = request.range_end().unwrap().min(blob.len() - 1);
+                    Reply::new(206, &blob[start..=end])
+                        .header("Content-Range", &format!("bytes {start}-{end}/{}", blob.len()))
+                }
                 Some(start) => Reply::new(206, &blob[start..])
                     .header("Content-Range", &format!("bytes {start}-{}/{}", blob.len() - 1, blob.len())),
                 None => Reply::new(200, blob.clone()),
@@ -191,6 +196,22 @@ impl HandMade {
             None => Reply::new(404, r#"{"errors":[{"code":"BLOB_UNKNOWN","message":"unknown"}]}"#),
         }
     }
+}
+
+/// One request to a server that is well. The head of its answer.
+pub fn http(address: &str, method: &str, path: &str, content_type: &str, body: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let head = answer.split("\r\n\r\n").next().unwrap().to_owned();
+    assert!(head.starts_with("HTTP/1.1 20"), "{method} {path}: {answer}");
+    head
 }
 
 #[derive(Debug, Clone)]
@@ -203,7 +224,11 @@ pub struct Request {
 
 impl Request {
     pub fn range_start(&self) -> Option<usize> {
-        self.headers.get("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+        self.headers.get("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
+    }
+
+    pub fn range_end(&self) -> Option<usize> {
+        self.headers.get("range")?.split('-').nth(1)?.parse().ok()
     }
 
     pub fn is_blob(&self, digest: &Digest) -> bool {

@@ -23,15 +23,7 @@ pub(crate) fn facts() -> Vec<(&'static str, String)> {
         ("processor", format!("{}, {cores} cores", of_file("/proc/cpuinfo", "model name"))),
         ("memory", format!("{} GiB", (memory + (1 << 19)) >> 20)),
         ("kernel", first_line("uname", "-sr")),
-        (
-            "filesystem",
-            capture(Command::new("stat").args(["-f", "-c", "%T", "/var/tmp"]))
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
-        ),
         ("runc", first_line("runc", "--version")),
-        ("crun", first_line("crun", "--version")),
         ("podman", first_line("podman", "--version")),
         ("skopeo", first_line("skopeo", "--version")),
         ("umoci", first_line("umoci", "--version")),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::disk::directory;
 use super::peers::{Bundle, Conmon, podman_pull, skopeo_umoci_pull};
 use super::sampling::{at_once, median, medians, quietly, settle, timed};
 use super::table::{Row, seconds};
@@ -21,10 +22,13 @@ pub(crate) struct Images {
     pub(crate) similar_root: PathBuf,
 }
 
-type Measure = fn(&Path, &Images) -> Outcome<Vec<Row>>;
+pub(crate) type Measure = fn(&Path, &Images) -> Outcome<Vec<Row>>;
 
 /// All of them, in the order of the table.
 pub(crate) const ALL: &[Measure] = &[start, pull, shared_files, commit, memory, at_once_fifty];
+
+/// Those in which the filesystem weighs most.
+pub(crate) const OF_FILESYSTEM: &[Measure] = &[start, pull, commit, at_once_fifty];
 
 fn ratio_row(measure: &str, kiln: f64, peers: &[(&str, f64)], goal: f64) -> Row {
     let best = peers.iter().map(|(_, value)| *value).fold(f64::INFINITY, f64::min);
@@ -42,7 +46,7 @@ fn ratio_row(measure: &str, kiln: f64, peers: &[(&str, f64)], goal: f64) -> Row 
 }
 
 fn with_images(program: &Path, images: &[&String]) -> Outcome<Kiln> {
-    let kiln = Kiln::new(program, None)?;
+    let kiln = Kiln::below(&directory(), program)?;
     for image in images {
         kiln.output(["image", "pull", "--quiet", image])?;
     }
@@ -56,18 +60,16 @@ fn start(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
     let run = |image: &str| {
         timed(|| quietly(&mut kiln.command(["run", "--rm", "--network", "none", image, "true"])))
     };
-    let [small, large, runc, crun] = medians(
+    let [small, large, runc] = medians(
         60,
         [
             Box::new(|| run(&images.busybox)),
             Box::new(|| run(&images.debian)),
             Box::new(|| bundle.run("runc")),
-            Box::new(|| bundle.run("crun")),
         ],
     )?;
-    let mut row =
+    let row =
         ratio_row("`kiln run --rm --network none` of a warm image, `true`", small, &[("runc", runc)], 0.5);
-    row.peers += &format!(" (crun {})", seconds(crun));
     Ok(vec![
         row,
         ratio_row("the same, Debian image against busybox image", large, &[("busybox image", small)], 1.1),
@@ -81,7 +83,7 @@ fn pull(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         [
             Box::new(|| {
                 settle();
-                let kiln = Kiln::new(program, None)?;
+                let kiln = Kiln::below(&directory(), program)?;
                 timed(|| quietly(&mut kiln.command(["image", "pull", "--quiet", image])))
             }),
             Box::new(|| {

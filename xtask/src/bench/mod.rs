@@ -3,6 +3,7 @@
 //! Contenders take turns within each measure, so that whatever else the machine does meets them alike. The table goes to
 //! the terminal and to `docs/benchmarks.md`. Nothing here fails because something is slow: a missed goal is written down.
 
+mod disk;
 mod machine;
 mod measures;
 mod peers;
@@ -25,6 +26,7 @@ pub(crate) fn run() -> Outcome {
         return Err("the peers (runc, umoci, podman) are measured as root: run it as root".to_owned());
     }
     let program = kiln::build()?;
+    let disk = disk::Disk::mount()?;
     let missing = |what: &str| format!("cannot make {what}: see the skips above");
     let registry = RegistryServer::start(&RegistryOptions::default()).ok_or_else(|| missing("a registry"))?;
     let busybox_root = kiln_fixtures::busybox_rootfs().ok_or_else(|| missing("the busybox root"))?;
@@ -38,13 +40,19 @@ pub(crate) fn run() -> Outcome {
         similar_root,
     };
 
-    let mut rows = Vec::new();
-    for measure in measures::ALL {
-        let found = measure(&program, &images)?;
-        found.iter().for_each(|row| eprintln!("{}", row.line()));
-        rows.extend(found);
-    }
-    let document = table::document(&rows, &machine::facts());
+    let take = |measures: &[measures::Measure]| {
+        let mut rows = Vec::new();
+        for measure in measures {
+            let found = measure(&program, &images)?;
+            found.iter().for_each(|row| eprintln!("{}", row.line()));
+            rows.extend(found);
+        }
+        Ok::<_, String>(rows)
+    };
+    let rows = take(measures::ALL)?;
+    drop(disk);
+    let on_host = take(measures::OF_FILESYSTEM)?;
+    let document = table::document(&rows, &disk::of_host(), &on_host, &machine::facts());
     let path = root().join("docs/benchmarks.md");
     std::fs::write(&path, &document).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     print!("{document}");

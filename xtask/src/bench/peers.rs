@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::disk::directory;
 use super::sampling::{at_once, quietly, timed};
 use crate::shell::{Outcome, capture};
 
@@ -10,8 +11,8 @@ use crate::shell::{Outcome, capture};
 pub(crate) fn scratch() -> Outcome<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix("kiln-bench-")
-        .tempdir_in("/var/tmp")
-        .map_err(|error| format!("cannot make a directory in /var/tmp: {error}"))
+        .tempdir_in(directory())
+        .map_err(|error| format!("cannot make a directory in {}: {error}", directory().display()))
 }
 
 /// A bundle of the busybox root, as `runc spec` configures it, that runs `command`.
@@ -59,10 +60,13 @@ impl Bundle {
 /// Seconds of `podman pull` into an empty storage.
 pub(crate) fn podman_pull(image: &str) -> Outcome<f64> {
     let storage = scratch()?;
+    // Podman refuses a longer path for it.
+    let runroot =
+        tempfile::tempdir_in("/tmp").map_err(|error| format!("cannot make a directory in /tmp: {error}"))?;
     let podman = || {
         let mut command = Command::new("podman");
         command.args(["--storage-driver", "overlay", "--root"]).arg(storage.path().join("root"));
-        command.arg("--runroot").arg(storage.path().join("runroot"));
+        command.arg("--runroot").arg(runroot.path());
         command
     };
     let took = timed(|| quietly(podman().args(["pull", "--quiet", "--tls-verify=false", image])))?;

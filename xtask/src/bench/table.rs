@@ -25,18 +25,23 @@ impl Row {
     }
 }
 
-/// The whole document.
-pub(crate) fn document(rows: &[Row], facts: &[(&str, String)]) -> String {
-    let mut text = String::from(
+const HEAD: &str = "| measure | Kiln | peers | result | goal | met |\n|---|---|---|---|---|---|\n";
+
+/// The whole document: `rows` from a fresh ext4, `on_host` from the host's own filesystem, which is `host`.
+pub(crate) fn document(rows: &[Row], host: &str, on_host: &[Row], facts: &[(&str, String)]) -> String {
+    let lines = |rows: &[Row]| rows.iter().map(|row| row.line() + "\n").collect::<String>();
+    let mut text = format!(
         "# Benchmarks\n\n\
          Written by `cargo xtask bench`, which takes every figure in one run on one machine; figures are medians, and \
          contenders take turns. Run it on yours: the ratios are what should carry over.\n\n\
-         | measure | Kiln | peers | result | goal | met |\n|---|---|---|---|---|---|\n",
+         All contenders work on a fresh ext4 (with a journal, as distributions make it) in a file:\n\n{HEAD}{}\n\
+         On this host's own filesystem, {host}:\n\n{HEAD}{}\n\
+         An ext4 without a journal looks at every inode that was deleted in the last minutes before it gives out a new \
+         one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was deleted \
+         before. Kiln makes some twenty an instance.\n",
+        lines(rows),
+        lines(on_host)
     );
-    for row in rows {
-        text += &row.line();
-        text.push('\n');
-    }
     text += "\n## The machine\n\n";
     for (name, value) in facts {
         text += &format!("- {name}: {value}\n");
@@ -74,6 +79,6 @@ mod tests {
             met,
         };
         assert_eq!(row(true).line(), "| m | 12.3 ms | 2.50 s | r | g | yes |");
-        assert!(document(&[row(false)], &[("kernel", "6.18".into())]).contains("| **no** |"));
+        assert!(document(&[row(false)], "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |"));
     }
 }
