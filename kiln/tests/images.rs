@@ -203,3 +203,59 @@ fn networks_are_made_listed_and_removed() {
     assert_eq!(home.ok(["network", "rm", "back"]), "back");
     assert_eq!(home.kiln(["network", "rm", "none"]).code, 1);
 }
+
+/// A docker-archive of a busybox root and 126 layers on top, each of which adds a file, takes away the one before, and
+/// replaces `last`.
+fn archive_of_127_layers(rootfs: &std::path::Path) -> Vec<u8> {
+    let layer = |fill: &dyn Fn(&mut tar::Builder<Vec<u8>>)| {
+        let mut layer = tar::Builder::new(Vec::new());
+        layer.follow_symlinks(false);
+        fill(&mut layer);
+        layer.into_inner().unwrap()
+    };
+    let file = |archive: &mut tar::Builder<Vec<u8>>, name: &str, data: &[u8]| {
+        let mut header = tar::Header::new_ustar();
+        header.set_mode(0o644);
+        header.set_size(data.len() as u64);
+        archive.append_data(&mut header, name, data).unwrap();
+    };
+    let mut layers = vec![layer(&|archive| archive.append_dir_all(".", rootfs).unwrap())];
+    for number in 1..127 {
+        layers.push(layer(&|archive| {
+            file(archive, &format!("file-{number}"), b"");
+            file(archive, &format!(".wh.file-{}", number - 1), b"");
+            file(archive, "last", number.to_string().as_bytes());
+        }));
+    }
+    let diff_ids: Vec<String> =
+        layers.iter().map(|layer| kiln_contract::Digest::of(layer).to_string()).collect();
+    let config = json!({
+        "architecture": kiln_contract::Platform::host().architecture, "os": "linux", "config": {},
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    });
+    let names: Vec<String> = (0..layers.len()).map(|number| format!("{number}.tar")).collect();
+    let manifest = json!([{ "Config": "config.json", "RepoTags": ["many:1"], "Layers": names }]);
+    layer(&|archive| {
+        file(archive, "manifest.json", manifest.to_string().as_bytes());
+        file(archive, "config.json", config.to_string().as_bytes());
+        names.iter().zip(&layers).for_each(|(name, layer)| file(archive, name, layer));
+    })
+}
+
+#[test]
+fn an_image_of_127_layers_runs_and_travels() {
+    let Some(home) = Home::with_busybox() else { return };
+    let Some(server) = RegistryServer::start(&RegistryOptions::default()) else { return };
+    let archive = home.beside("many.tar");
+    fs::write(&archive, archive_of_127_layers(&kiln_fixtures::busybox_rootfs().unwrap())).unwrap();
+    home.ok(["image".as_ref(), "import".as_ref(), archive.as_os_str()]);
+    let look = "ls -d /file-*; cat /last";
+    assert_eq!(home.ok(["run", "--rm", "--network", "none", "many:1", "sh", "-c", look]), "/file-126\n126");
+    let name = format!("{}/many:1", server.address());
+    home.ok(["tag", "many:1", &name]);
+    home.ok(["push", "-q", "--tls-verify=false", &name]);
+    let other = Home::new();
+    let ended =
+        other.ok(["run", "--rm", "-q", "--network", "none", "--tls-verify=false", &name, "sh", "-c", look]);
+    assert_eq!(ended, "/file-126\n126");
+}

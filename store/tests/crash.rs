@@ -55,7 +55,6 @@ fn an_import_killed_at_any_instant_leaves_a_clean_store() {
     let start = std::time::Instant::now();
     let probe = Home::at(dir.path().join("probe"));
     assert!(import_process(&probe, &tar).wait().unwrap().success());
-    let whole = start.elapsed();
     let (mut whole, mut killed) = (start.elapsed(), 0);
     for attempt in 0..200_u32 {
         if killed == 20 {

@@ -251,6 +251,42 @@ fn links_between_documents_lead_somewhere() {
     assert!(links > 5, "only {links} links were found");
 }
 
+/// `room: name` of every test that the specification names.
+fn tests_named_in(specification: &str) -> Vec<(&str, &str)> {
+    let spans = specification.split('`').skip(1).step_by(2);
+    spans.filter_map(|span| span.split_once(": ")).filter(|(_, name)| !name.contains(' ')).collect()
+}
+
+#[test]
+fn every_promise_names_tests_that_exist() {
+    let specification = fs::read_to_string(root().join("docs/SPECIFICATION.md")).unwrap();
+    let mut number = 0;
+    for line in specification.lines() {
+        let Some((label, promise)) = line.split_once(". ") else { continue };
+        let Ok(found) = label.parse::<u32>() else { continue };
+        number += 1;
+        assert_eq!(found, number, "promises are numbered without gaps");
+        let tests = tests_named_in(promise);
+        assert!(!tests.is_empty() || promise.ends_with("*bench*"), "nothing holds promise {number}");
+        for (room, name) in tests {
+            let found = Command::new("git")
+                .args([
+                    "grep",
+                    "--quiet",
+                    "--untracked",
+                    "-E",
+                    &format!("fn {name}\\(|^ *{name}:"),
+                    "--",
+                    &format!("{room}/*.rs"),
+                ])
+                .current_dir(root())
+                .status();
+            assert!(found.unwrap().success(), "promise {number}: {room} has no test {name}");
+        }
+    }
+    assert!(number >= 40, "only {number} promises were found");
+}
+
 #[test]
 fn blocks_are_read_as_described() {
     let text =

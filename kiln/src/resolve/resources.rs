@@ -42,6 +42,21 @@ pub(crate) fn ulimit(text: &str) -> Result<Ulimit> {
     Ok(Ulimit { name: name.to_owned(), soft, hard })
 }
 
+/// What a container needs at the least to be made at all; Docker's limit too.
+const LEAST_MEMORY: ByteSize = ByteSize(6 << 20);
+
+/// `--memory`: 0 is no limit.
+pub(crate) fn memory(memory: Option<ByteSize>) -> Result<Option<ByteSize>> {
+    match memory {
+        Some(ByteSize(0)) | None => Ok(None),
+        Some(memory) if memory < LEAST_MEMORY => {
+            let why = format!("a container needs {LEAST_MEMORY} at the least");
+            Err(ResolveError::value("--memory", memory.to_string(), why))
+        }
+        enough => Ok(enough),
+    }
+}
+
 /// `--memory-swap`: memory and swap together; -1 is no limit ([`u64::MAX`]), 0 is «not said».
 pub(crate) fn memory_swap(memory: Option<ByteSize>, text: Option<&str>) -> Result<Option<ByteSize>> {
     let Some(text) = text else { return Ok(None) };
@@ -95,6 +110,14 @@ mod tests {
         for (text, expected) in table {
             assert_eq!(ulimit(text).ok().map(|limit| (limit.soft, limit.hard)), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn less_memory_than_a_container_needs_is_refused() {
+        assert_eq!(memory(None).unwrap(), None);
+        assert_eq!(memory(Some(ByteSize(0))).unwrap(), None);
+        assert_eq!(memory(Some(LEAST_MEMORY)).unwrap(), Some(LEAST_MEMORY));
+        assert!(memory(Some(ByteSize(1024))).unwrap_err().to_string().contains("6.0 MiB"));
     }
 
     #[test]

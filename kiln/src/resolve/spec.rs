@@ -94,7 +94,7 @@ fn limits(args: &WorkloadArgs) -> Result<Resources> {
         cpus: typed.cpus,
         cpu_shares: typed.cpu_shares,
         cpuset: typed.cpuset_cpus.as_deref().map(resources::cpuset).transpose()?,
-        memory: typed.memory,
+        memory: resources::memory(typed.memory)?,
         memory_swap: resources::memory_swap(typed.memory, typed.memory_swap.as_deref())?,
         pids: resources::pids(typed.pids_limit),
         ulimits: typed.ulimit.iter().map(|text| resources::ulimit(text)).collect::<Result<_>>()?,
