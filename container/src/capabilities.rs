@@ -79,6 +79,14 @@ impl CapabilitySet {
     /// Every capability that this program knows.
     pub(crate) const ALL: Self = Self((1 << ALL.len()) - 1);
 
+    /// To send signals to processes of other users.
+    pub(crate) const KILL: Self = Self(1 << 5);
+
+    /// What is in `other` too.
+    pub(crate) const fn common(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
     /// From the kernel's bits.
     #[cfg(test)]
     pub(crate) const fn from_bits(bits: u64) -> Self {

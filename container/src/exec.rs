@@ -97,9 +97,11 @@ fn show(
     let mut input = stdin.then_some(&stdio.stdin);
     let mut stdout = Some(std::fs::File::from(stdio.stdout.try_clone().map_err(fail)?));
     let mut buffer = [0; 16 << 10];
-    let mut show = |ends: &mut Ends| {
+    // So many blocks at the most: what writes faster than it is shown must not keep this from all else.
+    let mut show = |ends: &mut Ends, most: usize| {
         let mut some = false;
-        while let Some(bytes) = ends.read(LogStream::Stdout, &mut buffer) {
+        for _ in 0..most {
+            let Some(bytes) = ends.read(LogStream::Stdout, &mut buffer) else { break };
             some = true;
             if let Some(file) = &mut stdout
                 && io::Write::write_all(file, bytes).is_err()
@@ -111,7 +113,8 @@ fn show(
     };
     loop {
         if let Some(status) = reap(process) {
-            show(&mut ends);
+            // More than a terminal holds.
+            show(&mut ends, 16);
             return Ok(Some(status));
         }
         let mut fds = vec![PollFd::from_borrowed_fd(signals.fd().as_fd(), PollFlags::IN)];
@@ -164,7 +167,7 @@ fn show(
             }
         }
         ends.write_input();
-        show(&mut ends);
+        show(&mut ends, 1);
     }
 }
 

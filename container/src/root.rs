@@ -39,6 +39,16 @@ pub(crate) fn stack(store: &Store, layers: &[Digest]) -> Result<Vec<Digest>> {
     Ok([&[base], layers].concat())
 }
 
+/// The layer below those of every image in an instance's stack, if the store has it yet: not to be collected.
+///
+/// # Errors
+/// If the store cannot be read.
+pub fn mount_point_layer(home: &Home) -> Result<Option<Digest>> {
+    let failed = |error| BackendError::caused("cannot look for the layer of mount points", error);
+    let store = Store::open(home).map_err(failed)?;
+    store.layer_of_diff_id(&Digest::of(&mount_points())).map_err(failed)
+}
+
 /// A tar archive whose bytes are always the same.
 fn mount_points() -> Vec<u8> {
     let mut archive = tar::Builder::new(Vec::new());

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -132,20 +133,20 @@ fn read(root: &Path, path: &str) -> Result<String, RuntimeError> {
         rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| failed(errno.into()))?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    // NONBLOCK: a FIFO must not make anybody wait.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = loop {
-        match rustix::fs::openat2(&directory, path, flags, Mode::empty(), resolve) {
-            Ok(file) => break File::from(file),
+    // Found before it is opened: to open a device node of the image's choice may do something by itself.
+    let found = loop {
+        match rustix::fs::openat2(&directory, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve) {
+            Ok(found) => break File::from(found),
             // The kernel gives up when something was renamed meanwhile (openat2(2)).
             Err(Errno::AGAIN) => {}
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => return Ok(String::new()),
             Err(errno) => return Err(failed(errno.into())),
         }
     };
-    if !file.metadata().map_err(failed)?.is_file() {
+    if !found.metadata().map_err(failed)?.is_file() {
         return Ok(String::new());
     }
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(MOST).read_to_end(&mut bytes).map_err(failed)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())

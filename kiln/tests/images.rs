@@ -111,6 +111,38 @@ fn an_image_in_use_is_kept_and_the_rest_is_collected() {
     assert_eq!(home.json(["system", "df", "--format", "json"])["objects"], json!(0));
 }
 
+#[test]
+fn what_instances_start_from_is_kept_by_a_prune() {
+    let Some(home) = Home::with_busybox() else { return };
+    home.ok(["run", "--rm", "--network", "none", IMAGE, "true"]);
+    let removed = home.json(["system", "prune", "--format", "json"]);
+    assert_eq!((&removed["layers"], &removed["renders"]), (&json!(0), &json!(0)), "{removed}");
+    home.ok(["run", "--rm", "--network", "none", IMAGE, "true"]);
+}
+
+#[test]
+fn a_prune_leaves_anonymous_volumes_to_those_who_ask() {
+    let Some(home) = Home::with_busybox() else { return };
+    let volumes = || home.json(["volume", "ls", "--format", "json"]).as_array().unwrap().len();
+    home.ok(["run", "--name", "box", "--network", "none", "-v", "/data", IMAGE, "true"]);
+    home.ok(["system", "prune"]);
+    assert_eq!((home.ok(["ps", "-a", "-q"]).as_str(), volumes()), ("", 1));
+    home.ok(["system", "prune", "--volumes"]);
+    assert_eq!(volumes(), 0);
+}
+
+#[test]
+fn an_archive_can_be_written_to_what_is_no_file() {
+    let Some(home) = Home::with_busybox() else { return };
+    // A `/dev/null` of the test's own.
+    let null = home.beside("null");
+    let (kind, mode) = (rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::from_raw_mode(0o666));
+    rustix::fs::mknodat(rustix::fs::CWD, &null, kind, mode, rustix::fs::makedev(1, 3)).unwrap();
+    home.ok(["image".as_ref(), "export".as_ref(), IMAGE.as_ref(), "-o".as_ref(), null.as_os_str()]);
+    let metadata = fs::metadata(&null).unwrap();
+    assert!(std::os::unix::fs::FileTypeExt::is_char_device(&metadata.file_type()));
+}
+
 fn largest_object(home: &Home) -> std::path::PathBuf {
     let directories = fs::read_dir(home.path().join("store/objects")).unwrap();
     let files =

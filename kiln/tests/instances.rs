@@ -339,6 +339,25 @@ fn other_runtimes_run_the_same() {
             "echo hi; exit 4",
         ]);
         assert_eq!((ended.code, ended.stdout.as_str()), (4, "hi\n"), "{runtime}: {ended:?}");
+        // What asks it to end reaches the command: nothing that its supervisor blocks is blocked in it.
+        let wait = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done";
+        home.ok([
+            "run",
+            "-d",
+            "--name",
+            runtime,
+            "--network",
+            "none",
+            "--runtime",
+            runtime,
+            IMAGE,
+            "sh",
+            "-c",
+            wait,
+        ]);
+        common::until("it listens", || home.ok(["logs", runtime]) == "ready");
+        home.ok(["stop", "-t", "20", runtime]);
+        assert_eq!(home.ok(["wait", runtime]), "7", "{runtime}");
     }
 }
 

@@ -55,7 +55,8 @@ pub fn export(
 /// Where the files of an export go.
 enum Sink {
     Directory(PathBuf),
-    Output(BufWriter<io::Stdout>),
+    /// Standard output, a pipe or a device.
+    Output(BufWriter<Box<dyn Write>>),
     Tar(BufWriter<NamedTempFile>),
 }
 
@@ -83,7 +84,15 @@ impl Sink {
             return Ok(Self::Directory(to.to_owned()));
         }
         if to == Path::new("-") {
-            return Ok(Self::Output(BufWriter::with_capacity(256 << 10, io::stdout())));
+            return Ok(Self::Output(BufWriter::with_capacity(256 << 10, Box::new(io::stdout()))));
+        }
+        // A new file takes an old one's place when it is complete; a device or a pipe is written to.
+        match fs::metadata(to) {
+            Ok(there) if !there.is_file() => {
+                let opened = fs::OpenOptions::new().write(true).open(to).map_err(failed)?;
+                return Ok(Self::Output(BufWriter::with_capacity(256 << 10, Box::new(opened))));
+            }
+            _ => {}
         }
         Ok(Self::Tar(BufWriter::with_capacity(256 << 10, NamedTempFile::new_in(parent(to)).map_err(failed)?)))
     }

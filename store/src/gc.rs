@@ -11,7 +11,7 @@ use crate::format::{Layout, stack_key};
 use crate::image::listed_manifests;
 use crate::split::Split;
 use crate::tag::files_below;
-use crate::{ImageName, Result, Store, staging, store};
+use crate::{ImageName, Result, Store, StoreError, staging, store};
 
 /// What a collection may take beyond what nothing needs any more.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub struct GcOptions {
     pub untagged: bool,
     /// All images that no instance uses, with their tags.
     pub all: bool,
+    /// A layer that instances have below those of their images: it stays, and so do merged trees that stand on it.
+    pub below: Option<Digest>,
     /// Only tell what would be removed.
     pub dry_run: bool,
 }
@@ -42,20 +44,26 @@ pub struct GcReport {
 }
 
 impl Store {
-    /// Removes what no image and none of `in_use` needs. `in_use` are the images (by id or manifest) and layers of
-    /// instances.
+    /// Removes what no image and no instance needs. `in_use` gives the images (by id or manifest) and layers of
+    /// instances; it is asked when nobody else has the store open, so that what was being made meanwhile is seen. It must
+    /// not open the store itself.
     ///
     /// Takes the store's lock exclusively: it waits until nobody has the store open, so also for a pull in progress, and
     /// the caller must not have it open itself.
     ///
     /// # Errors
-    /// The store cannot be read or changed. What was removed until then stays so; nothing that is needed is.
-    pub fn gc(home: &Home, in_use: &[Digest], options: &GcOptions) -> Result<GcReport> {
+    /// `in_use` fails; the store cannot be read or changed. What was removed until then stays so; nothing that is needed is.
+    pub fn gc<E: From<StoreError>>(
+        home: &Home,
+        in_use: impl FnOnce() -> std::result::Result<Vec<Digest>, E>,
+        options: &GcOptions,
+    ) -> std::result::Result<GcReport, E> {
         let layout = Layout::new(home.store());
         let lock = store::lock(&layout, FlockOperation::LockExclusive)?;
         let store = Store::with_lock(layout, lock);
         let mut report = GcReport::default();
-        let live = store.mark(&in_use.iter().copied().collect(), options, &mut report)?;
+        let in_use = in_use()?.into_iter().collect();
+        let live = store.mark(&in_use, options, &mut report)?;
         let mut sweep = Sweep { dry_run: options.dry_run, bytes: 0, names: HashMap::new() };
         store.sweep(&live, &mut sweep, &mut report)?;
         report.bytes = sweep.bytes + staging::sweep(&store.layout, options.dry_run)?;
@@ -64,6 +72,10 @@ impl Store {
 
     fn mark(&self, in_use: &HashSet<Digest>, options: &GcOptions, report: &mut GcReport) -> Result<Live> {
         let mut live = Live { layers: in_use.clone(), ..Live::default() };
+        if let Some(below) = options.below {
+            live.layers.insert(below);
+            live.diffs.insert(self.diff_id_of_layer(&below)?);
+        }
         for id in self.image_ids()? {
             let manifests = self.manifests_of(&id)?;
             let used = in_use.contains(&id) || manifests.iter().any(|manifest| in_use.contains(manifest));
@@ -83,24 +95,43 @@ impl Store {
             live.blobs.insert(id);
             live.blobs.extend(&manifests);
             // A damaged image keeps what can still be told of it; `check` has the word on it.
+            for diff_id in self.promised(&id)? {
+                live.diffs.insert(diff_id);
+                live.layers.extend(self.layer_of_diff_id(&diff_id)?);
+            }
             if let Ok(Some(image)) = self.image(&id) {
                 live.diffs.extend(image.diff_ids());
                 live.renders.insert(stack_key(&image.layers));
+                if let Some(below) = options.below {
+                    live.renders.insert(stack_key(&[&[below], &image.layers[..]].concat()));
+                }
                 live.layers.extend(image.layers);
             }
         }
         for layer in live.layers.clone() {
-            let Ok(file) = self.layer_tree(&layer) else { continue };
+            // All that its tar had: also files that a later entry replaced, and so what it takes to make a lost tree again.
+            live.objects.extend(self.split_objects(&self.layout.layer_split(&layer))?);
+            let file = match self.layer_tree(&layer) {
+                Err(StoreError::Missing { .. }) => continue,
+                // Whatever else it is, its objects are not known: nothing may be taken for unneeded.
+                other => other?,
+            };
             for object in objects_of(&file)? {
                 live.objects.insert(object.0);
             }
-            // Files that a later entry of the same tar replaced are in no tree.
-            live.objects.extend(self.split_objects(&self.layout.layer_split(&layer))?);
         }
         for diff_id in live.diffs.clone() {
             live.objects.extend(self.split_objects(&self.layout.diff_split(&diff_id))?);
         }
         Ok(live)
+    }
+
+    /// The layers that an image's config names, as far as it can be read.
+    fn promised(&self, id: &Digest) -> Result<Vec<Digest>> {
+        let Some(config) = self.blob(id)? else { return Ok(Vec::new()) };
+        let config = serde_json::from_slice::<oci_spec::image::ImageConfiguration>(&config);
+        let texts = config.map(|config| config.rootfs().diff_ids().clone()).unwrap_or_default();
+        Ok(texts.iter().filter_map(|text| text.parse().ok()).collect())
     }
 
     fn split_objects(&self, path: &Path) -> Result<Vec<Digest>> {

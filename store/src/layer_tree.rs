@@ -71,7 +71,11 @@ impl LayerTree {
             if content != Content::Directory {
                 return Err(refuse(path, "it would replace the root directory"));
             }
+            let opaque = overlay::is_opaque(&self.tree.node(NodeId::ROOT).attributes.xattrs);
             self.tree.set_attributes(NodeId::ROOT, attributes);
+            if opaque {
+                self.mark_opaque(NodeId::ROOT);
+            }
             return Ok(NodeId::ROOT);
         };
         let parent = self.directory(path, parents)?;

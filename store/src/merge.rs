@@ -114,7 +114,14 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
     // Files with several names, by inode: links across layers go by name, those inside one by this.
     let mut linked: HashMap<Nid, NodeId> = HashMap::new();
     let root = image.root()?;
-    put_attributes(tree, NodeId::ROOT, root.attributes()?, true);
+    let attributes = root.attributes()?;
+    if overlay::is_opaque(&attributes.xattrs) {
+        let hidden: Vec<Vec<u8>> = tree.children(NodeId::ROOT).map(|(name, _)| name.to_vec()).collect();
+        hidden.iter().for_each(|name| {
+            tree.remove(NodeId::ROOT, name);
+        });
+    }
+    put_attributes(tree, NodeId::ROOT, attributes, true);
     let mut stack = vec![(root, NodeId::ROOT)];
     while let Some((directory, here)) = stack.pop() {
         for entry in directory.entries(0) {

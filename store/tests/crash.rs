@@ -129,7 +129,8 @@ fn a_collection_waits_for_an_import() {
                 store.tag(&"kept:1".parse().unwrap(), &image.manifest_digest, "").unwrap();
             }
         });
-        let collecting = scope.spawn(|| Store::gc(&home, &[], &GcOptions::default()).unwrap());
+        let collecting = scope
+            .spawn(|| Store::gc(&home, || Ok::<_, StoreError>(Vec::new()), &GcOptions::default()).unwrap());
         std::thread::sleep(Duration::from_millis(100));
         assert!(!collecting.is_finished(), "the collection did not wait");
         drop(opened);

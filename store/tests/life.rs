@@ -116,6 +116,10 @@ fn layers_are_merged_as_an_overlay_would() {
             ("/kept/x".to_owned(), ChangeKind::Deleted),
         ]
     );
+    // An opaque root hides all that is below, whatever the tar says of the root after it.
+    let alone = Tar::new().file(".wh..wh..opq", b"").entry("./", b'5', "").file("only", b"4");
+    let four = merged(&fixture, &[layers[0], layers[1], fixture.round_trip(&alone.end()).layer]);
+    assert_eq!(four.into_iter().collect::<Vec<_>>(), [("/only".to_owned(), "4 x1".to_owned())]);
 }
 
 #[test]
@@ -242,8 +246,14 @@ fn a_collection_takes_what_nothing_needs_and_nothing_else() {
     fixture.store.remove_image("used:1", false).unwrap();
     let Fixture { dir, home, store } = fixture;
     drop(store);
-    let dry = Store::gc(&home, &used.layers, &GcOptions { dry_run: true, ..GcOptions::default() }).unwrap();
-    let report = Store::gc(&home, &used.layers, &GcOptions::default()).unwrap();
+    let dry = Store::gc(
+        &home,
+        || Ok::<_, StoreError>(used.layers.clone()),
+        &GcOptions { dry_run: true, ..GcOptions::default() },
+    )
+    .unwrap();
+    let report =
+        Store::gc(&home, || Ok::<_, StoreError>(used.layers.clone()), &GcOptions::default()).unwrap();
     assert_eq!(dry, report);
     assert_eq!((report.objects, report.layers, report.blobs, report.renders), (1, 1, 4, 2));
     assert!(report.bytes > 2000, "{report:?}");
@@ -255,9 +265,19 @@ fn a_collection_takes_what_nothing_needs_and_nothing_else() {
     assert!(fixture.store.layer_of_diff_id(&gone.diff_ids()[0]).unwrap().is_none());
     let Fixture { dir: _dir, home, store } = fixture;
     drop(store);
-    let report = Store::gc(&home, &[kept.id], &GcOptions { all: true, ..GcOptions::default() }).unwrap();
+    let report = Store::gc(
+        &home,
+        || Ok::<_, StoreError>(vec![kept.id]),
+        &GcOptions { all: true, ..GcOptions::default() },
+    )
+    .unwrap();
     assert_eq!((report.images.len(), report.objects, report.layers), (0, 1, 1));
-    let report = Store::gc(&home, &[], &GcOptions { all: true, ..GcOptions::default() }).unwrap();
+    let report = Store::gc(
+        &home,
+        || Ok::<_, StoreError>(Vec::new()),
+        &GcOptions { all: true, ..GcOptions::default() },
+    )
+    .unwrap();
     assert_eq!(report.images, ["kept:1"]);
     let left = Store::open(&home).unwrap().usage().unwrap();
     assert_eq!((left.images, left.layers, left.objects, left.metadata_bytes), (0, 0, 0, 0));

@@ -133,10 +133,16 @@ impl Packer<'_> {
         match kind {
             FileType::RegularFile => {
                 let nofollow = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK | nofollow;
-                let file: File = openat(directory, name, flags, Mode::empty())
-                    .map_err(|error| failed("open", error.into()))?
-                    .into();
+                // Found, looked at, and only then opened: the container may have put a device in its place.
+                let flags = OFlags::PATH | OFlags::CLOEXEC | nofollow;
+                let found = openat(directory, name, flags, Mode::empty())
+                    .map_err(|error| failed("open", error.into()))?;
+                let stat = rustix::fs::fstat(&found).map_err(|error| failed("look at", error.into()))?;
+                if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+                    return Err(failed("read", io::Error::other("it is no file any more")));
+                }
+                let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+                    .map_err(|error| failed("open", error))?;
                 self.attributes(&file).map_err(|error| failed("read the attributes of", error))?;
                 header.set_entry_type(tar::EntryType::Regular);
                 let size = stat.st_size.cast_unsigned();

@@ -203,7 +203,9 @@ impl Workload {
             _ => exit(1),
         }
         if self.init {
-            init_shim::become_parent_of(self.terminal);
+            // Signals are passed on to a child that may become another user.
+            let needed = self.capabilities.common(CapabilitySet::KILL);
+            init_shim::become_parent_of(self.terminal, || give_up(needed));
         }
         let (kind, text) = match self.restrict() {
             Err(text) => (OTHER, text),

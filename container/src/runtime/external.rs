@@ -194,6 +194,8 @@ impl Call<'_> {
             // SAFETY: system calls only, in a process of one thread.
             unsafe { command.pre_exec(hide_unified) };
         }
+        // SAFETY: a system call only.
+        unsafe { command.pre_exec(unblock_signals) };
         command.arg(verb);
         command
     }
@@ -374,6 +376,12 @@ const UNIFIED: &str = "/sys/fs/cgroup/unified";
 /// A v2 hierarchy beside those of v1 that has controllers of its own.
 fn is_hybrid_with_controllers() -> bool {
     fs::read(Path::new(UNIFIED).join("cgroup.controllers")).is_ok_and(|text| !text.trim_ascii().is_empty())
+}
+
+/// Signals that the supervisor takes as events are blocked in it; a runtime, and so the workload, would inherit that and
+/// never hear a SIGTERM.
+fn unblock_signals() -> io::Result<()> {
+    nix::sys::signal::SigSet::empty().thread_set_mask().map_err(io::Error::from)
 }
 
 /// crun refuses such hosts altogether, even if it is to leave groups alone: it gets not to see what it dislikes.

@@ -4,7 +4,7 @@
 //! its memory is shared with the supervisor until written to. What it must not do is run much: it lives by system
 //! calls only.
 
-use std::fs;
+use std::{fs, io};
 
 use super::executor::exit;
 
@@ -13,8 +13,8 @@ const OWN: [i32; 7] =
     [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
 
 /// Returns in a new child, which becomes the workload. The caller's process stays as init: it ends when the child
-/// has, with the child's exit code (128 + n for signal n).
-pub(super) fn become_parent_of(terminal: bool) {
+/// has, with the child's exit code (128 + n for signal n). `give_up` takes from init what it does not need.
+pub(super) fn become_parent_of(terminal: bool, give_up: impl FnOnce() -> io::Result<()>) {
     // SAFETY: plain calls on a zeroed set that lives on the stack; this process has one thread.
     let signals = unsafe {
         let mut signals: libc::sigset_t = std::mem::zeroed();
@@ -44,6 +44,10 @@ pub(super) fn become_parent_of(terminal: bool) {
         }
         child => {
             hide();
+            // The workload may be allowed to look into this process, and must find nothing more than it has itself.
+            if give_up().is_err() {
+                exit(126);
+            }
             reap(child, &signals)
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_contract::{ExecSpec, ExitStatus, LogStream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -208,7 +208,9 @@ impl Supervisor {
     pub(super) fn drain(&mut self, run: &mut Run) {
         let mut buffer = [0; 16 << 10];
         for stream in STREAMS {
-            while let Some(bytes) = run.ends.read(stream, &mut buffer) {
+            // As much as the largest pipe holds; another process may still write to it, without end.
+            for _ in 0..64 {
+                let Some(bytes) = run.ends.read(stream, &mut buffer) else { break };
                 self.show(stream, bytes);
             }
         }
@@ -316,7 +318,7 @@ impl Supervisor {
         self.update(|record| record.health = Some(status));
     }
 
-    /// Tells everybody how it ended, and waits until they have it.
+    /// Tells everybody how it ended, and waits until they have it, but not for ever: one may be suspended.
     pub(super) fn take_leave(&mut self, status: &ExitStatus) {
         for client in &mut self.clients {
             client.dismiss(&farewell(&client.role, status));
@@ -325,10 +327,12 @@ impl Supervisor {
             console.finish();
         }
         self.clients.retain(|client| !client.is_gone());
-        while !self.clients.is_empty() {
+        let patience = Instant::now() + Duration::from_secs(5);
+        while !self.clients.is_empty() && Instant::now() < patience {
+            let timeout = process::timespec(patience.saturating_duration_since(Instant::now()));
             let mut fds: Vec<PollFd<'_>> =
                 self.clients.iter().map(|client| PollFd::new(client.socket(), PollFlags::OUT)).collect();
-            if matches!(poll(&mut fds, None), Err(error) if error != rustix::io::Errno::INTR) {
+            if matches!(poll(&mut fds, Some(&timeout)), Err(error) if error != rustix::io::Errno::INTR) {
                 return;
             }
             for client in &mut self.clients {

@@ -212,9 +212,12 @@ impl Drop for Pasta {
     /// Ends it, and waits for that.
     fn drop(&mut self) {
         if self.owner == std::process::id() {
-            // Whoever reaps all children of this process may have been faster.
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+            // Whoever reaps all children of this process may have been faster, and the number another's by now.
+            let started = read_state(&self.state).map(|state| state.process.start);
+            if started.is_some() && start_time(self.child.id()) == started {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
             let _ = fs::remove_file(&self.state);
         }
     }

@@ -62,7 +62,7 @@ impl Args {
         let containers = context.containers()?;
         let mut before = Removed::default();
         if !self.keep_instances {
-            before.instances = remove_instances(&containers, self.dry_run)?;
+            before.instances = remove_instances(&containers, self.volumes, self.dry_run)?;
         }
         if !self.dry_run {
             before.networks = context.networks()?.prune()?;
@@ -86,7 +86,7 @@ impl Args {
     }
 }
 
-fn remove_instances(containers: &Containers, dry_run: bool) -> Result<Vec<String>> {
+fn remove_instances(containers: &Containers, volumes: bool, dry_run: bool) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for record in containers.list()? {
         if !matches!(record.status, InstanceStatus::Created | InstanceStatus::Exited) {
@@ -94,7 +94,7 @@ fn remove_instances(containers: &Containers, dry_run: bool) -> Result<Vec<String
         }
         if !dry_run {
             // One that was started meanwhile stays, and so do the others' images.
-            if let Err(error) = containers.remove(&record.id, RemoveOptions { force: false, volumes: true }) {
+            if let Err(error) = containers.remove(&record.id, RemoveOptions { force: false, volumes }) {
                 exit::print_line("warning", &format!("{} stays: {error}", record.spec.name));
                 continue;
             }
@@ -111,12 +111,13 @@ pub(crate) fn collect(
     all: bool,
     dry_run: bool,
 ) -> Result<Removed> {
-    let mut in_use: Vec<Digest> = Vec::new();
-    for record in containers.list()? {
-        in_use.push(record.spec.image_id);
-        in_use.extend(record.spec.layers);
-    }
-    let report = Store::gc(context.home(), &in_use, &GcOptions { untagged: true, all, dry_run })?;
+    let below = kiln_container::mount_point_layer(context.home())?;
+    let in_use = || -> Result<Vec<Digest>> {
+        let records = containers.list()?.into_iter();
+        Ok(records.flat_map(|record| [vec![record.spec.image_id], record.spec.layers].concat()).collect())
+    };
+    let options = GcOptions { untagged: true, all, below, dry_run };
+    let report = Store::gc(context.home(), in_use, &options)?;
     Ok(Removed {
         images: report.images,
         layers: report.layers,
