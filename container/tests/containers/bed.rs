@@ -142,7 +142,13 @@ impl Drop for Bed {
         let force = RemoveOptions { force: true, volumes: true };
         for record in self.containers.list().unwrap_or_default() {
             let removed = self.containers.remove(&record.id, force);
-            let left = self.traces(&record);
+            let mut left = self.traces(&record);
+            // A process that was killed, or a supervisor that has said its last word, may still be on its way out.
+            let patience = std::time::Instant::now() + std::time::Duration::from_secs(5);
+            while !left.is_empty() && std::time::Instant::now() < patience {
+                thread::sleep(std::time::Duration::from_millis(10));
+                left = self.traces(&record);
+            }
             if !thread::panicking() {
                 removed.unwrap();
                 assert!(left.is_empty(), "left of {}: {left:?}", record.spec.name);
