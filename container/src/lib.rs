@@ -69,8 +69,6 @@ mod terminal;
 #[cfg(target_os = "linux")]
 mod user_namespace;
 #[cfg(target_os = "linux")]
-mod users;
-#[cfg(target_os = "linux")]
 mod volumes;
 
 #[cfg(target_os = "linux")]

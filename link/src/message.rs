@@ -79,6 +79,9 @@ pub struct Root {
     /// `/dev/shm`, in bytes.
     #[n(2)]
     pub shm_size: u64,
+    /// The writable disk, in bytes: its filesystem grows to that.
+    #[n(3)]
+    pub disk_size: u64,
 }
 
 /// Something that is mounted in the root.
@@ -215,7 +218,11 @@ pub enum Request {
     PowerOff,
     /// The disk has grown: let its filesystem grow. Answer: [`Answer::Done`].
     #[n(6)]
-    Grow,
+    Grow {
+        /// Its size now, in bytes.
+        #[n(0)]
+        size: u64,
+    },
     /// Give a tar archive of a path, named by its last part. Answer: [`Answer::Done`], then a body.
     #[n(7)]
     Pack {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use kiln_accounts::AccountError;
 use kiln_contract::{BackendError, ErrorKind};
 
 /// A container process that could not be made.
@@ -55,6 +56,15 @@ pub(crate) enum RuntimeError {
         /// Its own words.
         reason: String,
     },
+}
+
+impl From<AccountError> for RuntimeError {
+    fn from(error: AccountError) -> Self {
+        match error {
+            AccountError::Io { path, source } => Self::Io { doing: "read", path, source },
+            other => Self::Invalid(other.to_string()),
+        }
+    }
 }
 
 impl From<RuntimeError> for BackendError {

@@ -21,7 +21,7 @@ use super::birth::{reap, receive_terminal};
 use super::{Created, Executed, Launch, OciRuntime, RuntimeError, Streams, Waiting};
 use crate::cgroup::{self, Cgroup, Hierarchies, Prepared};
 use crate::spec::{self, Identity, Ingredients};
-use crate::{devices, host, seccomp, users};
+use crate::{devices, host, seccomp};
 
 /// A runtime's program.
 #[derive(Debug)]
@@ -115,7 +115,7 @@ impl OciRuntime for External {
             record.process.ok_or_else(|| RuntimeError::Invalid("the container does not run".into()))?;
         let root = PathBuf::from(format!("/proc/{}/root", target.pid));
         let who = exec.user.as_deref().unwrap_or(&record.spec.process.user);
-        let user = users::resolve(&root, who, &record.spec.process.groups)?;
+        let user = kiln_accounts::resolve(&root, who, &record.spec.process.groups)?;
         let plan = spec::exec_plan(record, exec, user, spec::exec_capabilities(record, exec)?)?;
         let process = tempfile::NamedTempFile::new_in(dir.runtime_state()).map_err(|source| {
             RuntimeError::Io { doing: "make a file in", path: dir.runtime_state(), source }

@@ -17,7 +17,7 @@ use super::birth::{Birth, Kind, foreign_namespaces, reap};
 use super::{Created, Executed, Launch, NetworkNamespace, OciRuntime, RuntimeError, Streams, Waiting};
 use crate::cgroup::{self, Cgroup};
 use crate::spec::{self, Identity, Ingredients, ProcessPlan};
-use crate::{devices, host, seccomp, users};
+use crate::{devices, host, seccomp};
 
 /// `libcontainer` in this process.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ impl OciRuntime for Native {
         })?;
         let root = PathBuf::from(format!("/proc/{}/root", target.pid));
         let who = exec.user.as_deref().unwrap_or(&record.spec.process.user);
-        let user = users::resolve(&root, who, &record.spec.process.groups)?;
+        let user = kiln_accounts::resolve(&root, who, &record.spec.process.groups)?;
         let plan = spec::exec_plan(record, exec, user, spec::exec_capabilities(record, exec)?)?;
         let group = record.cgroup.as_deref().map(|path| cgroup::existing(&Cgroup::at(path)));
         let born = Birth {

@@ -17,7 +17,7 @@ use crate::capabilities::CapabilitySet;
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::devices::Devices;
 use crate::runtime::{NetworkNamespace, ResolvedMount, RuntimeError};
-use crate::users::User;
+use kiln_accounts::User;
 
 pub(crate) use process::{ProcessPlan, UMASK, exec_plan, plan};
 
@@ -65,7 +65,7 @@ impl Identity {
     /// [`RuntimeError::Invalid`] for a user or a capability that is none.
     pub(crate) fn resolve(record: &InstanceRecord, root: &Path) -> Result<Self, RuntimeError> {
         let process = &record.spec.process;
-        let user = crate::users::resolve(root, &process.user, &process.groups)?;
+        let user = kiln_accounts::resolve(root, &process.user, &process.groups)?;
         Ok(Self { user, capabilities: capabilities(record)? })
     }
 }

@@ -9,7 +9,7 @@ use oci_spec::runtime::{
 use super::{Identity, builder, hostname, option};
 use crate::capabilities::CapabilitySet;
 use crate::runtime::RuntimeError;
-use crate::users::User;
+use kiln_accounts::User;
 
 /// Where commands are looked for unless the image says otherwise, as Docker has it.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

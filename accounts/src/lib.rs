@@ -1,33 +1,54 @@
-//! Who a workload runs as: names and numbers looked up in the container's own `/etc/passwd` and `/etc/group`.
+//! Who a workload runs as: names and numbers looked up in the image's own `/etc/passwd` and `/etc/group`. The same for
+//! containers, by the supervisor, and for machines, by their guest.
 //!
 //! These files come from an image and are not trusted: they are opened below the root with `openat2` and
 //! `RESOLVE_IN_ROOT`, so that no link leads out of it; what is not a regular file is as if it were not there; lines
 //! that make no sense are passed over; no more than 4 MiB are read.
 
+#![cfg(target_os = "linux")]
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use crate::runtime::RuntimeError;
-
 /// More than any real user database, and little enough to hold.
 const MOST: u64 = 4 << 20;
 
+/// Why nobody was found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccountError {
+    /// A name that is not in the file.
+    #[error("there is no user `{0}` in the image's /etc/passwd")]
+    NoSuchUser(String),
+    /// A name that is not in the file.
+    #[error("there is no group `{0}` in the image's /etc/group")]
+    NoSuchGroup(String),
+    /// The root cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// What was read.
+        path: PathBuf,
+        /// The kernel's word.
+        source: std::io::Error,
+    },
+}
+
 /// A workload's identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct User {
+pub struct User {
     /// User id.
-    pub(crate) uid: u32,
+    pub uid: u32,
     /// Primary group id.
-    pub(crate) gid: u32,
+    pub gid: u32,
     /// Supplementary group ids, sorted, each once.
-    pub(crate) groups: Vec<u32>,
+    pub groups: Vec<u32>,
     /// Home directory.
-    pub(crate) home: String,
+    pub home: String,
 }
 
 /// Resolves `user[:group]` and further groups in the root at `root`.
@@ -36,8 +57,8 @@ pub(crate) struct User {
 /// or 0, and the groups that list the user are supplementary; with a group they are not.
 ///
 /// # Errors
-/// [`RuntimeError::Invalid`] for a name that is not there.
-pub(crate) fn resolve(root: &Path, user: &str, groups: &[String]) -> Result<User, RuntimeError> {
+/// [`AccountError`] for a name that is not there, or for a root that cannot be read.
+pub fn resolve(root: &Path, user: &str, groups: &[String]) -> Result<User, AccountError> {
     let (name, group) = match user.split_once(':') {
         Some((name, group)) => (name, Some(group).filter(|group| !group.is_empty())),
         None => (user, None),
@@ -53,9 +74,7 @@ pub(crate) fn resolve(root: &Path, user: &str, groups: &[String]) -> Result<User
         (Some(entry), _) => entry.uid,
         (None, Some(uid)) => uid,
         (None, None) => {
-            return Err(RuntimeError::Invalid(format!(
-                "there is no user `{name}` in the container's /etc/passwd"
-            )));
+            return Err(AccountError::NoSuchUser(name.to_owned()));
         }
     };
     let needs_groups = group.is_some_and(|group| number(group).is_none())
@@ -69,9 +88,7 @@ pub(crate) fn resolve(root: &Path, user: &str, groups: &[String]) -> Result<User
             .find(|entry| entry.name == wanted)
             .map(|entry| entry.gid)
             .or_else(|| number(wanted))
-            .ok_or_else(|| {
-                RuntimeError::Invalid(format!("there is no group `{wanted}` in the container's /etc/group"))
-            })
+            .ok_or_else(|| AccountError::NoSuchGroup(wanted.to_owned()))
     };
     let gid = match group {
         Some(group) => find_group(group)?,
@@ -127,8 +144,8 @@ impl<'a> GroupEntry<'a> {
 }
 
 /// The text of a regular file below `root`; empty if there is none.
-fn read(root: &Path, path: &str) -> Result<String, RuntimeError> {
-    let failed = |source: std::io::Error| RuntimeError::Io { doing: "read", path: root.join(path), source };
+fn read(root: &Path, path: &str) -> Result<String, AccountError> {
+    let failed = |source: std::io::Error| AccountError::Io { path: root.join(path), source };
     let directory =
         rustix::fs::openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| failed(errno.into()))?;
@@ -203,7 +220,13 @@ mod tests {
             assert_eq!(resolve(root.path(), text, &groups).unwrap(), expected, "{text}");
         }
         for wrong in ["nobody", "www:nogroup", "-1", "4294967295", "huge", "root:-1"] {
-            assert!(matches!(resolve(root.path(), wrong, &[]), Err(RuntimeError::Invalid(_))), "{wrong}");
+            assert!(
+                matches!(
+                    resolve(root.path(), wrong, &[]),
+                    Err(AccountError::NoSuchUser(_) | AccountError::NoSuchGroup(_))
+                ),
+                "{wrong}"
+            );
         }
     }
 

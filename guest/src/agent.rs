@@ -1,0 +1,128 @@
+//! The agent: the process that the host talks to.
+
+use std::collections::HashMap;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use kiln_link::message::{self, Hello};
+use kiln_link::{GuestLink, Hold, LinkError, Opener, Session, VERSION, service};
+use tokio::sync::mpsc;
+
+use crate::cgroup::Workload;
+use crate::failure::{Doing as _, Failure, say};
+use crate::init::PidOne;
+use crate::port::Port;
+use crate::process::Attachment;
+use crate::{control, process};
+
+/// What makes this program the agent.
+pub(crate) const ARGUMENT: &str = "agent";
+
+/// What lives as long as the machine.
+pub(crate) struct Machine {
+    pub(crate) pid_one: PidOne,
+    pub(crate) workload: Arc<Workload>,
+    /// Processes that were started over the link, by number: where to send who wants to attach, and their pids.
+    pub(crate) processes: Mutex<HashMap<u32, Entry>>,
+    /// What to look after in the root, once there is one.
+    pub(crate) root: Mutex<Option<crate::root::Root>>,
+}
+
+/// A process that was started over the link.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) pid: u32,
+    pub(crate) attach: mpsc::Sender<Attachment>,
+}
+
+impl Machine {
+    /// The lock, whoever held it last.
+    pub(crate) fn processes(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Entry>> {
+        self.processes.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The lock, whoever held it last.
+    pub(crate) fn root(&self) -> std::sync::MutexGuard<'_, Option<crate::root::Root>> {
+        self.root.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Runs until the link breaks; then PID 1 powers off.
+pub(crate) fn main() -> ExitCode {
+    let ended = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(8)
+        .build()
+        .doing("start")
+        .and_then(|runtime| runtime.block_on(run()));
+    if let Err(failure) = ended {
+        say(failure);
+    }
+    ExitCode::FAILURE
+}
+
+async fn run() -> Result<(), Failure> {
+    let pid_one = PidOne::at_stdin()?;
+    let workload = Arc::new(Workload::make()?);
+    let port = Port::open()?;
+    let uname = rustix::system::uname();
+    let hello = Hello {
+        version: VERSION,
+        kernel: uname.release().to_string_lossy().into_owned(),
+        uptime: crate::identity::uptime_millis(),
+    };
+    let mut link = GuestLink::holding(port, hello, Arc::new(Freeze(Arc::clone(&workload))));
+    let machine =
+        Arc::new(Machine { pid_one, workload, processes: Mutex::default(), root: Mutex::default() });
+    loop {
+        let session = link.next_session().await.doing("speak to the host")?;
+        tokio::spawn(serve(Arc::clone(&machine), session));
+    }
+}
+
+/// Holds the workload by freezing its control group.
+struct Freeze(Arc<Workload>);
+
+impl Hold for Freeze {
+    async fn hold(&self) {
+        if let Err(failure) = self.0.freeze().await {
+            say(failure);
+        }
+    }
+
+    async fn release(&self) {
+        if let Err(failure) = self.0.thaw() {
+            say(failure);
+        }
+    }
+}
+
+/// One life: until the host begins another.
+async fn serve(machine: Arc<Machine>, mut session: Session) {
+    let opener = session.opener();
+    while let Some((number, stream)) = session.accept().await {
+        let (machine, opener) = (Arc::clone(&machine), opener.clone());
+        tokio::spawn(async move {
+            if let Err(error) = dispatch(machine, opener, number, stream).await {
+                say(format_args!("service {number}: {error}"));
+            }
+        });
+    }
+}
+
+async fn dispatch(
+    machine: Arc<Machine>,
+    opener: Opener,
+    number: u16,
+    mut stream: kiln_link::Stream,
+) -> Result<(), LinkError> {
+    match number {
+        service::CONTROL => match message::receive(&mut stream).await? {
+            Some(request) => control::answer(&machine, &opener, request, &mut stream).await,
+            None => Ok(()),
+        },
+        service::PROCESS => process::serve(&machine, stream).await,
+        // A stream that is dropped is reset: the host sees that nobody is there.
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,58 @@
+//! The control service: one request, one answer, and for some a body.
+
+use kiln_link::message::{self, Answer, Request};
+use kiln_link::{LinkError, Opener, Stream};
+use rustix::system::RebootCommand;
+
+use crate::agent::Machine;
+use crate::failure::{Doing as _, Failure};
+use crate::{archive, configure, disks, identity, layer, process, stats};
+
+/// Does what one request says.
+pub(crate) async fn answer(
+    machine: &Machine,
+    opener: &Opener,
+    request: Request,
+    stream: &mut Stream,
+) -> Result<(), LinkError> {
+    let outcome = match request {
+        Request::Configure(wanted) => {
+            configure::configure(machine, &wanted, opener).await.map(|()| Answer::Done)
+        }
+        Request::Signal { process, signal } => {
+            process::signal(machine, process, signal).map(|()| Answer::Done)
+        }
+        Request::Stats => stats::measure(machine).map(Answer::Stats),
+        Request::Processes => stats::processes().map(Answer::Processes),
+        Request::Sync => {
+            rustix::fs::sync();
+            Ok(Answer::Done)
+        }
+        Request::PowerOff => return power_off(machine, stream).await,
+        Request::Grow { size } => grow(machine, size).map(|()| Answer::Done),
+        Request::Clock { now } => identity::set_clock(now).map(|()| Answer::Done),
+        Request::Pack { path, follow } => return archive::pack(path, follow, stream).await,
+        Request::Unpack { path } => return archive::unpack(path, stream).await,
+        Request::Layer => return layer::give(machine, stream).await,
+    };
+    message::send(stream, &outcome.unwrap_or_else(Answer::Failed)).await
+}
+
+fn grow(machine: &Machine, size: u64) -> Result<(), Failure> {
+    let path = disks::find(disks::DISK)?;
+    disks::wait_for_size(&path, size)?;
+    match &*machine.root() {
+        Some(root) => disks::grow(&root.disk, size),
+        None => Err(crate::failure::invalid("there is no disk yet")),
+    }
+}
+
+async fn power_off(machine: &Machine, stream: &mut Stream) -> Result<(), LinkError> {
+    if let Err(failure) = machine.workload.kill() {
+        crate::failure::say(failure);
+    }
+    rustix::fs::sync();
+    message::send(stream, &Answer::Done).await?;
+    let ended = rustix::system::reboot(RebootCommand::PowerOff).doing("power off");
+    message::send(stream, &ended.map_or_else(Answer::Failed, |()| Answer::Done)).await
+}

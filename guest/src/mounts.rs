@@ -1,0 +1,134 @@
+//! What is seen in the root besides the image: files that the host decides, shares, memory.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+
+use kiln_link::message::{HostFile, Mount, MountSource};
+use kiln_link::{Opener, service};
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::AsyncWriteExt as _;
+
+use crate::failure::{Doing as _, Failure, say};
+use crate::root::{Root, create_below, descriptor, place};
+
+/// Where the content of the host's files is, outside of the root.
+pub(crate) const FILES: &str = "/files";
+/// Bytes of a message of 9P: what is asked for; the server may give less.
+const MESSAGE: usize = 512 << 10;
+
+/// Lays the host's files over the image's. A file that the image has not got is left out: no change of the root is made for it.
+pub(crate) fn host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
+    for file in files {
+        let Ok(target) = place(&file.path, false) else { continue };
+        let name = name_of(file);
+        write(root, file)?;
+        mount_bind(format!("{FILES}/{name}").as_str(), descriptor(&target).as_str())
+            .doing(format_args!("show {}", file.path))?;
+    }
+    Ok(())
+}
+
+/// Gives the host's files new content where they lie already.
+pub(crate) fn rewrite_host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
+    for file in files {
+        let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::CLOEXEC;
+        // One that is not there was left out, for it had no place.
+        if let Ok(open) = openat(&root.files, name_of(file), flags, Mode::empty()) {
+            File::from(open).write_all(&file.content).doing(format_args!("write {}", file.path))?;
+        }
+    }
+    Ok(())
+}
+
+fn write(root: &Root, file: &HostFile) -> Result<(), Failure> {
+    create_below(root.files.as_fd(), &name_of(file))?
+        .write_all(&file.content)
+        .doing(format_args!("write {}", file.path))
+}
+
+fn name_of(file: &HostFile) -> String {
+    file.path.trim_start_matches('/').replace('/', "-")
+}
+
+/// Mounts what the host asks for, in order.
+pub(crate) async fn all(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
+    for wanted in mounts {
+        match &wanted.source {
+            MountSource::Tmpfs { options } => {
+                let target = place(&wanted.target, true)?;
+                let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only(wanted);
+                let options = CString::new(options.as_str()).doing("say how it is mounted")?;
+                mount("tmpfs", descriptor(&target).as_str(), "tmpfs", flags, Some(options.as_c_str()))
+                    .doing(format_args!("mount memory at {}", wanted.target))?;
+            }
+            MountSource::Share { number, file } => share(wanted, *number, *file, opener).await?,
+        }
+    }
+    Ok(())
+}
+
+fn read_only(wanted: &Mount) -> MountFlags {
+    if wanted.read_only { MountFlags::RDONLY } else { MountFlags::empty() }
+}
+
+/// Mounts a share of the host's: the kernel speaks 9P over a socket, and the agent carries it over the link.
+async fn share(wanted: &Mount, number: u16, file: bool, opener: &Opener) -> Result<(), Failure> {
+    let doing = format!("mount the share at {}", wanted.target);
+    let mut stream = opener.open(service::SHARE).await.doing(&doing)?;
+    stream.write_u16_le(number).await.doing(&doing)?;
+    let (kernel, agent) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).doing(&doing)?;
+    let agent = std::os::unix::net::UnixStream::from(agent);
+    agent.set_nonblocking(true).doing(&doing)?;
+    let mut agent = tokio::net::UnixStream::from_std(agent).doing(&doing)?;
+    let target = wanted.target.clone();
+    tokio::spawn(async move {
+        if let Err(error) =
+            tokio::io::copy_bidirectional_with_sizes(&mut agent, &mut stream, MESSAGE, MESSAGE).await
+        {
+            say(format_args!("the share at {target} has ended: {error}"));
+        }
+    });
+    let (target, flags) = (wanted.target.clone(), read_only(wanted));
+    // The kernel greets the server before the call returns, which takes this thread to carry.
+    tokio::task::spawn_blocking(move || attach(&kernel, &target, flags, file)).await.doing(&doing)?
+}
+
+fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, file: bool) -> Result<(), Failure> {
+    let number = kernel.as_raw_fd();
+    let options = format!(
+        "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=mmap,msize={MESSAGE}"
+    );
+    let options = CString::new(options).doing("say how it is mounted")?;
+    let doing = || format!("mount the share at {target}");
+    if !file {
+        let place = place(target, true)?;
+        return mount("kiln", descriptor(&place).as_str(), "9p", flags, Some(options.as_c_str()))
+            .doing(doing());
+    }
+    // A share of one file is a directory with that file in it.
+    let aside = format!("{FILES}/share-{number}");
+    std::fs::create_dir_all(&aside).doing(doing())?;
+    mount("kiln", aside.as_str(), "9p", flags, Some(options.as_c_str())).doing(doing())?;
+    let entry = std::fs::read_dir(&aside).doing(doing())?.flatten().next();
+    let entry = entry.ok_or_else(|| crate::failure::failed(doing(), "the share is empty"))?;
+    let (parent, _) = target.rsplit_once('/').unwrap_or(("", target));
+    drop(place(if parent.is_empty() { "/" } else { parent }, true)?);
+    let place = place(target, false).or_else(|_| {
+        create_below(
+            place(if parent.is_empty() { "/" } else { parent }, false)?.as_fd(),
+            target.rsplit('/').next().unwrap_or_default(),
+        )?;
+        place(target, false)
+    })?;
+    let descriptor = descriptor(&place);
+    mount_bind(entry.path(), descriptor.as_str()).doing(doing())?;
+    if flags.contains(MountFlags::RDONLY) {
+        mount_remount(descriptor.as_str(), MountFlags::BIND | MountFlags::RDONLY, "").doing(doing())?;
+    }
+    Ok(())
+}

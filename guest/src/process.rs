@@ -1,0 +1,404 @@
+//! Processes that the host starts: each is owned by a task, which outlives the stream it was started over.
+//!
+//! While nobody is attached (the machine was forked, or the host's end broke), a process's output stays in its pipes: a
+//! workload waits until somebody takes it.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::Stdio;
+
+use kiln_link::message::{self, Input, MAX_CHUNK, Output, Process, TerminalSize};
+use kiln_link::{LinkError, Stream};
+use rustix::io::Errno;
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+
+use crate::agent::{Entry, Machine};
+use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
+
+/// Somebody who takes a process's output and gives it input.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    reader: ReadHalf<Stream>,
+    writer: WriteHalf<Stream>,
+}
+
+/// Serves one stream to the process service.
+pub(crate) async fn serve(machine: &Machine, stream: Stream) -> Result<(), LinkError> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    let Some(first) = message::receive(&mut reader).await? else { return Ok(()) };
+    let outcome = match first {
+        Input::Start { number, process } => match start(machine, number, &process) {
+            Ok(attach) => {
+                message::send(&mut writer, &Output::Started).await?;
+                Ok(attach)
+            }
+            Err(failure) => Err(failure),
+        },
+        Input::Attach { number } => match machine.processes().get(&number) {
+            Some(entry) => Ok(entry.attach.clone()),
+            None => Err(Failure {
+                kind: FailureKind::NotFound,
+                what: format!("there is no process {number} in this machine"),
+            }),
+        },
+        Input::BecomeInit { process } => {
+            let answer = match machine.pid_one.execute(&process) {
+                Ok(()) => Output::Started,
+                Err(failure) => Output::Failed(failure),
+            };
+            message::send(&mut writer, &answer).await?;
+            // Stays open as long as the machine: its end is the init's.
+            let _ = reader.read_u8().await;
+            return Ok(());
+        }
+        other => Err(invalid(format!("{} is no beginning", name_of(&other)))),
+    };
+    match outcome {
+        Ok(attach) => {
+            // A process that has just ended has sent its status to somebody else.
+            let _ = attach.send(Attachment { reader, writer }).await;
+            Ok(())
+        }
+        Err(failure) => message::send(&mut writer, &Output::Failed(failure)).await,
+    }
+}
+
+fn name_of(input: &Input) -> &'static str {
+    match input {
+        Input::Start { .. } => "a start",
+        Input::Attach { .. } => "an attachment",
+        Input::Bytes(_) => "input",
+        Input::Close => "the end of input",
+        Input::Resize(_) => "a terminal's size",
+        Input::BecomeInit { .. } => "an init",
+    }
+}
+
+/// Starts a process and the task that owns it.
+fn start(machine: &Machine, number: u32, process: &Process) -> Result<mpsc::Sender<Attachment>, Failure> {
+    let mut processes = machine.processes();
+    if processes.contains_key(&number) {
+        return Err(invalid(format!("there is a process {number} already")));
+    }
+    let (child, ends) = spawn(machine, process)?;
+    let (attach, attachments) = mpsc::channel(1);
+    let pid = child.id().unwrap_or(0);
+    processes.insert(number, Entry { pid, attach: attach.clone() });
+    tokio::spawn(own(child, ends, attachments));
+    Ok(attach)
+}
+
+/// This end of a process's streams.
+struct Ends {
+    input: Option<Pipe>,
+    output: Option<Pipe>,
+    errors: Option<Pipe>,
+    /// The terminal, for its size.
+    terminal: Option<OwnedFd>,
+}
+
+/// One end of a pipe or the near side of a terminal.
+type Pipe = tokio::io::unix::AsyncFd<File>;
+
+fn pipe(end: OwnedFd) -> io::Result<Pipe> {
+    rustix::io::ioctl_fionbio(&end, true)?;
+    crate::port::watched(File::from(end))
+}
+
+fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure> {
+    let (program, arguments) = process.args.split_first().ok_or_else(|| invalid("no command is given"))?;
+    let user = kiln_accounts::resolve(Path::new("/"), &process.user, &process.groups)
+        .map_err(|error| invalid(error.to_string()))?;
+    let cwd = if process.cwd.is_empty() { "/" } else { &process.cwd };
+    std::fs::create_dir_all(cwd).doing(format_args!("make the working directory {cwd}"))?;
+    let mut command = std::process::Command::new(program);
+    command.args(arguments).env_clear();
+    command.envs(process.env.iter().filter_map(|variable| variable.split_once('=')));
+    if !process.env.iter().any(|variable| variable.starts_with("HOME=")) {
+        command.env("HOME", &user.home);
+    }
+    let mut ends = Ends { input: None, output: None, errors: None, terminal: None };
+    let made = "make its streams";
+    if let Some(size) = process.terminal {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+            .doing("make a terminal")?;
+        grantpt(&master).and_then(|()| unlockpt(&master)).doing("make a terminal")?;
+        let near = ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+            .doing("make a terminal")?;
+        set_size(&near, size).doing("size the terminal")?;
+        let _ = rustix::fs::fchown(&near, Some(rustix::fs::Uid::from_raw(user.uid)), None);
+        let copy = || near.try_clone().map(Stdio::from).doing("make a terminal");
+        command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
+        ends.terminal = Some(master.try_clone().doing("make a terminal")?);
+        ends.input = Some(pipe(master.try_clone().doing(made)?).doing(made)?);
+        ends.output = Some(pipe(master).doing(made)?);
+    } else {
+        let new = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing(made);
+        if process.stdin {
+            let (theirs, ours) = new()?;
+            command.stdin(theirs);
+            ends.input = Some(pipe(ours).doing(made)?);
+        } else {
+            command.stdin(Stdio::null());
+        }
+        let (ours, theirs) = new()?;
+        command.stdout(theirs);
+        ends.output = Some(pipe(ours).doing(made)?);
+        let (ours, theirs) = new()?;
+        command.stderr(theirs);
+        ends.errors = Some(pipe(ours).doing(made)?);
+    }
+    let entrance = machine.workload.entrance().as_raw_fd();
+    let plan = Plan {
+        entrance,
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups,
+        cwd: CString::new(cwd).doing("name the working directory")?,
+        terminal: process.terminal.is_some(),
+        capabilities: process.capabilities,
+        limits: process.limits.clone(),
+        no_new_privileges: process.no_new_privileges,
+    };
+    // SAFETY: `enter` makes system calls on what was prepared, and neither allocates nor locks.
+    unsafe { command.pre_exec(move || plan.enter()) };
+    let child = Command::from(command).spawn().map_err(|error| not_started(program, &error))?;
+    Ok((child, ends))
+}
+
+fn not_started(program: &str, error: &io::Error) -> Failure {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => FailureKind::CommandNotFound,
+        io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => FailureKind::CommandNotExecutable,
+        _ if error.raw_os_error() == Some(libc::ENOEXEC) => FailureKind::CommandNotExecutable,
+        _ => FailureKind::Failed,
+    };
+    let what = match kind {
+        FailureKind::CommandNotFound => format!("cannot run `{program}`: no such command in the machine"),
+        _ => format!("cannot run `{program}`: {error}"),
+    };
+    Failure { kind, what }
+}
+
+/// What a process does between fork and exec.
+struct Plan {
+    entrance: i32,
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    cwd: CString,
+    terminal: bool,
+    capabilities: Option<u64>,
+    limits: Vec<(u32, u64, u64)>,
+    no_new_privileges: bool,
+}
+
+/// `check` of a system call's result.
+fn done(result: impl Into<i64>) -> io::Result<()> {
+    if result.into() == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+impl Plan {
+    fn enter(&self) -> io::Result<()> {
+        // SAFETY: every pointer is to memory of `self` that lives until the call returns, with the length that is given.
+        unsafe {
+            done(libc::write(self.entrance, b"0".as_ptr().cast(), 1) as i64)?;
+            done(libc::setsid())?;
+            if self.terminal {
+                done(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+            }
+            for (resource, soft, hard) in &self.limits {
+                let limit = libc::rlimit { rlim_cur: *soft, rlim_max: *hard };
+                done(libc::setrlimit(*resource as _, &raw const limit))?;
+            }
+            if let Some(kept) = self.capabilities {
+                for capability in 0..=last_capability() {
+                    if kept & (1 << capability) == 0 {
+                        done(libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0))?;
+                    }
+                }
+            }
+            done(libc::setgroups(self.groups.len(), self.groups.as_ptr()))?;
+            done(libc::setresgid(self.gid, self.gid, self.gid))?;
+            done(libc::setresuid(self.uid, self.uid, self.uid))?;
+            // Of somebody who is not root the kernel has taken them by now; of root, exec gives what the bounding set has.
+            if self.no_new_privileges {
+                done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+            }
+            // As the user: it may not be everybody's.
+            done(libc::chdir(self.cwd.as_ptr()))
+        }
+    }
+}
+
+/// The highest capability of a kernel that knows fewer would be refused; 40 is `CAP_CHECKPOINT_RESTORE`, of Linux 5.9.
+const fn last_capability() -> u32 {
+    40
+}
+
+fn set_size(terminal: &OwnedFd, size: TerminalSize) -> io::Result<()> {
+    let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(terminal, size).map_err(io::Error::from)
+}
+
+/// What comes of having somebody attached.
+enum Came {
+    /// The process has ended, and they know.
+    Over,
+    /// They have gone.
+    Alone,
+}
+
+/// Owns a process: whoever is attached gets its output, one after the other, and one of them its status.
+async fn own(mut child: Child, mut ends: Ends, mut attachments: mpsc::Receiver<Attachment>) {
+    let mut status = None;
+    while let Some(attachment) = attachments.recv().await {
+        if let Ok(Came::Over) = carry(&mut child, &mut ends, &mut status, attachment).await {
+            break;
+        }
+    }
+}
+
+/// Carries streams until the process or whoever is attached has gone.
+async fn carry(
+    child: &mut Child,
+    ends: &mut Ends,
+    status: &mut Option<u8>,
+    attachment: Attachment,
+) -> Result<Came, LinkError> {
+    let Attachment { reader, mut writer } = attachment;
+    let (inputs, mut input) = mpsc::channel(4);
+    let listening = tokio::spawn(listen(reader, inputs));
+    let (mut out, mut err) = (vec![0; MAX_CHUNK], vec![0; MAX_CHUNK]);
+    let mut pending: Vec<u8> = Vec::new();
+    let mut closing = false;
+    let mut listens = true;
+    let came = loop {
+        if closing && pending.is_empty() && ends.terminal.is_none() {
+            ends.input = None;
+        }
+        let drained = ends.output.is_none() && ends.errors.is_none();
+        if let (Some(code), true) = (*status, drained) {
+            message::send(&mut writer, &Output::Exited(code)).await?;
+            let _ = writer.shutdown().await;
+            break Came::Over;
+        }
+        tokio::select! {
+            read = read_some(&mut ends.output, &mut out) => match read {
+                Some(count) => message::send(&mut writer, &Output::Stdout(out[..count].to_vec())).await?,
+                None => ends.output = None,
+            },
+            read = read_some(&mut ends.errors, &mut err) => match read {
+                Some(count) => message::send(&mut writer, &Output::Stderr(err[..count].to_vec())).await?,
+                None => ends.errors = None,
+            },
+            written = write_some(&ends.input, &pending), if !pending.is_empty() => match written {
+                Ok(count) => drop(pending.drain(..count)),
+                // Nobody reads it any more.
+                Err(_) => { pending.clear(); ends.input = None; }
+            },
+            // One piece at a time, so that a process that does not read makes its writer wait.
+            message = input.recv(), if listens && pending.is_empty() => match message {
+                Some(Input::Bytes(bytes)) if ends.input.is_some() => pending = bytes,
+                Some(Input::Close) => closing = true,
+                Some(Input::Resize(size)) => if let Some(terminal) = &ends.terminal {
+                    let _ = set_size(terminal, size);
+                },
+                Some(_) => {}
+                // The stream has ended on their side, so nobody would hear the rest.
+                None => { listens = false; if status.is_none() { break Came::Alone; } }
+            },
+            ended = child.wait(), if status.is_none() => {
+                *status = Some(code_of(ended));
+                // What its descendants keep open is theirs: a moment for what it wrote itself is enough.
+                settle(ends, &mut writer, &mut out).await?;
+            }
+        }
+    };
+    listening.abort();
+    Ok(came)
+}
+
+/// After the process has ended: sends what is in its streams, and closes them.
+async fn settle(ends: &mut Ends, writer: &mut WriteHalf<Stream>, buffer: &mut [u8]) -> Result<(), LinkError> {
+    for (end, errors) in [(ends.output.take(), false), (ends.errors.take(), true)] {
+        let Some(end) = end else { continue };
+        // Not waited for: whatever the process wrote is there already.
+        while let Ok(count @ 1..) = io::Read::read(&mut end.get_ref(), buffer) {
+            let bytes = buffer[..count].to_vec();
+            let output = if errors { Output::Stderr(bytes) } else { Output::Stdout(bytes) };
+            message::send(writer, &output).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads what comes next; `None` at the end. Never, if there is no stream.
+async fn read_some(end: &mut Option<Pipe>, buffer: &mut [u8]) -> Option<usize> {
+    let Some(pipe) = end else { return std::future::pending().await };
+    loop {
+        let mut ready = pipe.readable().await.ok()?;
+        match ready.try_io(|pipe| io::Read::read(&mut pipe.get_ref(), buffer)) {
+            Ok(Ok(0)) => return None,
+            Ok(Ok(count)) => return Some(count),
+            // A terminal that nobody has open any more.
+            Ok(Err(_)) => return None,
+            Err(_) => {}
+        }
+    }
+}
+
+async fn write_some(end: &Option<Pipe>, bytes: &[u8]) -> io::Result<usize> {
+    let Some(pipe) = end else { return Err(Errno::PIPE.into()) };
+    loop {
+        let mut ready = pipe.writable().await?;
+        if let Ok(written) = ready.try_io(|pipe| io::Write::write(&mut pipe.get_ref(), bytes)) {
+            return written;
+        }
+    }
+}
+
+/// Reads messages for who must be able to stop waiting for them.
+async fn listen<R: AsyncRead + Unpin>(mut reader: R, inputs: mpsc::Sender<Input>) {
+    while let Ok(Some(input)) = message::receive(&mut reader).await {
+        if inputs.send(input).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn code_of(ended: io::Result<std::process::ExitStatus>) -> u8 {
+    match ended {
+        Ok(status) => match (status.code(), status.signal()) {
+            (Some(code), _) => code.to_le_bytes()[0],
+            (None, Some(signal)) => 128_u8.wrapping_add(signal.to_le_bytes()[0]),
+            (None, None) => 255,
+        },
+        Err(_) => 255,
+    }
+}
+
+/// Sends a signal to a process that was started over the link.
+pub(crate) fn signal(machine: &Machine, number: u32, signal: i32) -> Result<(), Failure> {
+    let entry = machine.processes().get(&number).cloned();
+    let pid =
+        entry.and_then(|entry| i32::try_from(entry.pid).ok()).filter(|pid| *pid > 1).ok_or_else(|| {
+            Failure { kind: FailureKind::NotFound, what: format!("there is no process {number}") }
+        })?;
+    // SAFETY: takes two numbers. The process is this one's child, so its number is its own until it is waited for.
+    if unsafe { libc::kill(pid, signal) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        error => Err(failed(format_args!("send signal {signal}"), error)),
+    }
+}
