@@ -14,16 +14,36 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Memory in bytes, a multiple of 2 MiB.
     pub memory: u64,
-    /// The kernel to boot.
-    pub kernel: PathBuf,
-    /// The initial RAM file system.
-    pub initramfs: PathBuf,
-    /// The kernel's command line.
-    pub command_line: String,
+    /// The file that memory is mapped from; of at least `memory` bytes.
+    pub memory_file: PathBuf,
+    /// What becomes of what the machine writes to its memory.
+    pub memory_kind: MemoryKind,
+    /// What to boot; `None` for a machine that is restored.
+    pub boot: Option<BootConfig>,
     /// The read-only image disk.
     pub image: PathBuf,
     /// The writable disk.
     pub disk: PathBuf,
+}
+
+/// What a machine boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootConfig {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM file system.
+    pub initramfs: PathBuf,
+    /// Words for the kernel's command line, after those that the driver needs.
+    pub command_line: String,
+}
+
+/// How a machine's memory relates to the file that it is mapped from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// The file is the memory: for a template that is being made.
+    Written,
+    /// What is written is the machine's own, the rest is shared with all that map the same file.
+    CopyOnWrite,
 }
 
 /// What a virtual machine is doing.
@@ -43,40 +63,44 @@ pub enum VmState {
 pub trait Hypervisor: Send + Sync {
     /// The driver's name: `qemu`, `firecracker`, `vz`.
     fn name(&self) -> &'static str;
+    /// All that a saved state depends on besides the configuration: the program's version, the accelerator, the processor.
+    /// A state is restored only where this says the same.
+    fn fingerprint(&self) -> String;
     /// What it can do here.
     fn capabilities(&self) -> Capabilities;
-    /// Makes a machine; it does not run yet.
+    /// Makes a machine that boots; it does not run yet. The machine ends with the calling thread.
     fn create(&self, config: &VmConfig) -> Result<Box<dyn Vm>, BackendError>;
-    /// Makes a machine from a state that [`Vm::save`] wrote; it is paused.
-    fn restore(&self, _config: &VmConfig, _state: &Path) -> Result<Box<dyn Vm>, BackendError> {
+    /// Makes a machine from what [`Vm::save`] wrote to the directory `saved`; it is paused, and ends with the calling thread.
+    fn restore(&self, _config: &VmConfig, _saved: &Path) -> Result<Box<dyn Vm>, BackendError> {
         Err(BackendError::unsupported(format!("{} cannot restore machines", self.name())))
     }
 }
 
-/// One virtual machine.
+/// One virtual machine. Dropping it ends it.
 pub trait Vm: Send {
-    /// Starts it.
-    fn start(&mut self) -> Result<(), BackendError>;
-    /// Asks the guest to power off, as a power button does.
-    fn stop(&mut self) -> Result<(), BackendError>;
+    /// The process that it runs in, where it has one of its own.
+    fn pid(&self) -> Option<u32>;
+    /// Starts it, or lets it go on.
+    fn resume(&mut self) -> Result<(), BackendError>;
     /// Ends it at once.
     fn kill(&mut self) -> Result<(), BackendError>;
     /// Stops executing.
     fn pause(&mut self) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this hypervisor cannot pause machines"))
     }
-    /// Goes on executing.
-    fn resume(&mut self) -> Result<(), BackendError> {
-        Err(BackendError::unsupported("this hypervisor cannot resume machines"))
-    }
-    /// Writes the state of devices and memory of a paused machine below `directory`.
-    fn save(&mut self, _directory: &Path) -> Result<(), BackendError> {
+    /// Writes what is needed to restore a paused machine to the directory `saved`: the state of its devices, and of a machine
+    /// whose memory is [`MemoryKind::CopyOnWrite`] what it has written. Its disks are not saved, nor is the memory file.
+    fn save(&mut self, _saved: &Path) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this hypervisor cannot save machines"))
     }
     /// What it is doing.
-    fn state(&self) -> Result<VmState, BackendError>;
-    /// The byte stream to the guest's agent.
+    fn state(&mut self) -> Result<VmState, BackendError>;
+    /// The byte stream to the guest's agent. There is one, given once.
     fn link(&mut self) -> Result<OwnedFd, BackendError>;
+    /// The writable disk has another size now: tells the guest.
+    fn disk_resized(&mut self, _bytes: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsupported("this hypervisor cannot resize disks of running machines"))
+    }
     /// Asks the guest to leave it `bytes` of memory.
     fn balloon(&mut self, _bytes: u64) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this hypervisor has no balloon"))

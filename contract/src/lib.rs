@@ -31,7 +31,7 @@ pub use backend::{BackendError, Capabilities, Capability, ErrorKind};
 pub use digest::{Digest, DigestError, Hasher};
 pub use disk::{DiskBackend, DiskUsage};
 pub use home::{Home, InstanceDir};
-pub use hypervisor::{Hypervisor, Vm, VmConfig, VmState};
+pub use hypervisor::{BootConfig, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
 pub use instance::{
     CpuLimit, ExitStatus, HealthCheck, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceSpec,
     InstanceStatus, Isolation, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec, Protocol,

@@ -1,0 +1,87 @@
+//! What can go wrong with a hypervisor.
+
+use std::io;
+use std::path::PathBuf;
+
+use kiln_contract::{BackendError, ErrorKind};
+
+/// A hypervisor that did not do what it should.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// Its program is not there.
+    #[error("cannot run machines: {program} is not installed")]
+    Missing {
+        /// What was looked for.
+        program: String,
+        /// The Debian package that has it.
+        package: &'static str,
+    },
+    /// It ended, with its last words.
+    #[error("{program} ended: {words}")]
+    Ended {
+        /// Its path.
+        program: PathBuf,
+        /// The end of what it wrote to standard error.
+        words: String,
+    },
+    /// It refused.
+    #[error("the hypervisor refused `{command}`: {words}")]
+    Refused {
+        /// What it was told.
+        command: &'static str,
+        /// Its words.
+        words: String,
+    },
+    /// It answered what makes no sense.
+    #[error("the hypervisor's answer to `{command}` makes no sense: {words}")]
+    Nonsense {
+        /// What it was told.
+        command: &'static str,
+        /// What is wrong with the answer.
+        words: String,
+    },
+    /// A saved state that is none, or is not of this machine.
+    #[error("{} is not a saved machine: {why}", path.display())]
+    NotASave {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A system call failed.
+    #[error("cannot {doing}: {source}")]
+    Io {
+        /// What was being done, to what.
+        doing: String,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+impl VmmError {
+    pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Io { doing, source }
+    }
+}
+
+impl From<VmmError> for BackendError {
+    fn from(error: VmmError) -> Self {
+        let kind = match &error {
+            VmmError::Missing { .. } => ErrorKind::Unsupported,
+            _ => ErrorKind::Failed,
+        };
+        let hint = match &error {
+            VmmError::Missing { package, .. } => {
+                Some(format!("on Debian and Ubuntu: apt-get install --no-install-recommends {package}"))
+            }
+            _ => None,
+        };
+        let error = Self::new(kind, error.to_string());
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+}

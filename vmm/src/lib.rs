@@ -1,0 +1,20 @@
+//! Drivers of hypervisors: one file each, behind [`kiln_contract::Hypervisor`].
+//!
+//! - [`Qemu`]: with KVM where it can run guests, with TCG (software) elsewhere, so that a machine works everywhere.
+//!
+//! Which [`Accelerator`] is taken, and why, is told by [`Accelerator::choose`].
+
+#[cfg(target_os = "linux")]
+mod accelerator;
+mod error;
+#[cfg(target_os = "linux")]
+mod memory;
+#[cfg(target_os = "linux")]
+mod qemu;
+mod qmp;
+
+#[cfg(target_os = "linux")]
+pub use accelerator::Accelerator;
+pub use error::VmmError;
+#[cfg(target_os = "linux")]
+pub use qemu::Qemu;

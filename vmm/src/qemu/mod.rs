@@ -1,0 +1,334 @@
+//! QEMU: the `microvm` machine on x86-64, `virt` on aarch64.
+//!
+//! One process a machine, which ends with the thread that started it. Its link and its monitor are socket pairs made before
+//! it starts, so that nobody waits for a path to appear. How a machine is saved and restored:
+//!
+//! 1. A template boots with its memory file mapped shared (`share=on`), so that the file *is* the memory.
+//! 2. *Save*: stop; `xen-save-devices-state` writes the devices' state without memory (some 26 KB, a millisecond). That the
+//!    command is named for Xen is history: it needs nothing of it. Of a machine whose memory is mapped privately, the
+//!    changed pages follow as a [delta](super::memory).
+//! 3. *Restore*: the same devices over the same memory file, mapped privately (`share=off`): nothing is copied. A delta is put
+//!    into the fresh process's memory first, since devices look into it while they are loaded; then the state is loaded as
+//!    an incoming migration. No kernel is given: it is in memory.
+//!
+//! The state has neither a configuration section nor a description, as a migration would, so both sides leave them out.
+
+mod arguments;
+
+use std::fs::{self, File};
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kiln_contract::{BackendError, Capabilities, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
+use rustix::io::FdFlags;
+use rustix::process::Signal;
+
+use crate::memory::Mapping;
+use crate::qmp::{self, Qmp};
+use crate::{Accelerator, VmmError};
+use arguments::{Inherited, arguments};
+
+/// Where the devices' state is in what was saved.
+const STATE: &str = "state";
+/// Where the changed memory is, if the machine had any of its own.
+const DELTA: &str = "delta";
+/// What QEMU writes to standard error.
+const WORDS: &str = "qemu.log";
+/// How long a state may take to load.
+const TO_LOAD: Duration = Duration::from_secs(30);
+
+#[cfg(target_arch = "x86_64")]
+const PROGRAM: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
+#[cfg(not(target_arch = "x86_64"))]
+const PROGRAM: (&str, &str) = ("qemu-system-aarch64", "qemu-system-arm");
+
+/// The driver.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: PathBuf,
+    accelerator: Accelerator,
+}
+
+impl Qemu {
+    /// The QEMU of this host.
+    ///
+    /// # Errors
+    /// [`VmmError::Missing`] names the package that has it.
+    pub fn find() -> Result<Self, VmmError> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let program = std::env::split_paths(&path)
+            .map(|directory| directory.join(PROGRAM.0))
+            .find(|candidate| rustix::fs::access(candidate, rustix::fs::Access::EXEC_OK).is_ok())
+            .ok_or_else(|| VmmError::Missing { program: PROGRAM.0.to_owned(), package: PROGRAM.1 })?;
+        Ok(Self { program, accelerator: Accelerator::choose() })
+    }
+
+    /// What executes its machines' instructions, and why.
+    pub fn accelerator(&self) -> &Accelerator {
+        &self.accelerator
+    }
+
+    /// Its path.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Starts a process; `state` is what it is going to load, if anything.
+    fn launch(&self, config: &VmConfig, state: Option<File>) -> Result<Machine, VmmError> {
+        let pair = || UnixStream::pair().map_err(VmmError::io("make a socket for the hypervisor"));
+        let ((link, their_link), (monitor, their_monitor)) = (pair()?, pair()?);
+        let inherited = Inherited { link: their_link.as_raw_fd(), monitor: their_monitor.as_raw_fd() };
+        let state_number = state.as_ref().map(AsRawFd::as_raw_fd);
+        let words = config.directory.join(WORDS);
+        let log = File::create(&words).map_err(VmmError::io(format!("make {}", words.display())))?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(arguments(config, &self.accelerator, inherited))
+            .current_dir(&config.directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let mut theirs = vec![OwnedFd::from(their_link), OwnedFd::from(their_monitor)];
+        theirs.extend(state.map(OwnedFd::from));
+        let parent = rustix::process::getpid();
+        // SAFETY: system calls only, between fork and exec, on descriptors that outlive them.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                // It may have ended before that was said.
+                if rustix::process::getppid() != Some(parent) {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                for descriptor in &theirs {
+                    rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+                }
+                Ok(())
+            });
+        }
+        let process = command.spawn().map_err(VmmError::io(format!("run {}", self.program.display())))?;
+        // The command keeps their ends open, and with them nobody would see that QEMU ended.
+        drop(command);
+        let mut machine = Machine {
+            program: self.program.clone(),
+            process,
+            monitor: None,
+            link: Some(link.into()),
+            words,
+            memory: (config.memory_file.clone(), config.memory, config.memory_kind),
+            state: state_number,
+            began: false,
+        };
+        let opened = Qmp::open(monitor);
+        machine.monitor = Some(machine.explain(opened)?);
+        Ok(machine)
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn fingerprint(&self) -> String {
+        // The program as a file: cheaper than to ask it, and as telling.
+        let file = fs::metadata(&self.program).map_or_else(
+            |_| String::new(),
+            |file| {
+                use std::os::unix::fs::MetadataExt as _;
+                format!("{}:{}:{}.{}", file.ino(), file.len(), file.mtime(), file.mtime_nsec())
+            },
+        );
+        let accelerator = self.accelerator.name();
+        let processor = match self.accelerator {
+            Accelerator::Kvm => processor(),
+            Accelerator::Tcg { .. } => String::new(),
+        };
+        format!("qemu {} {file} {accelerator} {processor}", self.program.display())
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::all()
+    }
+
+    fn create(&self, config: &VmConfig) -> Result<Box<dyn Vm>, BackendError> {
+        Ok(Box::new(self.launch(config, None)?))
+    }
+
+    fn restore(&self, config: &VmConfig, saved: &Path) -> Result<Box<dyn Vm>, BackendError> {
+        let path = saved.join(STATE);
+        let state = File::open(&path).map_err(VmmError::io(format!("open {}", path.display())))?;
+        let mut machine = self.launch(config, Some(state))?;
+        machine.load(saved)?;
+        Ok(Box::new(machine))
+    }
+}
+
+/// A state of the processor's own is only restored on the same model.
+fn processor() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line =
+        |name: &str| cpuinfo.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    format!("{} {} {}", line("model name"), line("flags"), line("microcode"))
+}
+
+/// One QEMU.
+#[derive(Debug)]
+struct Machine {
+    program: PathBuf,
+    process: Child,
+    monitor: Option<Qmp>,
+    link: Option<OwnedFd>,
+    words: PathBuf,
+    memory: (PathBuf, u64, MemoryKind),
+    /// The number that QEMU knows the state by that it is to load.
+    state: Option<i32>,
+    began: bool,
+}
+
+impl Machine {
+    fn execute<C: qmp::Command>(&mut self, command: &C) -> Result<C::Answer, VmmError> {
+        let answer = match &mut self.monitor {
+            Some(monitor) => monitor.execute(command),
+            None => Err(VmmError::Nonsense { command: C::NAME, words: "there is no monitor".to_owned() }),
+        };
+        self.explain(answer)
+    }
+
+    /// A failure to talk to QEMU is explained by what it said before it ended, if it did.
+    fn explain<T>(&mut self, outcome: Result<T, VmmError>) -> Result<T, VmmError> {
+        let Err(error @ VmmError::Io { .. }) = outcome else { return outcome };
+        // It closes its sockets a little before it ends.
+        for _ in 0..50 {
+            if !matches!(self.process.try_wait(), Ok(None)) {
+                let said = self.last_words();
+                let words = if said.is_empty() { error.to_string() } else { said };
+                return Err(VmmError::Ended { program: self.program.clone(), words });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Err(error)
+    }
+
+    fn mapping(&self) -> Result<Mapping, VmmError> {
+        Mapping::find(self.process.id(), &self.memory.0, self.memory.1)
+    }
+
+    fn load(&mut self, saved: &Path) -> Result<(), VmmError> {
+        let delta = saved.join(DELTA);
+        match File::open(&delta) {
+            Ok(mut file) => self
+                .mapping()?
+                .read_delta(&mut file)
+                .map_err(|error| VmmError::NotASave { path: delta, why: error.to_string() })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(VmmError::io(format!("open {}", delta.display()))(error)),
+        }
+        let Some(number) = self.state.take() else { return Ok(()) };
+        let uri = format!("fd:{number}");
+        self.execute(&qmp::LoadState { uri: &uri, lifetime: PhantomData })?;
+        let state = saved.join(STATE);
+        let begun = Instant::now();
+        loop {
+            let migration = self.execute(&qmp::QueryMigrate { lifetime: PhantomData })?;
+            match migration.status.as_deref() {
+                Some("completed") => return Ok(()),
+                Some("failed") => {
+                    let why = migration.error.unwrap_or_else(|| self.last_words());
+                    return Err(VmmError::NotASave { path: state, why });
+                }
+                _ if begun.elapsed() > TO_LOAD => {
+                    return Err(VmmError::NotASave { path: state, why: "it does not load".to_owned() });
+                }
+                _ => std::thread::sleep(Duration::from_micros(500)),
+            }
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let said = fs::read(&self.words).unwrap_or_default();
+        String::from_utf8_lossy(&said[said.len().saturating_sub(2000)..]).trim().to_owned()
+    }
+}
+
+impl Vm for Machine {
+    fn pid(&self) -> Option<u32> {
+        Some(self.process.id())
+    }
+
+    fn resume(&mut self) -> Result<(), BackendError> {
+        self.execute(&qmp::Continue { lifetime: PhantomData })?;
+        self.began = true;
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), BackendError> {
+        self.execute(&qmp::Stop { lifetime: PhantomData })?;
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<(), BackendError> {
+        // Ending it twice is no error.
+        let _ = self.process.kill();
+        self.process.wait().map_err(|error| VmmError::io("wait for the hypervisor")(error))?;
+        Ok(())
+    }
+
+    fn save(&mut self, saved: &Path) -> Result<(), BackendError> {
+        let state = saved.join(STATE);
+        let name = state.to_str().ok_or_else(|| VmmError::NotASave {
+            path: state.clone(),
+            why: "the hypervisor takes only paths in UTF-8".to_owned(),
+        })?;
+        self.execute(&qmp::SaveDevices { filename: name, live: false, lifetime: PhantomData })?;
+        if self.memory.2 == MemoryKind::CopyOnWrite {
+            let path = saved.join(DELTA);
+            let fail = || VmmError::io(format!("write {}", path.display()));
+            let mut file = File::create(&path).map_err(fail())?;
+            self.mapping()?.write_delta(&mut file).map_err(fail())?;
+        }
+        Ok(())
+    }
+
+    fn state(&mut self) -> Result<VmState, BackendError> {
+        if !matches!(self.process.try_wait(), Ok(None)) {
+            return Ok(VmState::Stopped);
+        }
+        let status = self.execute(&qmp::QueryStatus { lifetime: PhantomData })?.status;
+        Ok(match status.as_str() {
+            "running" => VmState::Running,
+            "shutdown" | "guest-panicked" | "internal-error" => VmState::Stopped,
+            _ if self.began => VmState::Paused,
+            _ => VmState::Created,
+        })
+    }
+
+    fn link(&mut self) -> Result<OwnedFd, BackendError> {
+        self.link.take().ok_or_else(|| {
+            BackendError::new(kiln_contract::ErrorKind::State, "the machine's link was given already")
+        })
+    }
+
+    fn disk_resized(&mut self, bytes: u64) -> Result<(), BackendError> {
+        self.execute(&qmp::ResizeBlock { device: arguments::DISK, size: bytes, lifetime: PhantomData })?;
+        Ok(())
+    }
+
+    fn balloon(&mut self, bytes: u64) -> Result<(), BackendError> {
+        self.execute(&qmp::Balloon { value: bytes, lifetime: PhantomData })?;
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            tracing::warn!("{error}");
+        }
+    }
+}
