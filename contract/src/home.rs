@@ -12,6 +12,8 @@
 //! names/<name>           a name taken: holds the instance's id
 //! networks/<name>.json   networks and their leases
 //! volumes/<name>/        named volumes: data/ and volume.json
+//! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
+//! kernels/default        a symbolic link to the one that is booted if none is named
 //! ```
 
 use std::env;
@@ -78,6 +80,11 @@ impl Home {
     /// Named volumes, a directory each.
     pub fn volumes(&self) -> PathBuf {
         self.0.join("volumes")
+    }
+
+    /// Kernels that machines boot, a directory each.
+    pub fn kernels(&self) -> PathBuf {
+        self.0.join("kernels")
     }
 }
 

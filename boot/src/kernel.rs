@@ -1,0 +1,177 @@
+//! An installed kernel, and `kernel.json`, in which it is recorded.
+//!
+//! ```text
+//! kernels/<name>/
+//!   kernel.json          the record below, format 1
+//!   kernel               the file as it was given: a bzImage, an Image, a vmlinux
+//!   modules/<name>.ko    the modules that machines need, decompressed
+//! ```
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use kiln_contract::Digest;
+use serde::{Deserialize, Serialize};
+
+use crate::arch::Arch;
+use crate::compression::read_bounded;
+use crate::error::{BootError, Result};
+use crate::image::MAX_KERNEL;
+use crate::modules::MAX_MODULE;
+
+/// The version of `kernel.json`. A newer one is refused; new fields that older programs may ignore do not change it.
+pub const FORMAT: u32 = 1;
+
+/// The largest record that is read: some 130 modules with their aliases have 20 kB.
+const MAX_RECORD: u64 = 8 << 20;
+
+/// Where a kernel came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", content = "path", rename_all = "snake_case")]
+pub enum Source {
+    /// The one that this host runs, or has in `/boot`; the path is `/`, or where another host's root is.
+    Host(PathBuf),
+    /// Debian packages that have the kernel and its modules: one of Debian's, or two of Ubuntu's.
+    Packages(Vec<PathBuf>),
+    /// What the user named: a package, a kernel's file, or a directory with `boot/vmlinuz-*` and `lib/modules`.
+    Path(PathBuf),
+}
+
+/// A module that was installed with a kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleRecord {
+    /// Its name as the kernel has it, with `_` and never `-`.
+    pub name: String,
+    /// Installed modules that must be loaded before it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<String>,
+    /// Names that the kernel asks for it by: `fs-ext4`, `rtnl-link-veth`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+    /// Whether it is loaded at boot; the others are loaded when they are asked for.
+    pub at_boot: bool,
+}
+
+/// What is known of an installed kernel: `kernel.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelRecord {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Its name among the installed ones.
+    pub name: String,
+    /// What `uname -r` says in it.
+    pub version: String,
+    /// The processors that it is for.
+    pub arch: Arch,
+    /// Where it came from.
+    pub source: Source,
+    /// Of the kernel's file and of all its modules: two kernels with the same digest boot the same.
+    pub digest: Digest,
+    /// When it was installed.
+    pub created: Timestamp,
+    /// Bytes of the kernel's file.
+    pub size: u64,
+    /// Its modules in the order of loading: those of the boot first, each after what it needs.
+    pub modules: Vec<ModuleRecord>,
+    /// Names of wanted modules that it has built in.
+    pub builtin: Vec<String>,
+    /// Options of the kernel's configuration whose parts machines with it do without.
+    pub absent: Vec<String>,
+}
+
+/// An installed kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    directory: PathBuf,
+    record: KernelRecord,
+}
+
+impl Kernel {
+    /// The kernel in `directory`, a directory as [`crate::Kernels`] makes them.
+    ///
+    /// # Errors
+    /// If its record cannot be read, or was written by a newer version.
+    pub fn load(directory: &Path) -> Result<Self> {
+        let path = directory.join("kernel.json");
+        let bytes = read_file(&path, MAX_RECORD)?;
+        let format = |reason: String| BootError::Format { path: path.clone(), reason };
+        let record: KernelRecord =
+            serde_json::from_slice(&bytes).map_err(|error| format(error.to_string()))?;
+        if record.format != FORMAT {
+            return Err(format(format!(
+                "it has the format {}, and this version knows {FORMAT}",
+                record.format
+            )));
+        }
+        // They become names of files below.
+        if let Some(bad) = record.modules.iter().find(|module| !is_module_name(&module.name)) {
+            return Err(format(format!("{:?} cannot name a module", bad.name)));
+        }
+        Ok(Self { directory: directory.into(), record })
+    }
+
+    /// Its name among the installed ones.
+    pub fn name(&self) -> &str {
+        &self.record.name
+    }
+
+    /// What `uname -r` says in it.
+    pub fn version(&self) -> &str {
+        &self.record.version
+    }
+
+    /// The processors that it is for.
+    pub fn arch(&self) -> Arch {
+        self.record.arch
+    }
+
+    /// Of all that machines boot of it.
+    pub fn digest(&self) -> Digest {
+        self.record.digest
+    }
+
+    /// All that is known of it.
+    pub fn record(&self) -> &KernelRecord {
+        &self.record
+    }
+
+    /// The directory that it is in.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The kernel's file as it was given: a bzImage, an arm64 Image, or a vmlinux.
+    pub fn image(&self) -> PathBuf {
+        self.directory.join("kernel")
+    }
+
+    /// The kernel's file, read.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn read_image(&self) -> Result<Vec<u8>> {
+        read_file(&self.image(), MAX_KERNEL)
+    }
+
+    /// A module's file, read.
+    pub(crate) fn read_module(&self, name: &str) -> Result<Vec<u8>> {
+        read_file(&module_file(&self.directory, name), MAX_MODULE)
+    }
+}
+
+/// Where the module `name` of the kernel in `directory` is.
+pub(crate) fn module_file(directory: &Path, name: &str) -> PathBuf {
+    directory.join("modules").join(format!("{name}.ko"))
+}
+
+/// What the kernel itself allows: names are C identifiers, but for a digit in front (`9p`).
+pub(crate) fn is_module_name(name: &str) -> bool {
+    // MODULE_NAME_LEN, less the final zero.
+    (1..56).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
+pub(crate) fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(BootError::doing("read", path))?;
+    read_bounded(file, limit).map_err(BootError::doing("read", path))
+}

@@ -1,0 +1,287 @@
+//! The kernels of a home: installing, finding, choosing and removing them.
+//!
+//! A kernel is made in a hidden directory and renamed, so that one that can be seen is complete.
+
+use std::cmp::Ordering;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use kiln_contract::{Digest, Home};
+
+use crate::arch::Arch;
+use crate::error::{BootError, Result};
+use crate::found::{self, Found};
+use crate::image::{self, MAX_KERNEL};
+use crate::kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source, module_file, read_file};
+use crate::modules::{self, Resolved, WANTED};
+
+/// The name of the symbolic link to the default kernel.
+const DEFAULT: &str = "default";
+
+/// The kernels of a home.
+#[derive(Debug)]
+pub struct Kernels {
+    directory: PathBuf,
+}
+
+impl Kernels {
+    /// The kernels of `home`. Nothing is touched.
+    pub fn open(home: &Home) -> Self {
+        Self { directory: home.kernels() }
+    }
+
+    /// Installs a kernel with what machines need of its modules, under `name` or, without one, its version. A kernel
+    /// that is installed already under this name is given back as it is.
+    ///
+    /// # Errors
+    /// [`BootError::Lacks`] names what the kernel would have to have; [`BootError::NameTaken`] if another kernel has
+    /// the name; [`BootError::NotAKernel`], [`BootError::NotAPackage`] and [`BootError::NoKernel`] for what cannot be
+    /// installed.
+    pub fn install(&self, source: &Source, name: Option<&str>) -> Result<Kernel> {
+        name.map_or(Ok(()), check_name)?;
+        fs::create_dir_all(&self.directory).map_err(BootError::doing("make", &self.directory))?;
+        let lock = self.lock()?;
+        let staging = tempfile::Builder::new()
+            .prefix(STAGING)
+            .tempdir_in(&self.directory)
+            .map_err(BootError::doing("make a directory in", &self.directory))?;
+        let found = found::find(source, staging.path())?;
+        let kernel = read_file(&found.kernel, MAX_KERNEL)?;
+        let about = image::about(&kernel, &found.named)?;
+        let resolved = modules::resolve(&found.modules, &about.version, WANTED)?;
+        let name = name.unwrap_or(&about.version);
+        check_name(name)?;
+        let record = record(name, source, &about, &kernel, &resolved);
+        let target = self.directory.join(name);
+        if target.exists() {
+            let installed = Kernel::load(&target)?;
+            let same = installed.digest() == record.digest;
+            return if same { Ok(installed) } else { Err(BootError::NameTaken { name: name.into() }) };
+        }
+        let made = staging.path().join("made");
+        write(&made, &record, &kernel, &resolved, &found)?;
+        fs::rename(&made, &target).map_err(BootError::doing("make", &target))?;
+        drop(lock);
+        Kernel::load(&target)
+    }
+
+    /// All kernels, the newest version first.
+    ///
+    /// # Errors
+    /// If the directory cannot be read, or a kernel's record cannot.
+    pub fn list(&self) -> Result<Vec<Kernel>> {
+        let entries = match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(BootError::doing("list", &self.directory))?,
+        };
+        let mut kernels = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(BootError::doing("list", &self.directory))?.file_name();
+            if let Some(name) = name.to_str().filter(|name| check_name(name).is_ok()) {
+                kernels.push(Kernel::load(&self.directory.join(name))?);
+            }
+        }
+        kernels
+            .sort_by(|a, b| compare_versions(b.version(), a.version()).then_with(|| a.name().cmp(b.name())));
+        Ok(kernels)
+    }
+
+    /// The kernel `name`.
+    ///
+    /// # Errors
+    /// [`BootError::NoSuchKernel`].
+    pub fn find(&self, name: &str) -> Result<Kernel> {
+        check_name(name)?;
+        let directory = self.directory.join(name);
+        if !directory.exists() {
+            return Err(BootError::NoSuchKernel { name: name.into() });
+        }
+        Kernel::load(&directory)
+    }
+
+    /// The kernel that machines boot if none is named: the one that was chosen, else the newest for this host's
+    /// processors.
+    ///
+    /// # Errors
+    /// [`BootError::NoneInstalled`].
+    pub fn default(&self) -> Result<Kernel> {
+        if let Some(name) = self.chosen()
+            && let Ok(kernel) = self.find(&name)
+        {
+            return Ok(kernel);
+        }
+        let fits = |kernel: &Kernel| Some(kernel.arch()) == Arch::host();
+        self.list()?.into_iter().find(fits).ok_or(BootError::NoneInstalled)
+    }
+
+    /// Makes `name` the default.
+    ///
+    /// # Errors
+    /// [`BootError::NoSuchKernel`]; [`BootError::OtherArchitecture`] for one that cannot run here.
+    pub fn set_default(&self, name: &str) -> Result<Kernel> {
+        let kernel = self.find(name)?;
+        if Some(kernel.arch()) != Arch::host() {
+            return Err(BootError::OtherArchitecture {
+                name: name.into(),
+                found: kernel.arch().to_string(),
+                host: std::env::consts::ARCH.into(),
+            });
+        }
+        let lock = self.lock()?;
+        let link = self.directory.join(DEFAULT);
+        let new = self.directory.join(format!("{STAGING}{DEFAULT}"));
+        symlink(name, &new).map_err(BootError::doing("make", &new))?;
+        fs::rename(&new, &link).map_err(BootError::doing("make", &link))?;
+        drop(lock);
+        Ok(kernel)
+    }
+
+    /// Removes the kernel `name`; the default one only with `force`.
+    ///
+    /// # Errors
+    /// [`BootError::NoSuchKernel`], [`BootError::IsDefault`].
+    pub fn remove(&self, name: &str, force: bool) -> Result<()> {
+        self.find(name)?;
+        let is_default = self.default().is_ok_and(|default| default.name() == name);
+        if is_default && !force {
+            return Err(BootError::IsDefault { name: name.into() });
+        }
+        let lock = self.lock()?;
+        // Renamed first: a kernel is there whole, or not at all.
+        let doomed = self.directory.join(format!("{STAGING}removed"));
+        let directory = self.directory.join(name);
+        fs::rename(&directory, &doomed).map_err(BootError::doing("remove", &directory))?;
+        if self.chosen().as_deref() == Some(name) {
+            let link = self.directory.join(DEFAULT);
+            fs::remove_file(&link).map_err(BootError::doing("remove", &link))?;
+        }
+        fs::remove_dir_all(&doomed).map_err(BootError::doing("remove", &doomed))?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// The name that the link `default` has, if there is one.
+    fn chosen(&self) -> Option<String> {
+        let target = fs::read_link(self.directory.join(DEFAULT)).ok()?;
+        target.to_str().filter(|name| check_name(name).is_ok()).map(str::to_owned)
+    }
+
+    /// Held while kernels are made or removed. What an interrupted one left is swept.
+    fn lock(&self) -> Result<File> {
+        let path = self.directory.join(".lock");
+        let file = File::create(&path).map_err(BootError::doing("make", &path))?;
+        file.lock().map_err(BootError::doing("lock", &path))?;
+        for entry in fs::read_dir(&self.directory).map_err(BootError::doing("list", &self.directory))? {
+            let entry = entry.map_err(BootError::doing("list", &self.directory))?;
+            if entry.file_name().as_encoded_bytes().starts_with(STAGING.as_bytes()) {
+                let path = entry.path();
+                let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                let swept = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                swept.map_err(BootError::doing("remove", &path))?;
+            }
+        }
+        Ok(file)
+    }
+}
+
+/// What names of unfinished things begin with.
+const STAGING: &str = ".making-";
+
+fn record(
+    name: &str,
+    source: &Source,
+    about: &image::About,
+    kernel: &[u8],
+    resolved: &Resolved,
+) -> KernelRecord {
+    let modules = resolved.modules.iter().map(|module| ModuleRecord {
+        name: module.name.clone(),
+        needs: module.needs.clone(),
+        // Those of devices are long, and none comes later.
+        aliases: module.aliases.iter().filter(|alias| !alias.contains([':', '*', ' '])).cloned().collect(),
+        at_boot: module.at_boot,
+    });
+    KernelRecord {
+        format: FORMAT,
+        name: name.into(),
+        version: about.version.clone(),
+        arch: about.arch,
+        source: source.clone(),
+        digest: digest(kernel, resolved),
+        created: Timestamp::now(),
+        size: kernel.len() as u64,
+        modules: modules.collect(),
+        builtin: resolved.builtin.iter().map(|&name| name.to_owned()).collect(),
+        absent: resolved.absent.iter().map(|missing| missing.config.to_owned()).collect(),
+    }
+}
+
+/// Of the kernel and its modules, each by its digest, so that nothing can move from one into the next.
+fn digest(kernel: &[u8], resolved: &Resolved) -> Digest {
+    let mut list = format!("kernel {}\n", Digest::of(kernel));
+    for module in &resolved.modules {
+        list += &format!("{} {} {}\n", module.name, module.at_boot, Digest::of(&module.content));
+    }
+    Digest::of(list.as_bytes())
+}
+
+fn write(
+    directory: &Path,
+    record: &KernelRecord,
+    kernel: &[u8],
+    resolved: &Resolved,
+    found: &Found,
+) -> Result<()> {
+    let modules = directory.join("modules");
+    fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
+    let put =
+        |path: PathBuf, content: &[u8]| fs::write(&path, content).map_err(BootError::doing("write", &path));
+    put(directory.join("kernel"), kernel)?;
+    for module in &resolved.modules {
+        put(module_file(directory, &module.name), &module.content)?;
+    }
+    if let Some(config) = &found.config {
+        put(directory.join("config"), config)?;
+    }
+    let path = directory.join("kernel.json");
+    let mut json = serde_json::to_vec_pretty(record)
+        .map_err(|error| BootError::Format { path: path.clone(), reason: error.to_string() })?;
+    json.push(b'\n');
+    put(path, &json)
+}
+
+/// Names are directories, and appear in tables and on command lines.
+fn check_name(name: &str) -> Result<()> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"_.+~-".contains(&byte);
+    let starts = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+    if starts && name.len() <= 100 && name.bytes().all(fits) && name != DEFAULT {
+        Ok(())
+    } else {
+        Err(BootError::BadName { name: name.chars().take(120).collect() })
+    }
+}
+
+/// Numbers by value, everything else by its letters.
+pub(crate) fn compare_versions(a: &str, b: &str) -> Ordering {
+    let parts = |version: &str| {
+        let mut parts: Vec<(u64, String)> = Vec::new();
+        let mut was_digit = None;
+        for letter in version.chars() {
+            let is_digit = letter.is_ascii_digit();
+            if was_digit.replace(is_digit) != Some(is_digit) {
+                parts.push((0, String::new()));
+            }
+            if let Some((number, text)) = parts.last_mut() {
+                match letter.to_digit(10) {
+                    Some(digit) => *number = number.saturating_mul(10).saturating_add(digit.into()),
+                    None => text.push(letter),
+                }
+            }
+        }
+        parts
+    };
+    parts(a).cmp(&parts(b))
+}

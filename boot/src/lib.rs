@@ -1,0 +1,36 @@
+//! Kernels that machines boot, and the initramfs that they begin with.
+//!
+//! A kernel comes from the host, from a Debian package or from a file, and is kept in `$KILN_HOME/kernels/<name>/`
+//! with the few of its modules that machines need ([`Kernels`]). With a guest's binary it becomes an [`initramfs`].
+//!
+//! ```no_run
+//! use kiln_boot::{Kernels, Source, initramfs};
+//! use kiln_contract::Home;
+//!
+//! # fn main() -> kiln_boot::Result<()> {
+//! let kernels = Kernels::open(&Home::at("/var/lib/kiln"));
+//! kernels.install(&Source::Host("/".into()), None)?;
+//! let kernel = kernels.default()?;
+//! let initramfs = initramfs(&kernel, b"a static program for Linux")?;
+//! println!("{} boots with {} bytes", kernel.image().display(), initramfs.len());
+//! # Ok(())
+//! # }
+//! ```
+
+mod arch;
+mod compression;
+mod cpio;
+mod deb;
+mod error;
+mod found;
+mod image;
+mod initramfs;
+mod kernel;
+mod kernels;
+mod modules;
+
+pub use arch::Arch;
+pub use error::{BootError, Missing, Result};
+pub use initramfs::initramfs;
+pub use kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source};
+pub use kernels::Kernels;

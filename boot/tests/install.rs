@@ -1,0 +1,302 @@
+//! Made-up kernels are installed, found and removed.
+
+mod support;
+
+use std::io::Write as _;
+use std::path::Path;
+
+use kiln_boot::{BootError, Kernel, Kernels, Source, initramfs};
+use kiln_contract::Home;
+use support::{VERSION, ar, bzimage, deb, module, package_files, read_cpio, tar, unpack};
+
+fn kernels(directory: &Path) -> Kernels {
+    Kernels::open(&Home::at(directory.join("home")))
+}
+
+/// The text of a file of `kernel`'s initramfs.
+fn text(kernel: &Kernel, name: &str) -> String {
+    let members = read_cpio(&initramfs(kernel, b"guest").unwrap());
+    let member = members.into_iter().find(|member| member.name == name).unwrap();
+    String::from_utf8(member.content).unwrap()
+}
+
+#[test]
+fn a_package_is_installed_however_its_data_is_compressed() {
+    let plain = tar(&package_files());
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&plain).unwrap();
+    let forms = [
+        ("data.tar", plain.clone()),
+        ("data.tar.gz", gzip.finish().unwrap()),
+        ("data.tar.zst", zstd::encode_all(&plain[..], 1).unwrap()),
+    ];
+    for (name, data) in forms {
+        let directory = tempfile::tempdir().unwrap();
+        let package = deb(directory.path(), name, &data);
+        let kernel = kernels(directory.path()).install(&Source::Packages(vec![package]), None).unwrap();
+        assert_eq!(kernel.version(), VERSION, "{name}");
+        assert_eq!(std::fs::read(kernel.image()).unwrap(), bzimage(VERSION), "{name}");
+        assert_eq!(kernel.record().builtin, ["fuse"], "{name}");
+        assert!(kernel.record().absent.contains(&"CONFIG_NF_TABLES".to_owned()), "{name}");
+    }
+}
+
+#[test]
+fn modules_are_loaded_after_what_they_need_and_later_ones_stay_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    unpack(directory.path(), &package_files());
+    let kernels = kernels(directory.path());
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let load = text(&kernel, "modules/load");
+    let at = |name: &str| {
+        let line = format!("/modules/{name}.ko");
+        load.lines().position(|found| found == line).unwrap_or_else(|| panic!("{name} is not in\n{load}"))
+    };
+    for (first, second) in [
+        ("virtio", "virtio_mmio"),
+        ("virtio_ring", "virtio_mmio"),
+        ("vsock", "vmw_vsock_virtio_transport"),
+        ("9pnet", "9p"),
+        ("9pnet", "9pnet_fd"),
+        ("crc32c_generic", "ext4"),
+    ] {
+        assert!(at(first) < at(second), "{first} must be loaded before {second}:\n{load}");
+    }
+    assert!(!load.contains("bridge"), "{load}");
+    assert!(!load.contains("virtio-rng"), "files are named as the kernel names modules: {load}");
+    assert_eq!(
+        text(&kernel, "modules/later"),
+        "/modules/llc.ko\n/modules/stp.ko llc\n/modules/bridge.ko stp llc\n"
+    );
+    assert_eq!(text(&kernel, "modules/alias"), "rtnl-link-bridge bridge\n");
+}
+
+#[test]
+fn an_initramfs_holds_the_guest_a_console_and_mount_points_and_is_always_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    unpack(directory.path(), &package_files());
+    let kernels = kernels(directory.path());
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let archive = initramfs(&kernel, b"a guest").unwrap();
+    assert_eq!(archive.len() % 512, 0);
+    assert_eq!(archive, initramfs(&kernel, b"a guest").unwrap());
+    let members = read_cpio(&archive);
+    let find = |name: &str| members.iter().find(|member| member.name == name).unwrap();
+    assert_eq!((find("init").mode, &find("init").content[..]), (0o100_755, &b"a guest"[..]));
+    assert_eq!((find("dev/console").mode, find("dev/console").device), (0o020_600, (5, 1)));
+    for (name, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777)] {
+        assert_eq!(find(name).mode, 0o040_000 | mode, "{name}");
+    }
+    assert_eq!(find("modules/virtio_rng.ko").content, module(&["name=virtio_rng", "depends=virtio"]));
+    assert!(members.iter().all(|member| member.name != "modules/unwanted.ko"));
+}
+
+#[test]
+fn compressed_modules_are_decompressed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut files = package_files();
+    let mut expected = Vec::new();
+    for (path, content) in &mut files {
+        if path.ends_with("/erofs.ko") {
+            expected.clone_from(content);
+            *content = zstd::encode_all(&content[..], 1).unwrap();
+            path.push_str(".zst");
+        } else if path.ends_with("/overlay.ko") {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(content).unwrap();
+            *content = gzip.finish().unwrap();
+            path.push_str(".gz");
+        }
+    }
+    unpack(directory.path(), &files);
+    let kernels = kernels(directory.path());
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let members = read_cpio(&initramfs(&kernel, b"").unwrap());
+    let erofs = members.iter().find(|member| member.name == "modules/erofs.ko").unwrap();
+    assert_eq!(erofs.content, expected);
+    let overlay = members.iter().find(|member| member.name == "modules/overlay.ko").unwrap();
+    assert_eq!(overlay.content, module(&["depends="]));
+}
+
+#[test]
+fn a_kernel_that_lacks_something_is_refused_with_the_options_that_it_needs() {
+    let directory = tempfile::tempdir().unwrap();
+    let files: Vec<_> = package_files()
+        .into_iter()
+        .filter(|(path, _)| !path.ends_with("/erofs.ko") && !path.ends_with("/tun.ko"))
+        .collect();
+    unpack(directory.path(), &files);
+    let error = kernels(directory.path()).install(&Source::Path(directory.path().into()), None).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the kernel 6.1.0-test lacks what machines need: erofs (CONFIG_EROFS_FS), tun (CONFIG_TUN)"
+    );
+    assert!(kernels(directory.path()).list().unwrap().is_empty());
+}
+
+#[test]
+fn modules_that_cannot_be_right_are_refused() {
+    let other = module(&["depends="]);
+    let at = other.windows(6).position(|window| window == b"6.1.0-").unwrap();
+    let mut for_another_kernel = other.clone();
+    for_another_kernel[at] = b'5';
+    let cases: [(&str, Vec<u8>, &str); 5] = [
+        ("/erofs.ko", b"no module".to_vec(), "is not a kernel module"),
+        ("/erofs.ko", module(&["depends=nowhere"]), "needs nowhere, which is not there"),
+        ("/9pnet.ko", module(&["depends=9p"]), "need each other in a circle"),
+        ("/erofs.ko", for_another_kernel, "it is for the kernel 5.1.0-test, not for 6.1.0-test"),
+        ("/erofs.ko", other[..other.len() - 70].to_vec(), "is not a kernel module"),
+    ];
+    for (name, content, expected) in cases {
+        let directory = tempfile::tempdir().unwrap();
+        let mut files = package_files();
+        files.iter_mut().find(|(path, _)| path.ends_with(name)).unwrap().1 = content;
+        unpack(directory.path(), &files);
+        let error =
+            kernels(directory.path()).install(&Source::Path(directory.path().into()), None).unwrap_err();
+        assert!(error.to_string().contains(expected), "{name}: {error}");
+    }
+}
+
+#[test]
+fn damaged_packages_are_refused_and_leave_nothing() {
+    let whole = tar(&package_files());
+    let cut = zstd::encode_all(&whole[..], 1).unwrap();
+    let two = {
+        let mut files = package_files();
+        files.push(("./boot/vmlinuz-other".into(), bzimage("other")));
+        tar(&files)
+    };
+    let cases: [(&str, Vec<u8>); 8] = [
+        ("it is too short", b"!<ar".to_vec()),
+        ("it does not begin as an archive", b"a text, and no archive at all".to_vec()),
+        ("it has no data.tar", ar(&[("debian-binary", b"2.0\n")])),
+        ("it is damaged", ar(&[("debian-binary", b"2.0\n")]).replace_size()),
+        ("it is damaged", ar(&[("data.tar.zst", &cut[..cut.len() / 2])])),
+        ("it is damaged", ar(&[("data.tar", &[b'x'; 1024])])),
+        ("there is no boot/vmlinuz-* in it", ar(&[("data.tar", &tar(&[]))])),
+        ("it has several kernels", ar(&[("data.tar", &two)])),
+    ];
+    for (expected, bytes) in cases {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("package.deb");
+        std::fs::write(&path, bytes).unwrap();
+        let error = kernels(directory.path()).install(&Source::Packages(vec![path]), None).unwrap_err();
+        assert!(error.to_string().contains(expected), "{expected}: {error}");
+        let left: Vec<_> = std::fs::read_dir(directory.path().join("home/kernels"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, [".lock"], "{expected}");
+    }
+}
+
+trait Damage {
+    fn replace_size(self) -> Self;
+}
+
+impl Damage for Vec<u8> {
+    /// Makes the size of the first member no number.
+    fn replace_size(mut self) -> Self {
+        self[8 + 48..8 + 58].copy_from_slice(b"-1        ");
+        self
+    }
+}
+
+#[test]
+fn names_in_a_package_reach_nothing_outside() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut files = package_files();
+    // `tar::Builder` refuses to write such names; the header is made by hand below.
+    files.retain(|(path, _)| !path.contains("boot/config"));
+    let mut data = tar(&files);
+    data.truncate(data.len() - 1024);
+    for name in ["lib/../../../../escaped.ko", "boot/vmlinuz-x/../../../escaped"] {
+        let mut header = tar::Header::new_gnu();
+        header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_size(4);
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_cksum();
+        data.extend_from_slice(header.as_bytes());
+        let mut block = [0; 512];
+        block[..4].copy_from_slice(b"evil");
+        data.extend_from_slice(&block);
+    }
+    data.resize(data.len() + 1024, 0);
+    let package = deb(directory.path(), "data.tar", &data);
+    let error = kernels(directory.path()).install(&Source::Packages(vec![package]), None).unwrap_err();
+    assert!(error.to_string().contains("several kernels"), "{error}");
+    let mut found = vec![directory.path().to_path_buf()];
+    while let Some(path) = found.pop() {
+        assert!(!path.file_name().unwrap().to_string_lossy().contains("escaped"), "{}", path.display());
+        if path.is_dir() {
+            found.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+        }
+    }
+}
+
+#[test]
+fn a_kernel_keeps_its_name_and_the_newest_is_the_default_until_one_is_chosen() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernels = kernels(directory.path());
+    assert!(matches!(kernels.default(), Err(BootError::NoneInstalled)));
+    let monolithic = |version: &str| {
+        let path = directory.path().join(format!("kernel-{version}"));
+        std::fs::write(&path, bzimage(version)).unwrap();
+        Source::Path(path)
+    };
+    for version in ["6.9.1", "6.10.2", "6.1.100"] {
+        kernels.install(&monolithic(version), None).unwrap();
+    }
+    let names = || kernels.list().unwrap().iter().map(|kernel| kernel.name().to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(), ["6.10.2", "6.9.1", "6.1.100"]);
+    if cfg!(target_arch = "x86_64") {
+        assert_eq!(kernels.default().unwrap().name(), "6.10.2");
+        kernels.set_default("6.9.1").unwrap();
+        assert_eq!(kernels.default().unwrap().name(), "6.9.1");
+        assert!(matches!(kernels.remove("6.9.1", false), Err(BootError::IsDefault { .. })));
+        kernels.remove("6.9.1", true).unwrap();
+        assert_eq!(kernels.default().unwrap().name(), "6.10.2");
+    }
+    // The same again is no error; another one under the same name is.
+    kernels.install(&monolithic("6.10.2"), None).unwrap();
+    let error = kernels.install(&monolithic("6.1.100"), Some("6.10.2")).unwrap_err();
+    assert!(matches!(error, BootError::NameTaken { .. }), "{error}");
+    kernels.install(&monolithic("6.1.100"), Some("old")).unwrap();
+    assert_eq!(kernels.find("old").unwrap().version(), "6.1.100");
+    for bad in ["", "default", "..", "a/b", ".hidden", "a b"] {
+        assert!(
+            matches!(kernels.install(&monolithic("1"), Some(bad)), Err(BootError::BadName { .. })),
+            "{bad:?}"
+        );
+    }
+    assert!(matches!(kernels.find("none"), Err(BootError::NoSuchKernel { .. })));
+    assert!(matches!(kernels.remove("none", true), Err(BootError::NoSuchKernel { .. })));
+}
+
+#[test]
+fn what_an_interrupted_installation_left_is_swept() {
+    let directory = tempfile::tempdir().unwrap();
+    let left = directory.path().join("home/kernels/.making-left/made");
+    std::fs::create_dir_all(&left).unwrap();
+    let path = directory.path().join("kernel");
+    std::fs::write(&path, bzimage("6.1.1")).unwrap();
+    let kernels = kernels(directory.path());
+    assert!(kernels.list().unwrap().is_empty());
+    kernels.install(&Source::Path(path), None).unwrap();
+    assert!(!left.exists());
+}
+
+#[test]
+fn a_record_of_a_newer_version_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("kernel");
+    std::fs::write(&path, bzimage("6.1.1")).unwrap();
+    let kernels = kernels(directory.path());
+    let kernel = kernels.install(&Source::Path(path), None).unwrap();
+    let record = kernel.directory().join("kernel.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    let error = kernels.find("6.1.1").unwrap_err();
+    assert!(error.to_string().ends_with("it has the format 2, and this version knows 1"), "{error}");
+}
