@@ -198,7 +198,7 @@ mod tests {
         let heard = peer.join().unwrap();
         assert_eq!(heard[1], "{\"execute\":\"qmp_capabilities\",\"arguments\":{}}\n");
         assert_eq!(
-            heard[2],
+            heard[3],
             "{\"execute\":\"block_resize\",\"arguments\":{\"device\":\"disk\",\"size\":1}}\n"
         );
     }
