@@ -131,6 +131,16 @@ impl<'t> Layout<'t> {
         }
     }
 
+    /// Length of the image in bytes.
+    pub(crate) fn length(&self) -> u64 {
+        u64::from(self.total_blocks) * BLOCK
+    }
+
+    /// Where file data begin, in bytes.
+    pub(crate) fn data_start(&self) -> u64 {
+        u64::from(self.data_start) * BLOCK
+    }
+
     pub(crate) fn directory(&self, node: NodeId) -> &DirectoryLayout {
         &self.directories[self.directory_of[&node] as usize]
     }
@@ -171,7 +181,7 @@ impl<'t> Layout<'t> {
         let mut offset = (SUPER_OFFSET + SUPER_SIZE) as u64;
         let mut metadata_blocks = 0_u32;
         let mut data_blocks = 0_u32;
-        let mut placed: HashMap<Digest, u32> = HashMap::new();
+        let mut placed: HashMap<Digest, (u32, u64)> = HashMap::new();
         let more = |count: &mut u32, by: u64| {
             let first = *count;
             *count = u32::try_from(u64::from(first) + by).map_err(|_| WriteError::TooLarge)?;
@@ -199,10 +209,15 @@ impl<'t> Layout<'t> {
                 }
                 Content::Regular(Data::Object { digest, size }) if !self.redirects && *size > 0 => {
                     self.blocks[id.index()] = match placed.get(digest) {
-                        Some(first) => *first,
+                        Some((first, before)) if before == size => *first,
+                        // Blocks of the shorter one would not do for the longer one, which would show what follows.
+                        Some((_, before)) => {
+                            let what = format!("its object has {size} bytes, and {before} in another place");
+                            return Err(WriteError::Node { path: self.tree.path_of(id), what });
+                        }
                         None => {
                             let first = more(&mut data_blocks, size.div_ceil(BLOCK))?;
-                            placed.insert(*digest, first);
+                            placed.insert(*digest, (first, *size));
                             self.objects.push((*digest, *size));
                             first
                         }

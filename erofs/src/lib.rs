@@ -2,8 +2,8 @@
 //!
 //! A [`Tree`] is what is written: [`write_metadata`] makes the metadata-only images in which the store keeps layers
 //! and merged stacks, and which an overlay with the store's objects as a data-only lower turns into a root file
-//! system; [`write_full`] embeds the data, for machines and bakes. An [`Image`] is what is read: a mapped file in
-//! which lookups and listings need no preparation. [`mod@format`] draws what is on disk.
+//! system; [`write_full`] and [`FullImage`] embed the data, for machines and bakes. An [`Image`] is what is read: a
+//! mapped file in which lookups and listings need no preparation. [`mod@format`] draws what is on disk.
 //!
 //! ```
 //! use kiln_erofs::{Attributes, Content, Data, Image, NodeId, Tree, write_metadata};
@@ -29,6 +29,7 @@ mod directory;
 mod dirents;
 mod error;
 pub mod format;
+mod full;
 #[doc(hidden)]
 pub mod fuzzing;
 mod inode;
@@ -40,8 +41,9 @@ mod xattr;
 
 pub use dirents::{Entries, Entry};
 pub use error::{ImageError, TreeError, WriteError};
+pub use full::{EmbeddedObject, FullImage, ObjectSource, write_full};
 pub use inode::{FileType, Inode};
 pub use read::{Image, Nid};
 pub use tree::{Attributes, Content, Data, Device, INLINE_LIMIT, Node, NodeId, Time, Tree, Xattrs};
-pub use write::{ObjectSource, write_full, write_metadata};
+pub use write::write_metadata;
 pub use xattr::{escape_xattr_name, object_redirect, unescape_xattr_name};

@@ -1,8 +1,6 @@
 //! The writer's second pass: everything in the order of its bytes.
 
-use std::io::{Read, Write};
-
-use kiln_contract::{Digest, Hasher};
+use std::io::Write;
 
 use crate::format::{
     BLOCK, BLOCK_BITS, COMPAT_CHECKSUM, COMPAT_MTIME, DIRENT, INCOMPAT_CHUNKED, KILN_MAGIC, LAYOUT_CHUNKS,
@@ -11,15 +9,6 @@ use crate::format::{
 };
 use crate::layout::{Body, Layout, encode_device, entries};
 use crate::{Content, Data, NodeId, Tree, WriteError, xattr};
-
-/// Where a writer with data gets an object's bytes.
-pub trait ObjectSource {
-    /// An object from its start.
-    ///
-    /// # Errors
-    /// Whatever keeps it from being read: it ends in [`WriteError::Object`].
-    fn open(&self, digest: &Digest) -> std::io::Result<Box<dyn Read + '_>>;
-}
 
 /// Writes `tree` metadata-only, in composefs' way: files that are objects become holes with the xattrs that lead
 /// an overlay to the object. Same tree, same bytes. Returns the length, a multiple of 4096.
@@ -31,25 +20,14 @@ pub trait ObjectSource {
 /// been written then).
 pub fn write_metadata(tree: &Tree, out: impl Write) -> Result<u64, WriteError> {
     let layout = Layout::new(tree, true)?;
-    write_image(&layout, None, out)
+    let mut out = Output::new(out);
+    write_head(&layout, &mut out)?;
+    debug_assert_eq!(out.position(), layout.length());
+    out.finish()
 }
 
-/// Writes `tree` with its data embedded: what a kernel mounts without anything else. Every object begins at a
-/// multiple of 4096 and is there once. Same tree, same bytes. Returns the length, a multiple of 4096.
-///
-/// # Errors
-/// As [`write_metadata`]; and an object cannot be read, or is not what its digest says.
-pub fn write_full(tree: &Tree, objects: &dyn ObjectSource, out: impl Write) -> Result<u64, WriteError> {
-    let layout = Layout::new(tree, false)?;
-    write_image(&layout, Some(objects), out)
-}
-
-fn write_image(
-    layout: &Layout<'_>,
-    objects: Option<&dyn ObjectSource>,
-    out: impl Write,
-) -> Result<u64, WriteError> {
-    let mut out = Output { sink: out, buffer: Vec::with_capacity(Output::<()>::FULL + 8192), flushed: 0 };
+/// Writes all of an image but file data, which begin where this ends: at a multiple of 4096.
+pub(crate) fn write_head<W: Write>(layout: &Layout<'_>, out: &mut Output<W>) -> Result<(), WriteError> {
     write_headers(layout, &mut out.buffer);
     for (position, id) in layout.order.iter().enumerate() {
         out.pad_to(layout.nid(*id) * SLOT);
@@ -57,42 +35,37 @@ fn write_image(
         out.drain()?;
     }
     out.pad_to(layout.inodes_end.next_multiple_of(BLOCK));
-    write_outer_blocks(layout, &mut out)?;
-    if let Some(objects) = objects {
-        for (digest, size) in &layout.objects {
-            embed(objects, digest, *size, &mut out)?;
-        }
-    }
-    debug_assert_eq!(out.position(), u64::from(layout.total_blocks) * BLOCK);
-    let length = out.position();
-    out.flush()?;
-    Ok(length)
+    write_outer_blocks(layout, out)
 }
 
 /// Collects large pieces for the sink. The first one holds at least the first block, whose checksum is filled in
 /// when it goes.
-struct Output<W> {
+pub(crate) struct Output<W> {
     sink: W,
-    buffer: Vec<u8>,
+    pub(crate) buffer: Vec<u8>,
     flushed: u64,
 }
 
 impl<W> Output<W> {
-    const FULL: usize = 256 << 10;
+    pub(crate) const FULL: usize = 256 << 10;
 
-    fn position(&self) -> u64 {
+    pub(crate) fn new(sink: W) -> Self {
+        Self { sink, buffer: Vec::with_capacity(Self::FULL + 8192), flushed: 0 }
+    }
+
+    pub(crate) fn position(&self) -> u64 {
         self.flushed + self.buffer.len() as u64
     }
 
     /// Zeros up to an offset that is less than a few blocks away.
-    fn pad_to(&mut self, offset: u64) {
+    pub(crate) fn pad_to(&mut self, offset: u64) {
         debug_assert!(offset >= self.position());
         self.buffer.resize((offset - self.flushed) as usize, 0);
     }
 }
 
 impl<W: Write> Output<W> {
-    fn drain(&mut self) -> Result<(), WriteError> {
+    pub(crate) fn drain(&mut self) -> Result<(), WriteError> {
         if self.buffer.len() >= Self::FULL { self.flush() } else { Ok(()) }
     }
 
@@ -104,6 +77,12 @@ impl<W: Write> Output<W> {
         self.flushed += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
+    }
+
+    /// Writes what is left. Returns the length of all.
+    pub(crate) fn finish(mut self) -> Result<u64, WriteError> {
+        self.flush()?;
+        Ok(self.flushed)
     }
 }
 
@@ -280,49 +259,4 @@ fn file_type(content: &Content) -> u8 {
         Content::Socket => 6,
         Content::Symlink(_) => 7,
     }
-}
-
-/// Copies an object, hashing it on the way: a damaged one must not become part of a disk that is trusted later.
-fn embed<W: Write>(
-    objects: &dyn ObjectSource,
-    digest: &Digest,
-    size: u64,
-    out: &mut Output<W>,
-) -> Result<(), WriteError> {
-    let failed = |source| WriteError::Object { digest: *digest, source };
-    let damaged = |what| WriteError::Damaged { digest: *digest, what };
-    let mut source = objects.open(digest).map_err(failed)?.take(size.saturating_add(1));
-    let mut hasher = Hasher::new();
-    let mut length = 0;
-    loop {
-        let start = out.buffer.len();
-        let room = Output::<W>::FULL.saturating_sub(start).max(BLOCK as usize);
-        out.buffer.resize(start + room, 0);
-        let read = match source.read(&mut out.buffer[start..]) {
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(failed(error)),
-            Ok(0) => {
-                out.buffer.truncate(start);
-                break;
-            }
-            Ok(read) => read,
-        };
-        hasher.update(&out.buffer[start..start + read]);
-        out.buffer.truncate(start + read);
-        length += read as u64;
-        if length > size {
-            return Err(damaged(format!("it has more than {size} bytes")));
-        }
-        out.drain()?;
-    }
-    if length < size {
-        return Err(damaged(format!("it has {length} bytes instead of {size}")));
-    }
-    let found = hasher.finish();
-    if found != *digest {
-        return Err(damaged(format!("its bytes have the digest {found}")));
-    }
-    let end = out.position().next_multiple_of(BLOCK);
-    out.pad_to(end);
-    out.drain()
 }

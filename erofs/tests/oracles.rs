@@ -65,6 +65,8 @@ fn zoo(objects: &Objects) -> Tree {
     let root = NodeId::ROOT;
     let dir = add(root, b"dir", Content::Directory, owned(0o1777, 70_000, 5));
     let big = Content::Regular(objects.add(&b"0123456789abcdef".repeat(9999)));
+    // Another inode with the same object: its data are the same blocks.
+    add(dir, b"as big", big.clone(), owned(0o600, 7, 7));
     let big = add(dir, b"big", big, owned(0o4755, 0, 80_000));
     add(dir, b"empty", Content::Regular(Data::Inline(Vec::new())), owned(0o600, 1, 2));
     add(dir, b"small", Content::Regular(Data::Inline(vec![b'x'; 64])), owned(0o644, 0, 0));

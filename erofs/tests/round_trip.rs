@@ -5,8 +5,8 @@ use std::io::{Cursor, Read};
 
 use kiln_contract::Digest;
 use kiln_erofs::{
-    Attributes, Content, Data, Device, INLINE_LIMIT, Image, NodeId, ObjectSource, Time, Tree, Xattrs,
-    write_full, write_metadata,
+    Attributes, Content, Data, Device, FullImage, INLINE_LIMIT, Image, NodeId, ObjectSource, Time, Tree,
+    Xattrs, write_full, write_metadata,
 };
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
@@ -217,6 +217,46 @@ fn an_image_with_data_holds_every_object_once_at_the_start_of_a_block() {
     }
     wrong.0.remove(&first);
     assert!(write_full(&tree, &wrong, &mut Vec::new()).unwrap_err().to_string().contains("cannot read"));
+}
+
+#[test]
+fn a_plan_says_where_a_writer_puts_every_object() {
+    let mut objects = Objects(BTreeMap::new());
+    let mut tree = Tree::default();
+    for (number, length) in [9000, 65, 4096, 9000, 12_289].into_iter().enumerate() {
+        let bytes = vec![length as u8; length];
+        let data = Data::Object { digest: Digest::of(&bytes), size: length as u64 };
+        let name = format!("file{number}");
+        let content = Content::Regular(data);
+        tree.add(NodeId::ROOT, name.as_bytes(), content, Attributes::default()).unwrap();
+        objects.0.insert(Digest::of(&bytes), bytes);
+    }
+    let mut expected = Vec::new();
+    write_full(&tree, &objects, &mut expected).unwrap();
+    let plan = FullImage::new(&tree).unwrap();
+    let mut bytes = Vec::new();
+    let head = plan.write_metadata(&mut bytes).unwrap();
+    assert_eq!((head, plan.length()), (bytes.len() as u64, expected.len() as u64));
+    bytes.resize(expected.len(), 0);
+    let mut next = head;
+    for place in plan.objects() {
+        assert_eq!(place.offset, next);
+        next += place.size.next_multiple_of(4096);
+        bytes[place.offset as usize..][..place.size as usize].copy_from_slice(&objects.0[&place.digest]);
+    }
+    assert_eq!((plan.objects().count(), next), (4, plan.length()));
+    assert!(bytes == expected, "a plan and a writer differ");
+}
+
+#[test]
+fn an_object_with_two_sizes_is_refused() {
+    let mut tree = Tree::default();
+    for (name, size) in [(b"a", 5000), (b"b", 1 << 40)] {
+        let data = Data::Object { digest: Digest::of(b"the same"), size };
+        tree.add(NodeId::ROOT, name, Content::Regular(data), Attributes::default()).unwrap();
+    }
+    let error = FullImage::new(&tree).err().unwrap().to_string();
+    assert!(error.contains("/b") && error.contains("1099511627776 bytes, and 5000"), "{error}");
 }
 
 #[test]

@@ -60,8 +60,8 @@ impl Findings {
 
 impl Store {
     /// Verifies every object, tree, blob and split stream by its digest, that trees and images have all that they name,
-    /// and that merged trees are what their layers make. With `repair`, layers that lack something are imported
-    /// again; damaged objects that no layer needs, and damaged merged trees, are removed.
+    /// and that merged trees and image disks are what their layers make. With `repair`, layers that lack something are
+    /// imported again; damaged objects that no layer needs, and damaged merged trees and disks, are removed.
     ///
     /// # Errors
     /// The store cannot be read at all; what is wrong *in* it is in the report.
@@ -259,12 +259,16 @@ impl Store {
         Ok(())
     }
 
-    /// Returns the merged trees that are wrong.
+    /// Returns the merged trees and image disks that are wrong.
     fn check_renders(&self, findings: &mut Findings) -> Result<Vec<PathBuf>> {
         let mut wrong = Vec::new();
         let mut buffer = vec![0; 256 << 10];
         for id in self.image_ids()? {
             let Ok(Some(image)) = self.image(&id) else { continue };
+            if let Ok(Some((path, what))) = self.check_image_disk(&image.layers) {
+                findings.add(&path, what);
+                wrong.push(path);
+            }
             let path = self.layout.merged_tree(&crate::format::stack_key(&image.layers));
             let Ok(found) = digest_of_file(&path, &mut buffer, &AtomicU64::new(0)) else { continue };
             let Ok(expected) = self.merged_digest(&image.layers) else { continue };

@@ -25,7 +25,7 @@ pub enum StoreError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The file system of the store has no room for all of an import. Nothing of it is kept.
+    /// The file system of the store has no room for all of an import, or for an image disk. Nothing of it is kept.
     #[error(
         "no space left in `{}`: {} more needed ({} to be written, {} free)",
         path.display(), ByteSize(needed.saturating_sub(*available)), ByteSize(*needed),
@@ -34,17 +34,17 @@ pub enum StoreError {
     DiskFull {
         /// The store.
         path: PathBuf,
-        /// Bytes that the import would have written.
+        /// Bytes that would have been written.
         needed: u64,
-        /// Bytes that were free once its leavings were removed.
+        /// Bytes that were free once what was written of it had been removed.
         available: u64,
     },
-    /// The file system of the store has no inodes left. Nothing of the import is kept.
+    /// The file system of the store has no inodes left. Nothing of what was to be written is kept.
     #[error("no inodes left in `{}`: {needed} files to be written, {available} free", path.display())]
     NoInodes {
         /// The store.
         path: PathBuf,
-        /// Files that the import would have written.
+        /// Files that would have been written.
         needed: u64,
         /// Inodes that were free.
         available: u64,

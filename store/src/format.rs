@@ -15,6 +15,7 @@
 //! images/<config sha256>      an image by its id: a line `sha256:…` for each of its manifests, newest last
 //! tags/<repository>/:<tag>    a tag's history (`tag` module)
 //! renders/merged/<sha256>     merged trees, named by the SHA-256 of the stack's layer digests (32 bytes each)
+//! renders/disks/<sha256>       image disks (`image_disk` module), named in the same way
 //! tmp/<pid>-<n>               staging of one writer: a directory or file that it holds an flock on; swept when free
 //! ```
 //!
@@ -142,16 +143,21 @@ impl Layout {
         self.root.join("tags")
     }
 
-    pub(crate) fn renders(&self) -> PathBuf {
-        self.root.join("renders")
-    }
-
     pub(crate) fn merged(&self) -> PathBuf {
         self.root.join("renders/merged")
     }
 
     pub(crate) fn merged_tree(&self, key: &Digest) -> PathBuf {
         self.root.join(format!("renders/merged/{}.erofs", key.hex()))
+    }
+
+    /// Not one of [`Layout::DIRECTORIES`]: it is made with the first disk.
+    pub(crate) fn disks(&self) -> PathBuf {
+        self.root.join("renders/disks")
+    }
+
+    pub(crate) fn image_disk(&self, key: &Digest) -> PathBuf {
+        self.root.join(format!("renders/disks/{}.erofs", key.hex()))
     }
 
     pub(crate) fn tmp(&self) -> PathBuf {
@@ -166,7 +172,7 @@ pub(crate) fn object_name(digest: &Digest) -> String {
     name
 }
 
-/// The name of a stack's merged tree.
+/// The name of a stack's merged tree and image disk.
 pub(crate) fn stack_key(layers: &[Digest]) -> Digest {
     let mut hasher = kiln_contract::Hasher::new();
     layers.iter().for_each(|layer| hasher.update(layer.as_bytes()));
@@ -192,6 +198,7 @@ mod tests {
             (layout.blob(&digest), format!("/s/blobs/sha256/{hex}")),
             (layout.image(&digest), format!("/s/images/{hex}")),
             (layout.merged_tree(&digest), format!("/s/renders/merged/{hex}.erofs")),
+            (layout.image_disk(&digest), format!("/s/renders/disks/{hex}.erofs")),
         ] {
             assert_eq!(path, PathBuf::from(expected));
         }

@@ -7,6 +7,7 @@ use kiln_contract::{Digest, Home};
 use rustix::fs::FlockOperation;
 
 use crate::error::Context as _;
+use crate::extents::exclusive_bytes;
 use crate::format::{Layout, stack_key};
 use crate::image::listed_manifests;
 use crate::split::Split;
@@ -37,14 +38,15 @@ pub struct GcReport {
     pub layers: u64,
     /// Manifests, configs and indexes.
     pub blobs: u64,
-    /// Merged trees.
+    /// Merged trees and image disks.
     pub renders: u64,
     /// Bytes of all of them.
     pub bytes: u64,
 }
 
 impl Store {
-    /// Removes what no image and no instance needs. `in_use` gives the images (by id or manifest) and layers of
+    /// Removes what no image and no instance needs; and image disks, which may take as much as their images and can be
+    /// made again, unless an instance has the image. `in_use` gives the images (by id or manifest) and layers of
     /// instances; it is asked when nobody else has the store open, so that what was being made meanwhile is seen. It must
     /// not open the store itself.
     ///
@@ -102,6 +104,9 @@ impl Store {
             if let Ok(Some(image)) = self.image(&id) {
                 live.diffs.extend(image.diff_ids());
                 live.renders.insert(stack_key(&image.layers));
+                if used {
+                    live.disks.insert(stack_key(&image.layers));
+                }
                 if let Some(below) = options.below {
                     live.renders.insert(stack_key(&[&[below], &image.layers[..]].concat()));
                 }
@@ -141,6 +146,12 @@ impl Store {
     fn sweep(&self, live: &Live, sweep: &mut Sweep, report: &mut GcReport) -> Result<()> {
         let layout = &self.layout;
         // In this order: whoever is killed in between leaves no layer without its objects.
+        for path in self.image_disks()? {
+            if !digest_of_name(&path).is_some_and(|key| live.disks.contains(&key)) {
+                report.renders += 1;
+                sweep.remove_disk(&path)?;
+            }
+        }
         for path in files_below(&layout.merged())? {
             if !digest_of_name(&path).is_some_and(|key| live.renders.contains(&key)) {
                 report.renders += 1;
@@ -202,6 +213,8 @@ struct Live {
     blobs: HashSet<Digest>,
     objects: HashSet<Digest>,
     renders: HashSet<Digest>,
+    /// Image disks may be as large as their images: one stays only while an instance may need it.
+    disks: HashSet<Digest>,
 }
 
 struct Sweep {
@@ -221,6 +234,16 @@ impl Sweep {
         if *names == 0 {
             self.bytes += metadata.len();
         }
+        self.unlink(path)
+    }
+
+    /// A disk gives back what it does not share with objects.
+    fn remove_disk(&mut self, path: &Path) -> Result<()> {
+        self.bytes += exclusive_bytes(path)?;
+        self.unlink(path)
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
         if self.dry_run { Ok(()) } else { std::fs::remove_file(path).doing("remove", path) }
     }
 }

@@ -21,6 +21,7 @@ use kiln_erofs::{Content, Data, Tree};
 
 use crate::chunk::Chunk;
 use crate::error::{Context as _, is_full};
+use crate::format::Layout;
 use crate::layer_reader::{LayerReader, ReadLayer};
 use crate::object_writer::{ObjectWriter, Queue};
 use crate::split::{self, SplitWriter};
@@ -221,19 +222,24 @@ impl<'s> StagedLayer<'s> {
     /// The error of a full disk, with figures of the disk as it is without this import.
     pub(crate) fn disk_full(&self) -> StoreError {
         let (files, _, needed) = self.objects.counts();
-        let path = self.store.layout.root().to_owned();
         self.staging.clear();
-        let Ok(disk) = rustix::fs::statvfs(&path) else {
-            return StoreError::DiskFull { path, needed, available: 0 };
-        };
-        let blocks = if rustix::process::geteuid().is_root() { disk.f_bfree } else { disk.f_bavail };
-        let available = blocks * disk.f_frsize;
-        if disk.f_files > 0 && disk.f_favail < files {
-            return StoreError::NoInodes { path, needed: files, available: disk.f_favail };
-        }
-        // What was hashed is the least: the tree and the file system's own records come on top.
-        StoreError::DiskFull { path, needed: needed.max(available + 4096), available }
+        disk_full(&self.store.layout, files, needed)
     }
+}
+
+/// The error of a disk that had no room for `needed` bytes in `files` files, with figures of the disk as it is.
+pub(crate) fn disk_full(layout: &Layout, files: u64, needed: u64) -> StoreError {
+    let path = layout.root().to_owned();
+    let Ok(disk) = rustix::fs::statvfs(&path) else {
+        return StoreError::DiskFull { path, needed, available: 0 };
+    };
+    let blocks = if rustix::process::geteuid().is_root() { disk.f_bfree } else { disk.f_bavail };
+    let available = blocks * disk.f_frsize;
+    if disk.f_files > 0 && disk.f_favail < files {
+        return StoreError::NoInodes { path, needed: files, available: disk.f_favail };
+    }
+    // What is known is the least: the file system's own records come on top.
+    StoreError::DiskFull { path, needed: needed.max(available + 4096), available }
 }
 
 /// The results of all workers, or the first error.

@@ -2,8 +2,8 @@
 //!
 //! A [`Store`] brings tars, directories and overlays in as layers ([`Store::import_tar`], [`Store::import_directory`],
 //! [`Store::import_upper`]), keeps what registries know of them ([`Store::put_image`], [`Store::tag`]), finds images by
-//! what users type ([`Store::resolve`]), and gives them back: merged trees to mount ([`Store::merged_tree`]), and the tars
-//! byte for byte ([`Store::export_tar`]). [`Store::gc`] and [`Store::check`] look after it. What is on the disk, and why
+//! what users type ([`Store::resolve`]), and gives them back: merged trees to mount ([`Store::merged_tree`]), disks to boot from
+//! ([`Store::image_disk`]), and the tars byte for byte ([`Store::export_tar`]). [`Store::gc`] and [`Store::check`] look after it. What is on the disk, and why
 //! it survives a crash, is told in [`format`].
 //!
 //! ```
@@ -34,9 +34,11 @@ mod diffs;
 mod directory;
 mod error;
 mod export;
+mod extents;
 pub mod format;
 mod gc;
 mod image;
+mod image_disk;
 mod import;
 mod layer_reader;
 mod layer_tree;

@@ -72,7 +72,7 @@ impl Store {
         Ok(tree)
     }
 
-    fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
+    pub(crate) fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
         for layer in layers {
             let file = self.layer_tree(layer)?;
             put_layer_on(tree, &file).map_err(|source| file.damaged(source))?;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -42,6 +43,50 @@ impl Staging {
                 Err(error) => return Err(error).doing("lock", &path),
             }
         }
+    }
+
+    /// The directory `name`, which all use who make the same thing: one at a time, so that it is made once. Calls
+    /// `waiting` if somebody else has it. Whoever gets it has to see whether there is still something to be made.
+    pub(crate) fn in_turn(layout: &Layout, name: &str, waiting: &dyn Fn()) -> Result<Self> {
+        let path = layout.tmp().join(name);
+        loop {
+            match std::fs::create_dir(&path) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    return Err(error).doing("create", &path);
+                }
+                _ => {}
+            }
+            let directory = match File::open(&path) {
+                Ok(directory) => directory,
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).doing("open", &path),
+            };
+            match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {
+                    waiting();
+                    rustix::fs::flock(&directory, FlockOperation::LockExclusive).doing("lock", &path)?;
+                }
+                locked => locked.doing("lock", &path)?,
+            }
+            // Whoever had it, or a sweep, may have removed it meanwhile, and somebody may have made a new one.
+            let id = |metadata: &std::fs::Metadata| (metadata.dev(), metadata.ino());
+            let mine = directory.metadata().doing("read", &path)?;
+            if !std::fs::metadata(&path).is_ok_and(|there| id(&there) == id(&mine)) {
+                continue;
+            }
+            let staging = Self { path, directory };
+            staging.remove_leavings()?;
+            return Ok(staging);
+        }
+    }
+
+    /// Removes what whoever had it before left when it was killed.
+    fn remove_leavings(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.path).doing("read", &self.path)? {
+            let path = entry.doing("read", &self.path)?.path();
+            std::fs::remove_file(&path).doing("remove", &path)?;
+        }
+        Ok(())
     }
 
     /// A path in it.
@@ -137,4 +182,42 @@ pub(crate) fn sweep(layout: &Layout, dry_run: bool) -> Result<u64> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use kiln_contract::Home;
+
+    use super::*;
+    use crate::Store;
+
+    #[test]
+    fn one_at_a_time_has_a_directory_in_turn_and_what_a_killed_one_left_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&Home::at(dir.path())).unwrap();
+        let layout = &store.layout;
+        // As somebody leaves it who was killed.
+        std::fs::create_dir(layout.tmp().join("x")).unwrap();
+        std::fs::write(layout.tmp().join("x/half"), "half").unwrap();
+        let first = Staging::in_turn(layout, "x", &|| panic!("nobody has it")).unwrap();
+        assert!(!first.path("half").exists());
+        std::fs::write(first.path("mine"), "").unwrap();
+        std::thread::scope(|scope| {
+            let (sender, waits) = channel();
+            let second = scope.spawn(move || {
+                let second = Staging::in_turn(layout, "x", &|| sender.send(()).unwrap()).unwrap();
+                assert!(!second.path("mine").exists());
+                std::fs::write(second.path("other"), "").unwrap();
+                assert_eq!(sweep(layout, false).unwrap(), 0, "it is in use");
+                assert!(second.path("other").exists());
+            });
+            waits.recv().unwrap();
+            assert!(first.path("mine").exists());
+            drop(first);
+            second.join().unwrap();
+        });
+        assert_eq!(std::fs::read_dir(layout.tmp()).unwrap().count(), 0);
+    }
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use crate::error::Context as _;
+use crate::extents::exclusive_bytes;
 use crate::gc::objects_of;
 use crate::tag::files_below;
 use crate::{Result, Store};
@@ -24,7 +25,11 @@ pub struct Usage {
     pub logical_bytes: u64,
     /// Bytes of layers' trees and split streams, and of blobs, tags and records.
     pub metadata_bytes: u64,
-    /// Bytes of caches, all of which can be made again.
+    /// Image disks.
+    pub image_disks: u64,
+    /// Bytes that only image disks have: they share the rest with objects, where the file system can do that.
+    pub image_disk_bytes: u64,
+    /// Bytes of caches, all of which can be made again: merged trees and image disks.
     pub render_bytes: u64,
 }
 
@@ -58,7 +63,12 @@ impl Store {
                 usage.metadata_bytes += std::fs::metadata(&path).doing("read", &path)?.len();
             }
         }
-        for path in files_below(&layout.renders())? {
+        for path in self.image_disks()? {
+            usage.image_disks += 1;
+            usage.image_disk_bytes += exclusive_bytes(&path)?;
+        }
+        usage.render_bytes += usage.image_disk_bytes;
+        for path in files_below(&layout.merged())? {
             let metadata = std::fs::metadata(&path).doing("read", &path)?;
             // A merged tree that is a layer's own takes nothing.
             if metadata.nlink() == 1 {
