@@ -11,6 +11,7 @@
 //!   ctl.sock             its supervisor
 //! names/<name>           a name taken: holds the instance's id
 //! networks/<name>.json   networks and their leases
+//! templates/<key>/       machines saved when their guest was ready
 //! volumes/<name>/        named volumes: data/ and volume.json
 //! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
 //! kernels/default        a symbolic link to the one that is booted if none is named
@@ -75,6 +76,11 @@ impl Home {
     /// Networks, a file each.
     pub fn networks(&self) -> PathBuf {
         self.0.join("networks")
+    }
+
+    /// Machines saved when their guest was ready, a directory each.
+    pub fn templates(&self) -> PathBuf {
+        self.0.join("templates")
     }
 
     /// Named volumes, a directory each.

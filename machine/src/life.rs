@@ -1,0 +1,159 @@
+//! One life of a machine: from being restored to its end.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_contract::{BackendError, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
+use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
+use kiln_link::{HostLink, HostSession, LinkError, Opener, Stream, service};
+
+use crate::stream;
+use crate::template::{Shape, Template};
+
+/// How long a restored guest may take to answer for the first time.
+const TO_BEGIN: Duration = Duration::from_secs(30);
+
+/// What a machine is made of on this host.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    /// Where the hypervisor may put sockets and logs.
+    pub directory: PathBuf,
+    /// The image disk.
+    pub image: PathBuf,
+    /// The writable disk.
+    pub disk: PathBuf,
+}
+
+/// A running machine, and the session with its guest.
+pub struct Life {
+    vm: Box<dyn Vm>,
+    session: HostSession,
+}
+
+impl std::fmt::Debug for Life {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Life").field("pid", &self.vm.pid()).finish_non_exhaustive()
+    }
+}
+
+impl Life {
+    /// Restores a machine: of a template, or, if `saved` is given, one that was saved later and has the template's memory
+    /// below its own. The guest waits to be configured. Must be called in a runtime, on a thread that outlives the machine.
+    ///
+    /// # Errors
+    /// What was saved cannot be restored here, or its guest does not answer.
+    pub async fn restore(
+        hypervisor: &dyn Hypervisor,
+        template: &Template,
+        saved: Option<&Path>,
+        paths: &Paths,
+    ) -> Result<Self, BackendError> {
+        let Shape { cpus, memory } = template.record().shape;
+        let config = VmConfig {
+            directory: paths.directory.clone(),
+            cpus,
+            memory,
+            memory_file: template.memory(),
+            memory_kind: MemoryKind::CopyOnWrite,
+            boot: None,
+            image: paths.image.clone(),
+            disk: paths.disk.clone(),
+        };
+        let mut vm = hypervisor.restore(&config, saved.unwrap_or(template.saved()))?;
+        let link = HostLink::restored(stream::adopt(vm.link()?)?);
+        let disk = std::fs::metadata(&paths.disk).map_err(|error| {
+            BackendError::caused(format!("cannot measure {}", paths.disk.display()), error)
+        })?;
+        vm.resume()?;
+        // The guest saw the template's disk until now.
+        vm.disk_resized(disk.len())?;
+        let session = match tokio::time::timeout(TO_BEGIN, link.begin()).await {
+            Ok(begun) => {
+                begun.map_err(|error| BackendError::caused("cannot begin to speak to the guest", error))?
+            }
+            Err(_) => {
+                return Err(BackendError::caused(
+                    "cannot begin to speak to the guest",
+                    LinkError::TimedOut { what: "answer", after: TO_BEGIN },
+                ));
+            }
+        };
+        Ok(Self { vm, session })
+    }
+
+    /// The machine.
+    pub fn vm(&mut self) -> &mut dyn Vm {
+        &mut *self.vm
+    }
+
+    /// The session with its guest.
+    pub fn session(&mut self) -> &mut HostSession {
+        &mut self.session
+    }
+
+    /// What opens streams to its guest.
+    pub fn opener(&self) -> Opener {
+        self.session.opener()
+    }
+
+    /// Tells the guest who it is.
+    ///
+    /// # Errors
+    /// The guest's own, or those of the link.
+    pub async fn configure(&self, configure: Configure) -> Result<(), BackendError> {
+        ask(&self.opener(), Request::Configure(Box::new(configure))).await.map(drop)
+    }
+
+    /// Starts a process. The stream then carries its [`Input`] and [`Output`].
+    ///
+    /// # Errors
+    /// The guest's own: no such command, no such user.
+    pub async fn start(&self, number: u32, process: Process) -> Result<Stream, BackendError> {
+        start(&self.opener(), Input::Start { number, process: Box::new(process) }).await
+    }
+}
+
+/// Asks the guest's control service.
+pub(crate) async fn ask(opener: &Opener, request: Request) -> Result<Answer, BackendError> {
+    let mut stream = opener.open(service::CONTROL).await.map_err(lost)?;
+    message::send(&mut stream, &request).await.map_err(lost)?;
+    match message::receive(&mut stream).await.map_err(lost)? {
+        Some(Answer::Failed(failure)) => Err(refused(&failure)),
+        Some(answer) => Ok(answer),
+        None => Err(lost(LinkError::Closed)),
+    }
+}
+
+/// Begins with the guest's process service.
+pub(crate) async fn start(opener: &Opener, first: Input) -> Result<Stream, BackendError> {
+    let attaches = matches!(first, Input::Attach { .. });
+    let mut stream = opener.open(service::PROCESS).await.map_err(lost)?;
+    message::send(&mut stream, &first).await.map_err(lost)?;
+    if attaches {
+        return Ok(stream);
+    }
+    match message::receive(&mut stream).await.map_err(lost)? {
+        Some(Output::Started) => Ok(stream),
+        Some(Output::Failed(failure)) => Err(refused(&failure)),
+        Some(_) => Err(BackendError::new(ErrorKind::Failed, "the guest speaks before the process runs")),
+        None => Err(lost(LinkError::Closed)),
+    }
+}
+
+/// The link has ended.
+pub(crate) fn lost(error: LinkError) -> BackendError {
+    BackendError::caused("lost the guest", error)
+}
+
+/// The guest's own error. It is not trusted with its length or its characters.
+pub(crate) fn refused(failure: &Failure) -> BackendError {
+    let what: String = failure.what.chars().filter(|c| !c.is_control()).take(1000).collect();
+    let kind = match failure.kind {
+        FailureKind::NotFound => ErrorKind::NotFound,
+        FailureKind::Invalid => ErrorKind::Invalid,
+        FailureKind::CommandNotFound => ErrorKind::CommandNotFound,
+        FailureKind::CommandNotExecutable => ErrorKind::CommandNotExecutable,
+        FailureKind::Failed => ErrorKind::Failed,
+    };
+    BackendError::new(kind, what)
+}
