@@ -46,9 +46,10 @@ impl Staging {
     }
 
     /// The directory `name`, which all use who make the same thing: one at a time, so that it is made once. Calls
-    /// `waiting` if somebody else has it. Whoever gets it has to see whether there is still something to be made.
+    /// `waiting` once if somebody else has it. Whoever gets it has to see whether there is still something to be made.
     pub(crate) fn in_turn(layout: &Layout, name: &str, waiting: &dyn Fn()) -> Result<Self> {
         let path = layout.tmp().join(name);
+        let mut waited = false;
         loop {
             match std::fs::create_dir(&path) {
                 Err(error) if error.kind() != ErrorKind::AlreadyExists => {
@@ -63,7 +64,9 @@ impl Staging {
             };
             match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
-                    waiting();
+                    if !std::mem::replace(&mut waited, true) {
+                        waiting();
+                    }
                     rustix::fs::flock(&directory, FlockOperation::LockExclusive).doing("lock", &path)?;
                 }
                 locked => locked.doing("lock", &path)?,
