@@ -12,6 +12,10 @@
 //! names/<name>           a name taken: holds the instance's id
 //! networks/<name>.json   networks and their leases
 //! volumes/<name>/        named volumes: data/ and volume.json
+//! disks/                 writable disks of machines (the disk room's own business), or where their pool is mounted
+//! disks.btrfs            the pool, if there is one: a file with a file system
+//! disks.json             which back end keeps the disks, if one was chosen
+//! disks.lock             held by whoever mounts or changes what keeps the disks
 //! ```
 
 use std::env;
@@ -78,6 +82,26 @@ impl Home {
     /// Named volumes, a directory each.
     pub fn volumes(&self) -> PathBuf {
         self.0.join("volumes")
+    }
+
+    /// Writable disks of machines, where they are files.
+    pub fn disks(&self) -> PathBuf {
+        self.0.join("disks")
+    }
+
+    /// The file system in a file that is mounted at [`disks`](Self::disks), where `kiln init` made one.
+    pub fn disk_pool(&self) -> PathBuf {
+        self.0.join("disks.btrfs")
+    }
+
+    /// Which back end keeps the disks.
+    pub fn disk_settings(&self) -> PathBuf {
+        self.0.join("disks.json")
+    }
+
+    /// Held exclusively by whoever mounts or changes what keeps the disks.
+    pub fn disk_lock(&self) -> PathBuf {
+        self.0.join("disks.lock")
     }
 }
 
