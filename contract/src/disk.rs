@@ -275,7 +275,8 @@ mod tests {
             assert_eq!(good.parse::<DiskId>().unwrap().as_str(), good);
             assert_eq!(good.parse::<SnapshotName>().unwrap().as_str(), good);
         }
-        for bad in ["", ".", "..", ".tmp", "-a", "a/b", "a b", "a@b", "a:b", "ä", "a\0", "a\n", &"x".repeat(101)]
+        for bad in
+            ["", ".", "..", ".tmp", "-a", "a/b", "a b", "a@b", "a:b", "ä", "a\0", "a\n", &"x".repeat(101)]
         {
             assert!(bad.parse::<DiskId>().is_err(), "{bad:?}");
             let error = bad.parse::<SnapshotName>().unwrap_err().to_string();
