@@ -15,6 +15,10 @@
 //! volumes/<name>/        named volumes: data/ and volume.json
 //! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
 //! kernels/default        a symbolic link to the one that is booted if none is named
+//! disks/                 writable disks of machines (the disk room's own business), or where their pool is mounted
+//! disks.btrfs            the pool, if there is one: a file with a file system
+//! disks.json             which back end keeps the disks, if one was chosen
+//! disks.lock             held by whoever mounts or changes what keeps the disks
 //! ```
 
 use std::env;
@@ -91,6 +95,26 @@ impl Home {
     /// Kernels that machines boot, a directory each.
     pub fn kernels(&self) -> PathBuf {
         self.0.join("kernels")
+    }
+
+    /// Writable disks of machines, where they are files.
+    pub fn disks(&self) -> PathBuf {
+        self.0.join("disks")
+    }
+
+    /// The file system in a file that is mounted at [`disks`](Self::disks), where `kiln init` made one.
+    pub fn disk_pool(&self) -> PathBuf {
+        self.0.join("disks.btrfs")
+    }
+
+    /// Which back end keeps the disks.
+    pub fn disk_settings(&self) -> PathBuf {
+        self.0.join("disks.json")
+    }
+
+    /// Held exclusively by whoever mounts or changes what keeps the disks.
+    pub fn disk_lock(&self) -> PathBuf {
+        self.0.join("disks.lock")
     }
 }
 

@@ -29,7 +29,9 @@ mod view;
 
 pub use backend::{BackendError, Capabilities, Capability, ErrorKind};
 pub use digest::{Digest, DigestError, Hasher};
-pub use disk::{DiskBackend, DiskUsage};
+pub use disk::{
+    DiskBackend, DiskId, DiskNameError, DiskSnapshot, DiskUsage, DisksUsage, PendingDisk, SnapshotName,
+};
 pub use home::{Home, InstanceDir};
 pub use hypervisor::{BootConfig, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
 pub use instance::{

@@ -6,6 +6,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod disk_template;
 mod every_test;
 mod kiln;
 mod lints;
@@ -26,6 +27,7 @@ cargo xtask <task>
   lint          clippy, with warnings denied
   deny          licences, bans and sources of all dependencies (where cargo-deny is installed)
   check-macos   type-check for aarch64-apple-darwin
+  disk-template make the empty file system of machines' disks anew (disk/src/ext4.zst)
   ci            all of it that a change must pass, as .ci/run does
 ";
 
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         "test" => every_test::run(rest),
         "bench" => bench::run(),
         "demo" => demo::run(),
+        "disk-template" => disk_template::write(),
         "ci" => ci::run_all(),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
