@@ -74,8 +74,6 @@ mod volumes;
 #[cfg(target_os = "linux")]
 pub use backend::Containers;
 #[cfg(target_os = "linux")]
-pub use root::mount_point_layer;
-#[cfg(target_os = "linux")]
 pub use supervisor::supervise;
 #[cfg(target_os = "linux")]
 pub use volumes::{Volume, Volumes};

@@ -6,69 +6,18 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use kiln_contract::{BackendError, Digest, Home, InstanceRecord, Scratch, ViewBackend as _, ViewRequest};
-use kiln_store::{ImportLimits, Store};
+use kiln_store::Store;
 use kiln_view::Overlay;
 
 use crate::archive::{Base, Confine};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
-/// What every root has even if its image has not: the places where something is mounted in every container. As the
-/// bottom layer of its stack they are there without a change that a commit would see.
-const MOUNT_POINTS: [(&str, bool); 9] = [
-    ("dev/", true),
-    ("etc/", true),
-    ("etc/hostname", false),
-    ("etc/hosts", false),
-    ("etc/resolv.conf", false),
-    ("proc/", true),
-    ("run/", true),
-    ("sys/", true),
-    ("tmp/", true),
-];
-
 /// The stack of an instance's root, bottom first.
 pub(crate) fn stack(store: &Store, layers: &[Digest]) -> Result<Vec<Digest>> {
-    let tar = mount_points();
-    let diff_id = Digest::of(&tar);
-    let failed = |error| BackendError::caused("cannot make the layer of mount points", error);
-    let base = match store.layer_of_diff_id(&diff_id).map_err(failed)? {
-        Some(layer) => layer,
-        None => store.import_tar(&tar[..], Some(&diff_id), ImportLimits::default()).map_err(failed)?.layer,
-    };
-    Ok([&[base], layers].concat())
-}
-
-/// The layer below those of every image in an instance's stack, if the store has it yet: not to be collected.
-///
-/// # Errors
-/// If the store cannot be read.
-pub fn mount_point_layer(home: &Home) -> Result<Option<Digest>> {
-    let failed = |error| BackendError::caused("cannot look for the layer of mount points", error);
-    let store = Store::open(home).map_err(failed)?;
-    store.layer_of_diff_id(&Digest::of(&mount_points())).map_err(failed)
-}
-
-/// A tar archive whose bytes are always the same.
-fn mount_points() -> Vec<u8> {
-    let mut archive = tar::Builder::new(Vec::new());
-    for (name, directory) in MOUNT_POINTS {
-        let mut header = tar::Header::new_ustar();
-        header.set_entry_type(if directory { tar::EntryType::Directory } else { tar::EntryType::Regular });
-        header.set_mode(match name {
-            "tmp/" => 0o1777,
-            _ if directory => 0o755,
-            _ => 0o644,
-        });
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(0);
-        #[expect(clippy::expect_used, reason = "the names above fit a header, and memory takes all writes")]
-        archive.append_data(&mut header, name, io::empty()).expect("a constant archive can be written");
-    }
-    #[expect(clippy::expect_used, reason = "memory takes all writes")]
-    archive.into_inner().expect("a constant archive can be written")
+    store
+        .with_mount_points(layers)
+        .map_err(|error| BackendError::caused("cannot make the layer of mount points", error))
 }
 
 /// How an instance's root is mounted; its directories are made if they are missing.

@@ -44,6 +44,7 @@ mod layer_reader;
 mod layer_tree;
 mod lines;
 mod merge;
+mod mount_points;
 mod name;
 mod object_writer;
 mod overlay;

@@ -111,7 +111,7 @@ pub(crate) fn collect(
     all: bool,
     dry_run: bool,
 ) -> Result<Removed> {
-    let below = kiln_container::mount_point_layer(context.home())?;
+    let below = Store::open(context.home())?.mount_point_layer()?;
     let in_use = || -> Result<Vec<Digest>> {
         let records = containers.list()?.into_iter();
         Ok(records.flat_map(|record| [vec![record.spec.image_id], record.spec.layers].concat()).collect())

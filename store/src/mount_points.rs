@@ -1,0 +1,68 @@
+//! A layer of the places where something is mounted in every workload.
+//!
+//! At the bottom of a root's stack they are there without a change that a commit would see, even if an image has not got them.
+
+use std::io;
+
+use kiln_contract::Digest;
+
+use crate::{ImportLimits, Result, Store};
+
+/// Names as in an archive; whether they are directories.
+const MOUNT_POINTS: [(&str, bool); 9] = [
+    ("dev/", true),
+    ("etc/", true),
+    ("etc/hostname", false),
+    ("etc/hosts", false),
+    ("etc/resolv.conf", false),
+    ("proc/", true),
+    ("run/", true),
+    ("sys/", true),
+    ("tmp/", true),
+];
+
+impl Store {
+    /// The stack of a workload's root: the layer of mount points, and on it `layers`, bottom first.
+    ///
+    /// # Errors
+    /// The layer is not there yet and cannot be imported.
+    pub fn with_mount_points(&self, layers: &[Digest]) -> Result<Vec<Digest>> {
+        let tar = mount_points();
+        let diff_id = Digest::of(&tar);
+        let base = match self.layer_of_diff_id(&diff_id)? {
+            Some(layer) => layer,
+            None => self.import_tar(&tar[..], Some(&diff_id), ImportLimits::default())?.layer,
+        };
+        Ok([&[base], layers].concat())
+    }
+
+    /// The layer of mount points, if it is there: a collection must leave it.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn mount_point_layer(&self) -> Result<Option<Digest>> {
+        self.layer_of_diff_id(&Digest::of(&mount_points()))
+    }
+}
+
+/// A tar archive whose bytes are always the same.
+fn mount_points() -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, directory) in MOUNT_POINTS {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(if directory { tar::EntryType::Directory } else { tar::EntryType::Regular });
+        header.set_mode(match name {
+            "tmp/" => 0o1777,
+            _ if directory => 0o755,
+            _ => 0o644,
+        });
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(0);
+        #[expect(clippy::expect_used, reason = "the names above fit a header, and memory takes all writes")]
+        archive.append_data(&mut header, name, io::empty()).expect("a constant archive can be written");
+    }
+    #[expect(clippy::expect_used, reason = "memory takes all writes")]
+    archive.into_inner().expect("a constant archive can be written")
+}
