@@ -7,16 +7,15 @@ use jiff::Timestamp;
 use kiln_contract::{
     BackendError, ExecSpec, ExitStatus, InstanceDir, InstanceRecord, LogStream, ProcessId, Stdio,
 };
+use kiln_instance::signals::{self, Signals};
+use kiln_instance::streams::{Ends, null, set_nonblocking};
+use kiln_instance::terminal::{self, RawTerminal};
+use kiln_instance::{DetachKeys, process};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{WaitOptions, waitpid};
 
-use crate::keys::DetachKeys;
 use crate::runtime::{self, Streams};
-use crate::supervisor::signals::Signals;
-use crate::supervisor::streams::{Ends, null, set_nonblocking};
-use crate::terminal::{self, RawTerminal};
-use crate::{attach, process};
 
 /// Runs it, with the caller's streams for its own; how it ended, or `None` if the caller does not wait for that (any
 /// more).
@@ -53,7 +52,7 @@ pub(crate) fn exec(
         let executed = runtime.exec(record, dir, spec, streams)?;
         return wait(executed.process, &signals).map(Some);
     }
-    let executed = runtime.exec(record, dir, spec, Streams::Terminal { size: attach::size(&stdio) })?;
+    let executed = runtime.exec(record, dir, spec, Streams::Terminal { size: terminal::size_of(&stdio) })?;
     let Some(terminal) = executed.terminal else {
         return wait(executed.process, &signals).map(Some);
     };
@@ -136,14 +135,14 @@ fn show(
         while let Some(signal) = signals.next() {
             match signal {
                 libc::SIGWINCH => {
-                    if let (Some(size), Some(terminal)) = (attach::size(stdio), &ends.terminal) {
+                    if let (Some(size), Some(terminal)) = (terminal::size_of(stdio), &ends.terminal) {
                         terminal::resize(terminal, size);
                     }
                 }
                 libc::SIGHUP | libc::SIGINT | libc::SIGQUIT | libc::SIGTERM => {
                     drop(raw);
                     drop(signals);
-                    attach::die(signal);
+                    signals::die(signal);
                     return Ok(None);
                 }
                 _ => {}

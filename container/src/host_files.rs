@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use kiln_contract::{Attachment, BackendError, InstanceDir, InstanceRecord};
+use kiln_instance::failed;
 
-use crate::instances::failed;
 use crate::runtime::ResolvedMount;
 
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];

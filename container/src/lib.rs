@@ -1,4 +1,4 @@
-//! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), its supervisor and its volumes.
+//! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), their roots and their volumes.
 //!
 //! ```no_run
 //! use kiln_contract::{Home, RuntimeBackend, StartMode};
@@ -13,13 +13,11 @@
 //! # Ok::<(), kiln_contract::BackendError>(())
 //! ```
 //!
-//! What is where: the verbs in `backend`, names and records in `instances`, the process that owns a running container in
-//! `supervisor`, its socket in `control`, how a container's process is made in `runtime`, `spec`, `seccomp` and `cgroup`.
+//! What is where: the verbs in `backend`, what a supervisor (of [`kiln_instance`]) does for a container in `kind` and
+//! `ground`, how a container's process is made in `runtime`, `spec`, `seccomp` and `cgroup`.
 
 #[cfg(target_os = "linux")]
 pub mod archive;
-#[cfg(target_os = "linux")]
-mod attach;
 #[cfg(target_os = "linux")]
 mod backend;
 #[cfg(target_os = "linux")]
@@ -29,43 +27,27 @@ mod cgroup;
 #[cfg(target_os = "linux")]
 mod commit;
 #[cfg(target_os = "linux")]
-mod control;
-#[cfg(target_os = "linux")]
 mod copy;
 #[cfg(target_os = "linux")]
 mod devices;
 #[cfg(target_os = "linux")]
 mod exec;
 #[cfg(target_os = "linux")]
+mod ground;
+#[cfg(target_os = "linux")]
 mod host;
 #[cfg(target_os = "linux")]
 mod host_files;
 #[cfg(target_os = "linux")]
-mod instances;
-#[cfg(target_os = "linux")]
-mod keys;
-#[cfg(target_os = "linux")]
-mod log;
-#[cfg(target_os = "linux")]
-mod process;
-#[cfg(target_os = "linux")]
-mod reconcile;
+mod kind;
 #[cfg(target_os = "linux")]
 mod root;
 #[cfg(target_os = "linux")]
 mod runtime;
-#[cfg(all(test, target_os = "linux"))]
-mod samples;
 #[cfg(target_os = "linux")]
 mod seccomp;
 #[cfg(target_os = "linux")]
-mod spawn;
-#[cfg(target_os = "linux")]
 mod spec;
-#[cfg(target_os = "linux")]
-mod supervisor;
-#[cfg(target_os = "linux")]
-mod terminal;
 #[cfg(target_os = "linux")]
 mod user_namespace;
 #[cfg(target_os = "linux")]
@@ -74,7 +56,7 @@ mod volumes;
 #[cfg(target_os = "linux")]
 pub use backend::Containers;
 #[cfg(target_os = "linux")]
-pub use supervisor::supervise;
+pub use kind::{ContainerKind, KINDS};
 #[cfg(target_os = "linux")]
 pub use volumes::{Volume, Volumes};
 

@@ -10,11 +10,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 
 use kiln_contract::{BackendError, Home, ProcessId};
+use kiln_instance::{Instances, failed, is_supervised, process};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{FlockOperation, flock};
-
-use crate::instances::{Instances, failed, is_supervised};
-use crate::process;
 
 /// Moves this process, which has one thread and is not root, into the user namespace of a home, and into a mount
 /// namespace of its own.

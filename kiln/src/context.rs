@@ -3,11 +3,12 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use kiln_container::{Containers, Volumes};
+use kiln_container::Volumes;
 use kiln_contract::{ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
 use kiln_net::Networks;
 use kiln_store::{Image, Store, StoreError};
 
+use crate::backends::Backends;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit};
 use crate::suggest;
@@ -34,13 +35,13 @@ impl Context {
         Ok(Store::open(&self.home)?)
     }
 
-    /// The containers, opened now. Enters the user namespace of an unprivileged user first: no thread may run yet.
-    pub(crate) fn containers(&self) -> Result<Containers> {
+    /// The instances, opened now. Enters the user namespace of an unprivileged user first: no thread may run yet.
+    pub(crate) fn instances(&self) -> Result<Backends> {
         kiln_container::prepare()?;
-        Ok(Containers::open(&self.home)?)
+        Ok(Backends::open(&self.home)?)
     }
 
-    /// The volumes. Enters the user namespace as [`Self::containers`] does: files in volumes have many owners.
+    /// The volumes. Enters the user namespace as [`Self::instances`] does: files in volumes have many owners.
     pub(crate) fn volumes(&self) -> Result<Volumes> {
         kiln_container::prepare()?;
         Ok(Volumes::open(&self.home))
@@ -53,11 +54,11 @@ impl Context {
     }
 
     /// Finds an instance; a near name is suggested if there is none.
-    pub(crate) fn instance(&self, containers: &Containers, name: &str) -> Result<InstanceRecord> {
-        containers.find(name).map_err(|error| {
+    pub(crate) fn instance(&self, instances: &Backends, name: &str) -> Result<InstanceRecord> {
+        instances.find(name).map_err(|error| {
             let missing = error.kind() == ErrorKind::NotFound;
             let error = CliError::from(error);
-            let all = if missing { containers.list().unwrap_or_default() } else { Vec::new() };
+            let all = if missing { instances.list().unwrap_or_default() } else { Vec::new() };
             match suggest::nearest(name, all.iter().map(|record| record.spec.name.as_str())) {
                 Some(near) => error.with_hint(format!("did you mean `{near}`?")),
                 None => error,
@@ -82,12 +83,12 @@ impl Context {
     pub(crate) fn each_instance(
         &self,
         names: &[String],
-        mut action: impl FnMut(&Containers, &InstanceId) -> Result<()>,
+        mut action: impl FnMut(&Backends, &InstanceId) -> Result<()>,
     ) -> Result<Exit> {
-        let containers = self.containers()?;
+        let instances = self.instances()?;
         each(names, |name| {
-            let record = self.instance(&containers, name)?;
-            action(&containers, &record.id)?;
+            let record = self.instance(&instances, name)?;
+            action(&instances, &record.id)?;
             let mut out = crate::output::Out::new();
             out.line(name)?;
             out.flush()

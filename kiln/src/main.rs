@@ -5,6 +5,7 @@
 //! prints errors and decides exit codes. Nothing is opened, started or entered that a command does not need: the
 //! whole of a `kiln run` is to take a few milliseconds.
 
+mod backends;
 mod cli;
 mod commands;
 mod complete;

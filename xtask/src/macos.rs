@@ -15,8 +15,20 @@ use crate::shell::{Outcome, cargo, run, target};
 const TARGET: &str = "aarch64-apple-darwin";
 
 /// Everything but the tools of this repository itself, whose place is Linux.
-const PACKAGES: &[&str] =
-    &["kiln-contract", "kiln-erofs", "kiln-store", "kiln-registry", "kiln-view", "kiln-net", "kiln-disk"];
+const PACKAGES: &[&str] = &[
+    "kiln-contract",
+    "kiln-accounts",
+    "kiln-erofs",
+    "kiln-link",
+    "kiln-store",
+    "kiln-registry",
+    "kiln-view",
+    "kiln-net",
+    "kiln-vmm",
+    "kiln-boot",
+    "kiln-disk",
+    "kiln-instance",
+];
 
 /// Type-checks [`PACKAGES`] in a target directory of its own.
 pub(crate) fn check() -> Outcome {

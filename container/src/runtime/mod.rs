@@ -26,6 +26,7 @@ use kiln_contract::{ExecSpec, InstanceDir, InstanceRecord, ProcessId, RuntimeCho
 use crate::spec::ProcessPlan;
 
 pub(crate) use error::RuntimeError;
+pub(crate) use kiln_instance::streams::Streams;
 
 /// Everything that is needed to make an instance's first process.
 #[derive(Debug)]
@@ -92,25 +93,6 @@ impl ResolvedMount {
         }
         Self { fstype: "tmpfs", source: "tmpfs".into(), target: target.into(), options }
     }
-}
-
-/// The workload's ends of its standard streams.
-#[derive(Debug)]
-pub(crate) enum Streams {
-    /// These; `/dev/null` for what is not wanted.
-    Pipes {
-        /// Read by the workload.
-        stdin: OwnedFd,
-        /// Written by the workload.
-        stdout: OwnedFd,
-        /// Written by the workload.
-        stderr: OwnedFd,
-    },
-    /// A new terminal of this many rows and columns; its master comes back.
-    Terminal {
-        /// Rows and columns, if they are known yet.
-        size: Option<(u16, u16)>,
-    },
 }
 
 /// A process that waits to be let go.

@@ -47,7 +47,7 @@ fn stdio() -> Stdio {
 
 fn supervise(id: &str, ready: &str) -> Result<Option<u8>, BackendError> {
     kiln_container::prepare()?;
-    kiln_container::supervise(&home(), &id.parse().unwrap(), ready.parse().unwrap())?;
+    kiln_instance::supervise(&home(), &id.parse().unwrap(), ready.parse().unwrap(), kiln_container::KINDS)?;
     Ok(Some(0))
 }
 

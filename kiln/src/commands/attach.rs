@@ -33,15 +33,15 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
         let options = AttachOptions {
             stdio: context::stdio()?,
             stdin: !self.no_stdin,
             detach_keys: self.detach_keys,
             signal_proxy: self.sig_proxy,
         };
-        Ok(match containers.attach(&record.id, options)? {
+        Ok(match instances.attach(&record.id, options)? {
             AttachEnd::Exited(status) => ended(&status),
             AttachEnd::Detached => Exit::SUCCESS,
         })

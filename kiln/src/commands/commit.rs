@@ -36,8 +36,8 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
         let options = CommitOptions {
             tags: self.image.into_iter().collect(),
             message: self.message,
@@ -45,7 +45,7 @@ impl Args {
             changes: self.change,
             pause: self.pause,
         };
-        let id = containers.commit(&record.id, &options)?;
+        let id = instances.commit(&record.id, &options)?;
         let mut out = Out::new();
         out.line(id.to_string())?;
         out.flush()?;

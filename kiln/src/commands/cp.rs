@@ -64,21 +64,21 @@ impl Args {
             )
             .with_hint("for example: kiln cp web:/etc/hosts . — a file of the host with a colon is ./a:b"));
         }
-        let containers = context.containers()?;
-        let instance = |name| context.instance(&containers, name).map(|record| record.id);
+        let instances = context.instances()?;
+        let instance = |name| context.instance(&instances, name).map(|record| record.id);
         let options = copy::Options { owners: self.archive, follow: self.follow_link };
         match (source, destination) {
             (Side::Instance(name, path), Side::Host(to)) => {
-                copy::to_host(&containers, &instance(name)?, &inside(path), to, options)?;
+                copy::to_host(&instances, &instance(name)?, &inside(path), to, options)?;
             }
             (Side::Instance(name, path), _) => {
-                copy::to_stream(&containers, &instance(name)?, &inside(path), options)?;
+                copy::to_stream(&instances, &instance(name)?, &inside(path), options)?;
             }
             (Side::Host(from), Side::Instance(name, path)) => {
-                copy::from_host(&containers, &instance(name)?, from, &inside(path), options)?;
+                copy::from_host(&instances, &instance(name)?, from, &inside(path), options)?;
             }
             (_, Side::Instance(name, path)) => {
-                copy::from_stream(&containers, &instance(name)?, &inside(path))?;
+                copy::from_stream(&instances, &instance(name)?, &inside(path))?;
             }
             (Side::Host(_) | Side::Stream, _) => {}
         }

@@ -4,12 +4,12 @@ use std::fs;
 use std::io::{ErrorKind as IoErrorKind, Write};
 use std::path::PathBuf;
 
-use kiln_container::Containers;
 use kiln_contract::{ErrorKind, InstanceRecord, Platform, RuntimeBackend};
 use kiln_registry::{PullOptions, PullPolicy, Registry};
 use kiln_store::{Image, ImageName, Store, StoreError};
 
 use super::workload::{Pull, WorkloadArgs};
+use crate::backends::Backends;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::Exit;
@@ -33,8 +33,8 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        let record = create(context, &containers, &self.workload, self.quiet)?;
+        let instances = context.instances()?;
+        let record = create(context, &instances, &self.workload, self.quiet)?;
         let mut out = Out::new();
         out.line(record.id.as_str())?;
         out.flush()?;
@@ -45,7 +45,7 @@ impl Args {
 /// Makes an instance: finds or pulls its image, resolves its specification, creates it.
 pub(super) fn create(
     context: &Context,
-    containers: &Containers,
+    instances: &Backends,
     args: &WorkloadArgs,
     quiet: bool,
 ) -> Result<InstanceRecord> {
@@ -58,20 +58,20 @@ pub(super) fn create(
     })?;
     let settings = ImageSettings::read(&args.image, &config)?;
     let facts = ImageFacts { id: image.id, layers: image.layers, settings };
-    let record = create_named(containers, args, &facts)?;
+    let record = create_named(instances, args, &facts)?;
     if let Some(file) = cidfile {
         file.write(record.id.as_str())?;
     }
     Ok(record)
 }
 
-fn create_named(containers: &Containers, args: &WorkloadArgs, image: &ImageFacts) -> Result<InstanceRecord> {
+fn create_named(instances: &Backends, args: &WorkloadArgs, image: &ImageFacts) -> Result<InstanceRecord> {
     let mut attempt = 0;
     loop {
         let name = args.name.clone().unwrap_or_else(|| random_name(attempt));
         let spec = Host::real(|host| instance_spec(args, &name, image, host))
             .map_err(|error| CliError::file("cannot tell the working directory", error))??;
-        match containers.create(&spec) {
+        match instances.create(&spec) {
             Ok(record) => return Ok(record),
             // A random name that is taken: another one.
             Err(error) if error.kind() == ErrorKind::Conflict && args.name.is_none() && attempt < 8 => {

@@ -22,9 +22,9 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
-        print_changes(self.format.format, &containers.changes(&record.id)?)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
+        print_changes(self.format.format, &instances.changes(&record.id)?)?;
         Ok(Exit::SUCCESS)
     }
 }

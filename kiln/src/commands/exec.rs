@@ -59,8 +59,8 @@ impl Args {
         }
         let env = Host::real(|host| exec_environment(&self.env_file, &self.env, host))
             .map_err(|error| CliError::file("cannot tell the working directory", error))??;
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
         let spec = ExecSpec {
             args: self.command,
             env,
@@ -72,7 +72,7 @@ impl Args {
             detach: self.detach,
             detach_keys: self.detach_keys,
         };
-        let status = containers.exec(&record.id, &spec, context::stdio()?)?;
+        let status = instances.exec(&record.id, &spec, context::stdio()?)?;
         Ok(status.map_or(Exit::SUCCESS, |status| ended(&status)))
     }
 }

@@ -63,8 +63,8 @@ fn find(context: &Context, name: &str, kind: Option<Kind>) -> Result<Value> {
     let wanted = |one| kind.is_none() || kind == Some(one);
     let mut missing = None;
     if wanted(Kind::Instance) {
-        let containers = context.containers()?;
-        match context.instance(&containers, name) {
+        let instances = context.instances()?;
+        match context.instance(&instances, name) {
             Ok(record) => return Ok(serde_json::to_value(record)?),
             Err(error) if error.kind() == Some(ErrorKind::NotFound) => missing = Some(error),
             Err(error) => return Err(error),

@@ -23,6 +23,6 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let signal = parse_signal("--signal", &self.signal)?;
-        context.each_instance(&self.instances, |containers, id| Ok(containers.signal(id, signal)?))
+        context.each_instance(&self.instances, |instances, id| Ok(instances.signal(id, signal)?))
     }
 }

@@ -63,10 +63,10 @@ impl Args {
             until: self.until.as_deref().map(|text| parse_time("--until", text, now)).transpose()?,
             tail: tail(&self.tail)?,
         };
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
         let mut failed = None;
-        containers.logs(&record.id, &query, &mut |line| match self.show(&line) {
+        instances.logs(&record.id, &query, &mut |line| match self.show(&line) {
             Ok(()) => ControlFlow::Continue(()),
             Err(error) => {
                 failed = Some(error);

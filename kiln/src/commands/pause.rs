@@ -18,6 +18,6 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        context.each_instance(&self.instances, |containers, id| Ok(containers.pause(id)?))
+        context.each_instance(&self.instances, |instances, id| Ok(instances.pause(id)?))
     }
 }

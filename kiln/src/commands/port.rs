@@ -30,9 +30,9 @@ impl Args {
             .as_deref()
             .map(|text| parse_container_port(text).map_err(|why| ResolveError::value("PORT", text, why)));
         let wanted = wanted.transpose()?;
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
-        let mut ports = containers.ports(&record.id)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
+        let mut ports = instances.ports(&record.id)?;
         if let Some((number, protocol)) = wanted {
             ports.retain(|port| port.container_port == number && port.protocol == protocol);
             if ports.is_empty() {

@@ -92,8 +92,8 @@ struct Row {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let filters = Filters::parse(&self.filter, &FILTERS)?;
-        let containers = context.containers()?;
-        let mut records = containers.list()?;
+        let instances = context.instances()?;
+        let mut records = instances.list()?;
         records.sort_by_key(|record| std::cmp::Reverse(record.created));
         let last = if self.latest { Some(1) } else { self.last };
         // As in Docker: a filter by state, or a number, means that those that do not run are asked for too.

@@ -22,9 +22,9 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         check_name("NEW_NAME", &self.new_name)?;
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
-        containers.rename(&record.id, &self.new_name)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
+        instances.rename(&record.id, &self.new_name)?;
         Ok(Exit::SUCCESS)
     }
 }

@@ -22,9 +22,9 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let time = self.time.map(|given| given.0);
-        context.each_instance(&self.instances, |containers, id| {
-            containers.stop(id, time)?;
-            containers.start(id, StartMode::Detached)?;
+        context.each_instance(&self.instances, |instances, id| {
+            instances.stop(id, time)?;
+            instances.start(id, StartMode::Detached)?;
             Ok(())
         })
     }

@@ -28,22 +28,22 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let options = RemoveOptions { force: self.force, volumes: self.volumes };
         let names = if self.exited {
             let idle = |status| matches!(status, InstanceStatus::Created | InstanceStatus::Exited);
-            let all = containers.list()?.into_iter().filter(|record| idle(record.status));
+            let all = instances.list()?.into_iter().filter(|record| idle(record.status));
             all.map(|record| record.spec.name).collect()
         } else {
             self.instances
         };
         context::each(&names, |name| {
-            let found = context.instance(&containers, name);
+            let found = context.instance(&instances, name);
             let record = match found {
                 Err(error) if self.force && error.kind() == Some(ErrorKind::NotFound) => return Ok(()),
                 other => other?,
             };
-            containers.remove(&record.id, options).map_err(|error| {
+            instances.remove(&record.id, options).map_err(|error| {
                 let running = error.kind() == ErrorKind::State && error.hint_text().is_none();
                 let error = CliError::from(error);
                 if running {

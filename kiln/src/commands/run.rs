@@ -36,14 +36,14 @@ impl Args {
         if !self.detach {
             need_terminal(self.workload.tty, self.workload.interactive)?;
         }
-        let containers = context.containers()?;
-        let record = create(context, &containers, &self.workload, self.quiet)?;
+        let instances = context.instances()?;
+        let record = create(context, &instances, &self.workload, self.quiet)?;
         let mode = if self.detach {
             StartMode::Detached
         } else {
             StartMode::Foreground { stdio: context::stdio()?, detach_keys: self.workload.detach_keys }
         };
-        match containers.start(&record.id, mode) {
+        match instances.start(&record.id, mode) {
             Ok(Some(status)) => Ok(ended(&status)),
             Ok(None) if self.detach => {
                 let mut out = Out::new();
@@ -55,7 +55,7 @@ impl Args {
             Err(error) => {
                 if self.workload.rm {
                     // What could not be started is not worth keeping; the failure to start is what is told.
-                    let _ = containers.remove(&record.id, RemoveOptions { force: true, volumes: true });
+                    let _ = instances.remove(&record.id, RemoveOptions { force: true, volumes: true });
                 }
                 Err(error.into())
             }

@@ -31,22 +31,22 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         if !self.attach && !self.interactive {
-            return context.each_instance(&self.instances, |containers, id| {
-                containers.start(id, StartMode::Detached)?;
+            return context.each_instance(&self.instances, |instances, id| {
+                instances.start(id, StartMode::Detached)?;
                 Ok(())
             });
         }
         let [name] = &self.instances[..] else {
             return Err(CliError::usage("--attach and --interactive take one instance only"));
         };
-        let containers = context.containers()?;
-        let record = context.instance(&containers, name)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, name)?;
         let mut stdio = context::stdio()?;
         if !self.interactive {
             let null = std::fs::File::open("/dev/null");
             stdio.stdin = null.map_err(|error| CliError::file("cannot open /dev/null", error))?.into();
         }
         let mode = StartMode::Foreground { stdio, detach_keys: self.detach_keys };
-        Ok(containers.start(&record.id, mode)?.map_or(Exit::SUCCESS, |status| ended(&status)))
+        Ok(instances.start(&record.id, mode)?.map_or(Exit::SUCCESS, |status| ended(&status)))
     }
 }

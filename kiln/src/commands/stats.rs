@@ -6,10 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap_complete::engine::ArgValueCompleter;
-use kiln_container::Containers;
 use kiln_contract::{ByteSize, InstanceId, InstanceRecord, InstanceStatus, RuntimeBackend, Stats};
 use serde::Serialize;
 
+use crate::backends::Backends;
 use crate::complete;
 use crate::context::Context;
 use crate::error::Result;
@@ -56,13 +56,13 @@ type Samples = HashMap<InstanceId, (Instant, Duration)>;
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let mut before = Samples::new();
-        self.sample(context, &containers, &mut before)?;
+        self.sample(context, &instances, &mut before)?;
         thread::sleep(FIRST);
         let live = !self.no_stream && self.format.format == Format::Table;
         loop {
-            let rows = self.sample(context, &containers, &mut before)?;
+            let rows = self.sample(context, &instances, &mut before)?;
             if live && io::stdout().is_terminal() {
                 let mut out = Out::new();
                 out.bytes(b"\x1b[H\x1b[J")?;
@@ -76,24 +76,21 @@ impl Args {
         }
     }
 
-    fn sample(&self, context: &Context, containers: &Containers, before: &mut Samples) -> Result<Vec<Row>> {
+    fn sample(&self, context: &Context, instances: &Backends, before: &mut Samples) -> Result<Vec<Row>> {
         let records = if self.instances.is_empty() {
-            containers.list()?
+            instances.list()?
         } else {
-            self.instances
-                .iter()
-                .map(|name| context.instance(containers, name))
-                .collect::<Result<Vec<_>>>()?
+            self.instances.iter().map(|name| context.instance(instances, name)).collect::<Result<Vec<_>>>()?
         };
         let running = |record: &InstanceRecord| {
             matches!(record.status, InstanceStatus::Running | InstanceStatus::Paused)
         };
         let mut rows = Vec::new();
         for record in records.into_iter().filter(running) {
-            let stats = match containers.stats(&record.id) {
+            let stats = match instances.stats(&record.id) {
                 Ok(stats) => stats,
                 // It ended between the list and now: no row, as for the others that do not run.
-                Err(_) if containers.find(record.id.as_str()).is_ok_and(|now| running(&now)).eq(&false) => {
+                Err(_) if instances.find(record.id.as_str()).is_ok_and(|now| running(&now)).eq(&false) => {
                     continue;
                 }
                 Err(error) => return Err(error.into()),

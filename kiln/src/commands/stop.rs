@@ -22,6 +22,6 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let time = self.time.map(|given| given.0);
-        context.each_instance(&self.instances, |containers, id| Ok(containers.stop(id, time)?))
+        context.each_instance(&self.instances, |instances, id| Ok(instances.stop(id, time)?))
     }
 }

@@ -2,6 +2,7 @@
 
 use kiln_contract::InstanceId;
 
+use crate::backends::KINDS;
 use crate::context::Context;
 use crate::error::Result;
 use crate::exit::Exit;
@@ -17,7 +18,7 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        kiln_container::supervise(context.home(), &self.id, self.ready)?;
+        kiln_instance::supervise(context.home(), &self.id, self.ready, KINDS)?;
         Ok(Exit::SUCCESS)
     }
 }

@@ -23,9 +23,9 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        let record = context.instance(&containers, &self.instance)?;
-        let table = containers.top(&record.id)?;
+        let instances = context.instances()?;
+        let record = context.instance(&instances, &self.instance)?;
+        let table = instances.top(&record.id)?;
         let name = |title: &String| title.to_ascii_lowercase();
         let rows: Vec<BTreeMap<String, &String>> =
             table.rows.iter().map(|row| table.titles.iter().map(name).zip(row).collect()).collect();

@@ -19,10 +19,10 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         context::each(&self.instances, |name| {
-            let record = context.instance(&containers, name)?;
-            let status = containers.wait(&record.id)?;
+            let record = context.instance(&instances, name)?;
+            let status = instances.wait(&record.id)?;
             let mut out = Out::new();
             out.line(status.code.to_string())?;
             out.flush()

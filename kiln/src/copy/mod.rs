@@ -18,9 +18,9 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use kiln_container::Containers;
 use kiln_contract::{BackendError, ErrorKind, InstanceId, RuntimeBackend};
 
+use crate::backends::Backends;
 use crate::error::{CliError, Result};
 use place::{Kind, Placement, Source, place};
 
@@ -37,7 +37,7 @@ const BUFFER: usize = 128 << 10;
 
 /// Copies `from` in an instance to `to` on the host.
 pub(crate) fn to_host(
-    containers: &Containers,
+    instances: &Backends,
     id: &InstanceId,
     from: &Path,
     to: &Path,
@@ -45,7 +45,7 @@ pub(crate) fn to_host(
 ) -> Result<()> {
     let source = Source::new(from);
     let there = kind_on_host(to)?;
-    receive(containers, id, &source.path, options.follow, |archive| {
+    receive(instances, id, &source.path, options.follow, |archive| {
         unpack::unpack(archive, options.owners, |kind, name| {
             // `/` in an instance has no name of its own.
             let named = source.path.file_name().map_or_else(|| PathBuf::from(name), PathBuf::from);
@@ -55,25 +55,20 @@ pub(crate) fn to_host(
 }
 
 /// Writes an archive of `from` in an instance to standard output.
-pub(crate) fn to_stream(
-    containers: &Containers,
-    id: &InstanceId,
-    from: &Path,
-    options: Options,
-) -> Result<()> {
+pub(crate) fn to_stream(instances: &Backends, id: &InstanceId, from: &Path, options: Options) -> Result<()> {
     use std::io::IsTerminal;
     if io::stdout().is_terminal() {
         return Err(CliError::usage("standard output is a terminal, and an archive is not text")
             .with_hint("redirect it to a file or a pipe"));
     }
     let mut out = BufWriter::with_capacity(BUFFER, io::stdout().lock());
-    containers.copy_out(id, &Source::new(from).path, options.follow, &mut out)?;
+    instances.copy_out(id, &Source::new(from).path, options.follow, &mut out)?;
     out.flush().map_err(CliError::Output)
 }
 
 /// Copies `from` on the host to `to` in an instance.
 pub(crate) fn from_host(
-    containers: &Containers,
+    instances: &Backends,
     id: &InstanceId,
     from: &Path,
     to: &Path,
@@ -89,14 +84,14 @@ pub(crate) fn from_host(
         Some(_) => source.path.clone(),
         None => source.path.canonicalize().unwrap_or_else(|_| source.path.clone()),
     };
-    let there = kind_in_instance(containers, id, to)?;
+    let there = kind_in_instance(instances, id, to)?;
     let Placement { directory, name } = place(&Source { path: named, ..source.clone() }, kind, to, there)?;
     let (mut reader, writer) = pipe()?;
     thread::scope(|scope| {
         let packer = scope.spawn(|| {
             pack::pack(&source.path, name.as_deref(), options, BufWriter::with_capacity(BUFFER, writer))
         });
-        let sent = containers.copy_in(id, &directory, &mut reader);
+        let sent = instances.copy_in(id, &directory, &mut reader);
         drop(reader);
         let packed = packer.join().unwrap_or_else(|_| Err(CliError::failed("packing ended unexpectedly")));
         match (sent, packed) {
@@ -109,8 +104,8 @@ pub(crate) fn from_host(
 }
 
 /// Unpacks the archive on standard input into the directory `to` of an instance.
-pub(crate) fn from_stream(containers: &Containers, id: &InstanceId, to: &Path) -> Result<()> {
-    Ok(containers.copy_in(id, to, &mut io::stdin().lock())?)
+pub(crate) fn from_stream(instances: &Backends, id: &InstanceId, to: &Path) -> Result<()> {
+    Ok(instances.copy_in(id, to, &mut io::stdin().lock())?)
 }
 
 fn pipe() -> Result<(io::PipeReader, io::PipeWriter)> {
@@ -119,7 +114,7 @@ fn pipe() -> Result<(io::PipeReader, io::PipeWriter)> {
 
 /// Gives the archive that an instance writes to `read`, which works in another thread meanwhile.
 fn receive<T: Send>(
-    containers: &Containers,
+    instances: &Backends,
     id: &InstanceId,
     path: &Path,
     follow: bool,
@@ -135,7 +130,7 @@ fn receive<T: Send>(
             Ok(got)
         });
         let mut writer = BufWriter::with_capacity(BUFFER, writer);
-        let sent = containers.copy_out(id, path, follow, &mut writer);
+        let sent = instances.copy_out(id, path, follow, &mut writer);
         let sent = sent.and_then(|()| {
             writer.flush().map_err(|error| BackendError::caused("cannot hand over the archive", error))
         });
@@ -172,7 +167,7 @@ fn kind_on_host(path: &Path) -> Result<Option<Kind>> {
 }
 
 /// What is at a path in an instance: the first header of an archive of it tells; the rest is not read.
-fn kind_in_instance(containers: &Containers, id: &InstanceId, path: &Path) -> Result<Option<Kind>> {
+fn kind_in_instance(instances: &Backends, id: &InstanceId, path: &Path) -> Result<Option<Kind>> {
     struct FirstBlocks<'a>(&'a mut Vec<u8>);
     impl Write for FirstBlocks<'_> {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -186,7 +181,7 @@ fn kind_in_instance(containers: &Containers, id: &InstanceId, path: &Path) -> Re
         }
     }
     let mut head = Vec::new();
-    let sent = containers.copy_out(id, path, true, &mut FirstBlocks(&mut head));
+    let sent = instances.copy_out(id, path, true, &mut FirstBlocks(&mut head));
     let mut archive = tar::Archive::new(&head[..]);
     let first =
         archive.entries().ok().and_then(|mut entries| entries.next()).and_then(std::result::Result::ok);

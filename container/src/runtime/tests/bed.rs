@@ -140,7 +140,7 @@ fn record(id: InstanceId, runtime: &RuntimeChoice, args: &[&str]) -> InstanceRec
     let name = format!("test-{}", id.short());
     InstanceRecord {
         format: InstanceRecord::FORMAT,
-        spec: InstanceSpec { process, runtime: runtime.clone(), ..crate::samples::spec(&name) },
+        spec: InstanceSpec { process, runtime: runtime.clone(), ..kiln_fixtures::instance_spec(&name) },
         id,
         status: InstanceStatus::Created,
         created: Timestamp::now(),

@@ -24,8 +24,8 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
-        collect(context, &containers, self.all, self.dry_run)?.print(self.format.format)?;
+        let instances = context.instances()?;
+        collect(context, &instances, self.all, self.dry_run)?.print(self.format.format)?;
         Ok(Exit::SUCCESS)
     }
 }

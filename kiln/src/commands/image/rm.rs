@@ -24,7 +24,7 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let store = context.store()?;
         context::each(&self.images, |text| {
             let image = match context.image(&store, text) {
@@ -32,7 +32,7 @@ impl Args {
                 other => other?,
             };
             if !self.force {
-                let users = containers.list()?.into_iter().filter(|record| record.spec.image_id == image.id);
+                let users = instances.list()?.into_iter().filter(|record| record.spec.image_id == image.id);
                 let users: Vec<String> = users.map(|record| record.spec.name).collect();
                 if !users.is_empty() {
                     let users = users.join(", ");

@@ -53,9 +53,9 @@ struct Named {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let stored = context.store()?.usage()?;
-        let records = containers.list()?;
+        let records = instances.list()?;
         let instances = records.into_iter().map(|record| Named {
             bytes: disk_usage(&context.home().instance(&record.id).upper()),
             name: record.spec.name,

@@ -53,10 +53,10 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         // Before the user namespace is entered, in which everybody is root.
         let rootless = !rustix::process::geteuid().is_root();
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let store = context.store()?;
-        let records = containers.list()?;
-        let missing = containers.capabilities();
+        let records = instances.list()?;
+        let missing = instances.capabilities();
         let missing = missing.missing().iter().map(|(capability, reason)| Missing {
             capability: format!("{capability:?}"),
             reason: reason.clone(),

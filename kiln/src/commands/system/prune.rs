@@ -1,10 +1,10 @@
 //! `kiln system prune`, and the collecting of garbage for `image prune` too.
 
-use kiln_container::Containers;
 use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
 use kiln_store::{GcOptions, Store};
 use serde::Serialize;
 
+use crate::backends::Backends;
 use crate::context::Context;
 use crate::error::Result;
 use crate::exit::{self, Exit};
@@ -59,10 +59,10 @@ pub(crate) struct Removed {
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let containers = context.containers()?;
+        let instances = context.instances()?;
         let mut before = Removed::default();
         if !self.keep_instances {
-            before.instances = remove_instances(&containers, self.volumes, self.dry_run)?;
+            before.instances = remove_instances(&instances, self.volumes, self.dry_run)?;
         }
         if !self.dry_run {
             before.networks = context.networks()?.prune()?;
@@ -73,7 +73,7 @@ impl Args {
                 }
             }
         }
-        let collected = collect(context, &containers, self.all, self.dry_run)?;
+        let collected = collect(context, &instances, self.all, self.dry_run)?;
         let all = Removed {
             instances: before.instances,
             networks: before.networks,
@@ -86,15 +86,15 @@ impl Args {
     }
 }
 
-fn remove_instances(containers: &Containers, volumes: bool, dry_run: bool) -> Result<Vec<String>> {
+fn remove_instances(instances: &Backends, volumes: bool, dry_run: bool) -> Result<Vec<String>> {
     let mut removed = Vec::new();
-    for record in containers.list()? {
+    for record in instances.list()? {
         if !matches!(record.status, InstanceStatus::Created | InstanceStatus::Exited) {
             continue;
         }
         if !dry_run {
             // One that was started meanwhile stays, and so do the others' images.
-            if let Err(error) = containers.remove(&record.id, RemoveOptions { force: false, volumes }) {
+            if let Err(error) = instances.remove(&record.id, RemoveOptions { force: false, volumes }) {
                 exit::print_line("warning", &format!("{} stays: {error}", record.spec.name));
                 continue;
             }
@@ -105,15 +105,10 @@ fn remove_instances(containers: &Containers, volumes: bool, dry_run: bool) -> Re
 }
 
 /// Removes images without a name (`all`: those that no instance uses), and what of the store nobody needs then.
-pub(crate) fn collect(
-    context: &Context,
-    containers: &Containers,
-    all: bool,
-    dry_run: bool,
-) -> Result<Removed> {
+pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_run: bool) -> Result<Removed> {
     let below = Store::open(context.home())?.mount_point_layer()?;
     let in_use = || -> Result<Vec<Digest>> {
-        let records = containers.list()?.into_iter();
+        let records = instances.list()?.into_iter();
         Ok(records.flat_map(|record| [vec![record.spec.image_id], record.spec.layers].concat()).collect())
     };
     let options = GcOptions { untagged: true, all, below, dry_run };

@@ -64,7 +64,7 @@ impl Args {
 
 /// Volumes that instances use, whether they run or not.
 fn used(context: &Context) -> Result<BTreeSet<String>> {
-    let records = context.containers()?.list()?;
+    let records = context.instances()?.list()?;
     let named = records.iter().flat_map(|record| &record.spec.mounts).filter_map(|mount| match &mount.kind {
         MountKind::Volume { name, .. } => name.clone(),
         _ => None,

@@ -3,7 +3,8 @@
 //! How a supervisor lives:
 //!
 //! 1. It *claims* the instance: under the record's lock it writes itself into it, unless another one lives there.
-//! 2. It enters a mount namespace of its own, listens on `ctl.sock`, and *launches* the workload ([`launch`]).
+//! 2. It enters the ground on which such workloads are made ([`crate::kind`]), listens on `ctl.sock`, and *launches* the
+//!    workload.
 //! 3. It waits, in one thread, for whatever comes first: signals (its own, to be passed on; of children that ended),
 //!    output of the workload (to the log and to everybody attached), input of those attached, requests on the socket,
 //!    and times (a check of health, the end of a grace period, a restart).
@@ -17,12 +18,9 @@
 mod clients;
 mod event_loop;
 mod health;
-mod launch;
 mod memory;
 mod requests;
 mod restart;
-pub(crate) mod signals;
-pub(crate) mod streams;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -32,22 +30,24 @@ use kiln_contract::{
     BackendError, ErrorKind, ExitStatus, Home, InstanceId, InstanceRecord, InstanceStatus, Stdio,
 };
 
-use crate::control::{self, Connection, Failure, Kind, Reply, Request};
-use crate::instances::{Instances, failed};
+use crate::control::{self, Connection, Failure, Reply, Request};
+use crate::instances::{Instances, failed, is_supervised};
+use crate::kind::{Ground, Kind, Kinds, Run, kind_of};
 use crate::log::LogWriter;
-use crate::{cgroup, host, process};
+use crate::signals::Signals;
+use crate::streams::{self, Wiring};
+use crate::{process, reconcile};
 
 use clients::{Client, Console, Role};
 use health::Health;
-use launch::{Ground, Run, Wiring};
 use restart::Restarts;
-use signals::Signals;
 
 /// The supervisor of one instance.
 struct Supervisor {
     instances: Instances,
     record: InstanceRecord,
-    ground: Ground,
+    kind: &'static dyn Kind,
+    ground: Box<dyn Ground>,
     signals: Signals,
     listener: Option<OwnedFd>,
     clients: Vec<Client>,
@@ -71,11 +71,11 @@ struct Supervisor {
 /// Owns an instance until its workload has ended for good: what `kiln supervise <id> <ready>` does.
 ///
 /// `ready` is the number of an inherited socket, over which the command that started this process asks to start the
-/// workload, and is told whether it runs. It may stay attached over it.
+/// workload, and is told whether it runs. It may stay attached over it. `kinds` are those that the instance may be of.
 ///
 /// # Errors
 /// Only if that socket is none. Every other failure is told over it, and is in the instance's record.
-pub fn supervise(home: &Home, id: &InstanceId, ready: i32) -> Result<(), BackendError> {
+pub fn supervise(home: &Home, id: &InstanceId, ready: i32, kinds: Kinds) -> Result<(), BackendError> {
     let protocol = |error| BackendError::caused(format!("cannot read what {ready} says"), error);
     if ready < 3 {
         return Err(BackendError::new(ErrorKind::Invalid, format!("{ready} is no inherited socket")));
@@ -86,7 +86,7 @@ pub fn supervise(home: &Home, id: &InstanceId, ready: i32) -> Result<(), Backend
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(|error| protocol(error.into()))?;
     let mut connection = Connection::over(socket);
     let attach = match connection.receive().map_err(protocol)? {
-        Some((Kind::Message, payload)) => match control::parse(&payload) {
+        Some((control::Kind::Message, payload)) => match control::parse(&payload) {
             Ok(Request::Start { attach }) => attach,
             Ok(_) => return Err(BackendError::new(ErrorKind::Invalid, "not asked to start anything")),
             Err(error) => return Err(protocol(std::io::Error::other(error))),
@@ -97,7 +97,7 @@ pub fn supervise(home: &Home, id: &InstanceId, ready: i32) -> Result<(), Backend
     streams::set_nonblocking(&socket).map_err(protocol)?;
     let mut client = Client::new(socket);
     let instances = Instances::of(home);
-    let mut supervisor = match Supervisor::claim(&instances, id) {
+    let mut supervisor = match Supervisor::claim(&instances, kinds, id) {
         Ok(supervisor) => supervisor,
         Err(error) => {
             client.dismiss(&Reply::Failed(Failure::from(&error)));
@@ -122,14 +122,15 @@ pub fn supervise(home: &Home, id: &InstanceId, ready: i32) -> Result<(), Backend
     Ok(())
 }
 
-/// Starts an instance and owns it in this process until its workload has ended. The process is in another mount
-/// namespace afterwards. Its workload has no terminal.
+/// Starts an instance and owns it in this process until its workload has ended. The process stays where its workload was
+/// made (another mount namespace). Its workload has no terminal.
 pub(crate) fn foreground(
     instances: &Instances,
+    kinds: Kinds,
     id: &InstanceId,
     stdio: Stdio,
 ) -> Result<ExitStatus, BackendError> {
-    let mut supervisor = Supervisor::claim(instances, id)?;
+    let mut supervisor = Supervisor::claim(instances, kinds, id)?;
     supervisor.proxies_signals = true;
     let spec = &supervisor.record.spec;
     // Nobody will read the log of what is removed at its end: then nothing need pass through this process.
@@ -145,16 +146,14 @@ pub(crate) fn foreground(
 
 impl Supervisor {
     /// Becomes the supervisor of an instance that has none.
-    fn claim(instances: &Instances, id: &InstanceId) -> Result<Self, BackendError> {
+    fn claim(instances: &Instances, kinds: Kinds, id: &InstanceId) -> Result<Self, BackendError> {
         // From here on signals wait until there is a workload to pass them on to.
         let signals =
             Signals::take().map_err(|error| BackendError::caused("cannot take signals as events", error))?;
+        let kind = kind_of(kinds, &instances.read(id)?)?;
         let mut before = None;
         let mut record = instances.update(id, |record| {
-            if let Some(other) = record.supervisor
-                && record.boot.as_deref() == Some(process::boot_id())
-                && process::alive(other)
-            {
+            if is_supervised(record) {
                 return Err(BackendError::new(
                     ErrorKind::State,
                     format!("instance {} ({}) runs already", record.spec.name, record.id.short()),
@@ -164,25 +163,26 @@ impl Supervisor {
             record.supervisor = Some(process::this());
             record.boot = Some(process::boot_id().to_owned());
             // Where it will be, so that it is found even if this process is killed while it makes it.
-            record.cgroup = cgroup::planned(id, host::is_host_root());
+            record.cgroup = kind.planned_cgroup(id);
             record.stopped_by_user = false;
             record.restarts = 0;
             Ok(())
         })?;
-        let entered = Ground::enter(instances, &record).inspect_err(|error| {
+        let ground = kind.enter(instances, &record).inspect_err(|error| {
             let _ = instances.update(id, |record| {
-                crate::reconcile::forget_run(record);
+                reconcile::forget_run(record);
                 record.exit = Some(status_of_failure(error));
                 Ok(())
             });
-        });
+        })?;
         if let Some((status, started)) = before {
             // What the record goes back to if the very first launch fails.
             (record.status, record.started) = (status, started);
         }
         Ok(Self {
             instances: instances.clone(),
-            ground: entered?,
+            kind,
+            ground,
             signals,
             listener: None,
             clients: Vec::new(),
@@ -217,7 +217,7 @@ impl Supervisor {
     fn try_begin(&mut self, wiring: Wiring) -> Result<(), BackendError> {
         let id = self.record.id.clone();
         let dir = self.instances.dir(&id);
-        // Whatever outlives its parent in the container becomes a child of this process, and is reaped by it.
+        // Whatever outlives its parent in the workload becomes a child of this process, and is reaped by it.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(|error| {
             BackendError::caused("cannot become a reaper of processes", std::io::Error::from(error))
         })?;
@@ -289,10 +289,10 @@ impl Supervisor {
         let mut run = self.run.take()?;
         self.drain(&mut run);
         let ran = run.since.elapsed();
-        let out_of_memory = run.cgroup.as_ref().is_some_and(cgroup::Cgroup::out_of_memory);
+        let out_of_memory = run.hold.as_ref().is_some_and(|hold| hold.out_of_memory());
         let status = ExitStatus { code, out_of_memory, at: Timestamp::now(), error: None };
         if let Err(error) = self.ground.end(&self.record, run) {
-            tracing::warn!("cannot clean up after the container: {error}");
+            tracing::warn!("cannot clean up after the workload: {error}");
         }
         self.health = None;
         self.kill_at = None;
@@ -358,15 +358,15 @@ impl Supervisor {
         self.listener = None;
         let last = self.record.clone();
         let concluded = if last.spec.remove {
-            crate::reconcile::remove_files(&self.instances, &last, true)
+            reconcile::remove_files(&self.instances, self.kind, &last, true)
         } else {
-            let _ = std::fs::remove_file(self.ground.dir().control());
+            let _ = std::fs::remove_file(self.instances.dir(&last.id).control());
             self.instances
                 .update(&last.id, |record| {
                     record.status = last.status;
                     record.started = last.started;
                     record.exit = last.exit.clone();
-                    crate::reconcile::forget_run(record);
+                    reconcile::forget_run(record);
                     Ok(())
                 })
                 .map(drop)

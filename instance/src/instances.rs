@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_contract::{
-    BackendError, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, InstanceSpec, InstanceStatus,
+    Attachment, BackendError, ErrorKind, HealthState, HealthStatus, Home, InstanceDir, InstanceId,
+    InstanceRecord, InstanceSpec, InstanceStatus, ProcessId,
 };
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, openat};
 
@@ -29,13 +30,13 @@ const HALF_MADE: Duration = Duration::from_secs(10);
 
 /// The instances of a home.
 #[derive(Debug, Clone)]
-pub(crate) struct Instances {
+pub struct Instances {
     home: Home,
 }
 
 /// An instance whose record only the holder of this value may change.
 #[derive(Debug)]
-pub(crate) struct Locked {
+pub struct Locked {
     dir: OwnedFd,
     path: PathBuf,
     id: InstanceId,
@@ -43,26 +44,22 @@ pub(crate) struct Locked {
 
 impl Instances {
     /// Nothing is opened or read by this.
-    pub(crate) fn of(home: &Home) -> Self {
+    pub fn of(home: &Home) -> Self {
         Self { home: home.clone() }
     }
 
     /// The home that they are in.
-    pub(crate) fn home(&self) -> &Home {
+    pub fn home(&self) -> &Home {
         &self.home
     }
 
     /// The directory of one of them.
-    pub(crate) fn dir(&self, id: &InstanceId) -> InstanceDir {
+    pub fn dir(&self, id: &InstanceId) -> InstanceDir {
         self.home.instance(id)
     }
 
     /// Makes an instance: takes its name, writes its record. `volumes` are the anonymous ones that it owns.
-    pub(crate) fn create(
-        &self,
-        spec: &InstanceSpec,
-        volumes: Vec<String>,
-    ) -> Result<InstanceRecord, BackendError> {
+    pub fn create(&self, spec: &InstanceSpec, volumes: Vec<String>) -> Result<InstanceRecord, BackendError> {
         check_name(&spec.name)?;
         let id = InstanceId::random();
         let record = InstanceRecord {
@@ -108,7 +105,7 @@ impl Instances {
     }
 
     /// Its record, as it was last written.
-    pub(crate) fn read(&self, id: &InstanceId) -> Result<InstanceRecord, BackendError> {
+    pub fn read(&self, id: &InstanceId) -> Result<InstanceRecord, BackendError> {
         let path = self.dir(id).record();
         match read_record(&path) {
             Ok(Some(record)) => Ok(record),
@@ -118,7 +115,7 @@ impl Instances {
     }
 
     /// Waits for its lock and takes it.
-    pub(crate) fn lock(&self, id: &InstanceId) -> Result<Locked, BackendError> {
+    pub fn lock(&self, id: &InstanceId) -> Result<Locked, BackendError> {
         match self.lock_how(id, FlockOperation::LockExclusive) {
             Ok(Some(locked)) => Ok(locked),
             Ok(None) => Err(no_such(id.short())),
@@ -139,7 +136,7 @@ impl Instances {
     }
 
     /// Changes its record under its lock; the new record.
-    pub(crate) fn update(
+    pub fn update(
         &self,
         id: &InstanceId,
         change: impl FnOnce(&mut InstanceRecord) -> Result<(), BackendError>,
@@ -151,8 +148,36 @@ impl Instances {
         Ok(record)
     }
 
+    /// Writes that a run begins: to be called when the workload's process is there and before its command runs.
+    ///
+    /// # Errors
+    /// If the record cannot be written; it then says nothing of the run.
+    pub fn begin_run(
+        &self,
+        id: &InstanceId,
+        process: ProcessId,
+        cgroup: Option<String>,
+        network: Attachment,
+    ) -> Result<InstanceRecord, BackendError> {
+        self.update(id, |record| {
+            record.status = InstanceStatus::Running;
+            record.started = Some(Timestamp::now());
+            record.exit = None;
+            record.process = Some(process);
+            record.cgroup = cgroup;
+            record.addresses = network.addresses;
+            record.ports = network.ports;
+            record.health = record.spec.health.as_ref().map(|_| HealthStatus {
+                state: HealthState::Starting,
+                failing: 0,
+                last_output: String::new(),
+            });
+            Ok(())
+        })
+    }
+
     /// The ids of all that have a directory.
-    pub(crate) fn ids(&self) -> Result<Vec<InstanceId>, BackendError> {
+    pub fn ids(&self) -> Result<Vec<InstanceId>, BackendError> {
         let path = self.home.instances();
         let entries = match fs::read_dir(&path) {
             Ok(entries) => entries,
@@ -164,7 +189,7 @@ impl Instances {
 
     /// All records, oldest first. Directories that an interrupted `create` or `forget` left are swept; a record that
     /// cannot be read is passed over, so that one damaged instance does not hide the others.
-    pub(crate) fn all(&self) -> Result<Vec<InstanceRecord>, BackendError> {
+    pub fn all(&self) -> Result<Vec<InstanceRecord>, BackendError> {
         let mut records = Vec::new();
         for id in self.ids()? {
             match read_record(&self.dir(&id).record()) {
@@ -194,7 +219,7 @@ impl Instances {
     }
 
     /// Finds one by its full id, its name, or a prefix of its id that fits no other.
-    pub(crate) fn find(&self, text: &str) -> Result<InstanceRecord, BackendError> {
+    pub fn find(&self, text: &str) -> Result<InstanceRecord, BackendError> {
         if let Ok(id) = text.parse::<InstanceId>() {
             return self.read(&id);
         }
@@ -231,7 +256,7 @@ impl Instances {
     }
 
     /// Gives it another name.
-    pub(crate) fn rename(&self, id: &InstanceId, name: &str) -> Result<(), BackendError> {
+    pub fn rename(&self, id: &InstanceId, name: &str) -> Result<(), BackendError> {
         check_name(name)?;
         let locked = self.lock(id)?;
         let mut record = locked.read()?;
@@ -246,7 +271,7 @@ impl Instances {
     }
 
     /// Removes its record, its name and all its files. Its root must not be mounted where this process sees it.
-    pub(crate) fn forget(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+    pub fn forget(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let dir = self.dir(&record.id);
         let locked = match self.lock(&record.id) {
             Ok(locked) => locked,
@@ -338,12 +363,12 @@ impl Instances {
 
 impl Locked {
     /// The record.
-    pub(crate) fn read(&self) -> Result<InstanceRecord, BackendError> {
+    pub fn read(&self) -> Result<InstanceRecord, BackendError> {
         read_record(&self.path.join("instance.json"))?.ok_or_else(|| no_such(self.id.short()))
     }
 
     /// Replaces the record.
-    pub(crate) fn write(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+    pub fn write(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let path = self.path.join("instance.json");
         let fail = |error: io::Error| failed("write", &path, error);
         let bytes = serde_json::to_vec(record).map_err(|error| fail(error.into()))?;
@@ -416,20 +441,26 @@ fn no_such(text: &str) -> BackendError {
         .hint("`kiln ps -a` lists all instances")
 }
 
+/// Whether what a record says of processes, control groups and their like was said in this boot of the host: else all
+/// of it is gone.
+pub fn is_of_this_boot(record: &InstanceRecord) -> bool {
+    record.boot.as_deref() == Some(process::boot_id())
+}
+
 /// Whether a record's supervisor lives.
-pub(crate) fn is_supervised(record: &InstanceRecord) -> bool {
-    record.boot.as_deref() == Some(process::boot_id()) && record.supervisor.is_some_and(process::alive)
+pub fn is_supervised(record: &InstanceRecord) -> bool {
+    is_of_this_boot(record) && record.supervisor.is_some_and(process::alive)
 }
 
 /// A failed operation on a file.
-pub(crate) fn failed(doing: &str, path: &Path, error: io::Error) -> BackendError {
+pub fn failed(doing: &str, path: &Path, error: io::Error) -> BackendError {
     BackendError::caused(format!("cannot {doing} {}", path.display()), error)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::samples;
+    use kiln_fixtures::instance_spec;
 
     fn fresh() -> (tempfile::TempDir, Instances) {
         let dir = tempfile::tempdir().unwrap();
@@ -440,14 +471,14 @@ mod tests {
     #[test]
     fn a_name_is_taken_once_and_free_again_after_its_instance_is_gone() {
         let (_dir, instances) = fresh();
-        let first = instances.create(&samples::spec("web"), Vec::new()).unwrap();
-        let error = instances.create(&samples::spec("web"), Vec::new()).unwrap_err();
+        let first = instances.create(&instance_spec("web"), Vec::new()).unwrap();
+        let error = instances.create(&instance_spec("web"), Vec::new()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Conflict);
         assert!(error.to_string().contains(first.id.short()), "{error}");
         assert_eq!(instances.all().unwrap(), std::slice::from_ref(&first), "the loser leaves nothing behind");
         instances.forget(&first).unwrap();
         assert!(!instances.dir(&first.id).path().exists());
-        instances.create(&samples::spec("web"), Vec::new()).unwrap();
+        instances.create(&instance_spec("web"), Vec::new()).unwrap();
     }
 
     #[test]
@@ -459,7 +490,7 @@ mod tests {
             .unwrap();
         let won: Vec<bool> = std::thread::scope(|scope| {
             let all: Vec<_> = (0..16)
-                .map(|_| scope.spawn(|| instances.create(&samples::spec("web"), Vec::new()).is_ok()))
+                .map(|_| scope.spawn(|| instances.create(&instance_spec("web"), Vec::new()).is_ok()))
                 .collect();
             all.into_iter().map(|one| one.join().unwrap()).collect()
         });
@@ -475,12 +506,12 @@ mod tests {
         fs::create_dir_all(instances.dir(&id).path()).unwrap();
         fs::create_dir_all(instances.home().names()).unwrap();
         symlink(format!("../instances/{id}"), instances.home().names().join("x")).unwrap();
-        instances.create(&samples::spec("x"), Vec::new()).unwrap();
+        instances.create(&instance_spec("x"), Vec::new()).unwrap();
         // Killed in a rename from `y` to `z`, before the record said so.
-        let y = instances.create(&samples::spec("y"), Vec::new()).unwrap();
+        let y = instances.create(&instance_spec("y"), Vec::new()).unwrap();
         symlink(format!("../instances/{}", y.id), instances.home().names().join("z")).unwrap();
         assert_eq!(instances.find("z").unwrap_err().kind(), ErrorKind::NotFound);
-        let z = instances.create(&samples::spec("z"), Vec::new()).unwrap();
+        let z = instances.create(&instance_spec("z"), Vec::new()).unwrap();
         assert_eq!(instances.find("z").unwrap().id, z.id);
         assert_eq!(instances.find("y").unwrap().id, y.id);
     }
@@ -489,7 +520,7 @@ mod tests {
     fn instances_are_found_by_id_name_and_unique_prefix() {
         let (_dir, instances) = fresh();
         let all: Vec<_> = (0..17)
-            .map(|n| instances.create(&samples::spec(&format!("n{n}")), Vec::new()).unwrap())
+            .map(|n| instances.create(&instance_spec(&format!("n{n}")), Vec::new()).unwrap())
             .collect();
         for record in &all {
             for text in [record.id.as_str(), record.id.short(), &record.spec.name] {
@@ -513,7 +544,7 @@ mod tests {
         let (_dir, instances) = fresh();
         let id = InstanceId::random().to_string();
         for name in ["", "-a", ".a", "a/b", "a b", "ä", &"a".repeat(201), &id] {
-            let error = instances.create(&samples::spec(name), Vec::new()).unwrap_err();
+            let error = instances.create(&instance_spec(name), Vec::new()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{name}");
         }
         assert!(instances.all().unwrap().is_empty());
@@ -522,18 +553,18 @@ mod tests {
     #[test]
     fn rename_frees_the_old_name_and_refuses_a_taken_one() {
         let (_dir, instances) = fresh();
-        let a = instances.create(&samples::spec("a"), Vec::new()).unwrap();
-        instances.create(&samples::spec("b"), Vec::new()).unwrap();
+        let a = instances.create(&instance_spec("a"), Vec::new()).unwrap();
+        instances.create(&instance_spec("b"), Vec::new()).unwrap();
         assert_eq!(instances.rename(&a.id, "b").unwrap_err().kind(), ErrorKind::Conflict);
         instances.rename(&a.id, "c").unwrap();
         assert_eq!(instances.find("c").unwrap().id, a.id);
-        instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        instances.create(&instance_spec("a"), Vec::new()).unwrap();
     }
 
     #[test]
     fn what_was_started_meanwhile_is_not_removed() {
         let (_dir, instances) = fresh();
-        let stale = instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        let stale = instances.create(&instance_spec("a"), Vec::new()).unwrap();
         let mut other = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let claimed = instances.update(&stale.id, |record| {
             record.supervisor = process::identify(other.id());
@@ -551,7 +582,7 @@ mod tests {
     #[test]
     fn a_record_of_a_newer_format_is_refused_with_both_versions() {
         let (_dir, instances) = fresh();
-        let record = instances.create(&samples::spec("a"), Vec::new()).unwrap();
+        let record = instances.create(&instance_spec("a"), Vec::new()).unwrap();
         fs::write(instances.dir(&record.id).record(), r#"{"format": 7, "new": true}"#).unwrap();
         let error = instances.read(&record.id).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);

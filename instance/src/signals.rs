@@ -26,14 +26,14 @@ const TAKEN: [i32; 13] = [
 
 /// Blocks signals of the calling thread and gives them as events, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Signals {
+pub struct Signals {
     before: SigSet,
     fd: SignalFd,
 }
 
 impl Signals {
     /// From now on.
-    pub(crate) fn take() -> io::Result<Self> {
+    pub fn take() -> io::Result<Self> {
         let mut set = SigSet::empty();
         for number in TAKEN {
             if let Ok(signal) = number.try_into() {
@@ -47,12 +47,12 @@ impl Signals {
     }
 
     /// What is to be polled.
-    pub(crate) fn fd(&self) -> &SignalFd {
+    pub fn fd(&self) -> &SignalFd {
         &self.fd
     }
 
     /// The next signal that has come.
-    pub(crate) fn next(&self) -> Option<i32> {
+    pub fn next(&self) -> Option<i32> {
         let info = self.fd.read_signal().ok().flatten()?;
         i32::try_from(info.ssi_signo).ok()
     }
@@ -67,8 +67,16 @@ impl Drop for Signals {
     }
 }
 
+/// Does to this process what a signal would have done if it had not been taken as an event. To be called when nothing
+/// takes it any more.
+pub fn die(signal: i32) {
+    if let Some(signal) = crate::process::named(signal) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+    }
+}
+
 /// Reads a signal: its name with or without `SIG`, its number, `RTMIN+n`, `RTMAX-n`.
-pub(crate) fn parse(text: &str) -> Result<i32, BackendError> {
+pub fn parse(text: &str) -> Result<i32, BackendError> {
     let bad = || {
         BackendError::new(ErrorKind::Invalid, format!("`{text}` is no signal"))
             .hint("give a name such as TERM or SIGTERM, or a number from 1 to 64")

@@ -4,14 +4,14 @@ use kiln_contract::{BackendError, ErrorKind};
 
 /// Looks for a sequence of keys in what a user types.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct DetachKeys {
+pub struct DetachKeys {
     sequence: Vec<u8>,
     matched: usize,
 }
 
 impl DetachKeys {
     /// Reads `ctrl-p,ctrl-q`, `a,b`, `ctrl-@`; empty never detaches.
-    pub(crate) fn parse(text: &str) -> Result<Self, BackendError> {
+    pub fn parse(text: &str) -> Result<Self, BackendError> {
         let mut sequence = Vec::new();
         for key in text.split(',').filter(|_| !text.is_empty()) {
             let byte = match key.strip_prefix("ctrl-").map(str::as_bytes) {
@@ -36,7 +36,7 @@ impl DetachKeys {
 
     /// Takes in what was typed. Gives what is to be sent on, and whether the user wants to detach: keys of a sequence
     /// that has begun are held back until it is clear that it is none.
-    pub(crate) fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
+    pub fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
         let mut out = Vec::with_capacity(typed.len());
         if self.sequence.is_empty() {
             out.extend_from_slice(typed);

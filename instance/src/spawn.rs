@@ -65,6 +65,6 @@ fn died(instances: &Instances, id: &InstanceId) -> BackendError {
     let path = instances.dir(id).supervisor_log();
     let said = std::fs::read(&path).unwrap_or_default();
     let said = String::from_utf8_lossy(&said[said.len().saturating_sub(2000)..]).trim().to_owned();
-    let error = BackendError::new(ErrorKind::Failed, "the supervisor ended before the container ran");
+    let error = BackendError::new(ErrorKind::Failed, "the supervisor ended before the workload ran");
     if said.is_empty() { error } else { error.hint(format!("its last words: {said}")) }
 }

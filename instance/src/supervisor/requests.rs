@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use kiln_contract::{BackendError, ErrorKind, InstanceStatus};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use super::Supervisor;
 use super::clients::Role;
-use super::{Supervisor, signals};
 use crate::control::{self, Attach, ControlError, Failure, Kind, Reply, Request};
-use crate::process;
+use crate::{process, signals};
 
 impl Supervisor {
     /// Handles all that a client has said.
@@ -110,7 +110,7 @@ impl Supervisor {
         };
         if self.log.is_none() {
             return Err(BackendError::unsupported(
-                "cannot attach: the streams of a container that runs in the foreground with --rm belong to that command",
+                "cannot attach: the streams of an instance that runs in the foreground with --rm belong to that command",
             ));
         }
         if let (Some((rows, columns)), true) = (attach.size, run.ends.terminal.is_some()) {
@@ -144,7 +144,7 @@ impl Supervisor {
         let ends_it = number == libc::SIGKILL
             || signals::parse(&self.record.spec.stop.signal).is_ok_and(|stop| stop == number);
         if ends_it {
-            // As Docker has it: who kills a container does not want it to be started again.
+            // As Docker has it: who kills an instance does not want it to be started again.
             self.stopped_by_user = true;
             self.update(|record| record.stopped_by_user = true);
         }
@@ -187,10 +187,10 @@ impl Supervisor {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
         // Thaws it, too: what is suspended by a v1 freezer does not even die.
-        if let Some(cgroup) = &run.cgroup
-            && let Err(error) = cgroup.kill()
+        if let Some(hold) = &run.hold
+            && let Err(error) = hold.kill()
         {
-            tracing::warn!("cannot kill the container's cgroup: {error}");
+            tracing::warn!("cannot kill all of the workload: {error}");
         }
     }
 
@@ -201,21 +201,21 @@ impl Supervisor {
         if self.paused {
             return Err(self.wrong_state("pause", "it is paused already"));
         }
-        let Some(cgroup) = &run.cgroup else {
-            return Err(BackendError::unsupported("cannot pause: the container has no control group"));
+        let Some(hold) = &run.hold else {
+            return Err(BackendError::unsupported("cannot pause: the instance has no control group"));
         };
-        cgroup.freeze()?;
+        hold.freeze()?;
         self.paused = true;
         self.update(|record| record.status = InstanceStatus::Paused);
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), BackendError> {
-        let cgroup = self.run.as_ref().and_then(|run| run.cgroup.as_ref()).filter(|_| self.paused);
-        let Some(cgroup) = cgroup else {
+        let hold = self.run.as_ref().and_then(|run| run.hold.as_ref()).filter(|_| self.paused);
+        let Some(hold) = hold else {
             return Err(self.wrong_state("resume", "it is not paused"));
         };
-        cgroup.thaw()?;
+        hold.thaw()?;
         self.paused = false;
         self.update(|record| record.status = InstanceStatus::Running);
         Ok(())

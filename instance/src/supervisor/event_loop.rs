@@ -8,11 +8,11 @@ use kiln_contract::{ExecSpec, ExitStatus, LogStream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitOptions, wait};
 
+use super::Supervisor;
 use super::clients::{Client, Console, Role, farewell};
-use super::launch::Run;
-use super::{Supervisor, streams};
+use crate::kind::Run;
 use crate::process;
-use crate::runtime::Streams;
+use crate::streams::{self, Streams};
 
 /// Something that was ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -271,7 +271,7 @@ impl Supervisor {
             let mut all = process::descendants(overdue.pid);
             all.push(overdue.pid);
             for pid in all.into_iter().filter_map(process::raw) {
-                // Not reaped yet, or a process of the container: at worst one that has just ended.
+                // Not reaped yet, or a process of the workload: at worst one that has just ended.
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
             let changed = health.ended(None, Some("the check took too long and was killed"), now);
@@ -302,12 +302,8 @@ impl Supervisor {
         };
         let (output, streams) = streams().map_err(|error| error.to_string())?;
         let spec = ExecSpec { args: command, ..ExecSpec::default() };
-        let executed = self
-            .ground
-            .runtime()
-            .exec(&self.record, self.ground.dir(), &spec, streams)
-            .map_err(|error| error.to_string())?;
-        Ok((executed.process, output))
+        let process = self.ground.exec(&self.record, &spec, streams).map_err(|error| error.to_string())?;
+        Ok((process, output))
     }
 
     fn write_health(&mut self, changed: bool) {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use kiln_contract::{BackendError, ExitStatus, Stdio};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -11,7 +11,7 @@ use rustix::net::{SendFlags, send};
 
 use crate::control::{self, Connection, Kind, Reply, Request};
 use crate::keys::DetachKeys;
-use crate::supervisor::signals::Signals;
+use crate::signals::{self, Signals};
 use crate::terminal::{self, RawTerminal};
 
 /// What happens to the streams while attached.
@@ -47,7 +47,7 @@ const FATAL: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTER
 /// returns, and when a signal ends the process meanwhile.
 pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, BackendError> {
     let fail =
-        |error: io::Error| BackendError::caused("lost the connection to the container's streams", error);
+        |error: io::Error| BackendError::caused("lost the connection to the workload's streams", error);
     let signals = Signals::take().map_err(fail)?;
     let Manner { stdio, stdin, tty, mut keys, signal_proxy } = manner;
     let raw = if tty && stdin { RawTerminal::enter(&stdio.stdin).map_err(fail)? } else { None };
@@ -106,7 +106,7 @@ pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, Ba
                     _ if FATAL.contains(&signal) => {
                         drop(raw);
                         drop(signals);
-                        die(signal);
+                        signals::die(signal);
                         return Ok(End::Detached);
                     }
                     _ => {}
@@ -162,17 +162,4 @@ fn write(to: &mut Option<File>, bytes: &[u8]) {
     {
         *to = None;
     }
-}
-
-/// What the signal would have done without us.
-pub(crate) fn die(signal: i32) {
-    if let Some(signal) = crate::process::named(signal) {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
-    }
-}
-
-/// The ends of `Stdio` that a terminal's size can be asked of.
-pub(crate) fn size(stdio: &Stdio) -> Option<(u16, u16)> {
-    let all: [&OwnedFd; 3] = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
-    terminal::size(all.map(AsFd::as_fd))
 }

@@ -1,22 +1,18 @@
 //! Setting right what dead supervisors left.
 //!
-//! A container never outlives its supervisor: its first process gets SIGKILL when the supervisor dies, its mounts go
-//! with the supervisor's mount namespace. What remains is found here, by the instance's record and id: processes that
-//! the kernel has not taken along, the control group, addresses and rules of the network, the socket, and the record
-//! itself, which still says that it runs.
+//! A workload never outlives its supervisor: its process gets SIGKILL when the supervisor dies, mounts go with the
+//! supervisor's mount namespace. What remains is found here, by the instance's record and id: the process, if the kernel
+//! has not taken it along, what its kind knows of ([`Kind::clean`]), the socket, and the record itself, which still says
+//! that it runs.
 
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_contract::{
-    BackendError, ExitStatus, InstanceRecord, InstanceStatus, NetworkBackend, RuntimeChoice,
-};
-use kiln_net::ContainerNetwork;
+use kiln_contract::{BackendError, ExitStatus, InstanceRecord, InstanceStatus};
 
-use crate::cgroup::Cgroup;
-use crate::instances::Instances;
-pub(crate) use crate::instances::is_supervised;
-use crate::{process, runtime};
+use crate::instances::{Instances, is_of_this_boot, is_supervised};
+use crate::kind::{Kind, Kinds, kind_of};
+use crate::process;
 
 /// How long a killed process may take to be gone.
 const DEATH: Duration = Duration::from_secs(10);
@@ -35,6 +31,7 @@ pub(crate) fn claims_to_live(record: &InstanceRecord) -> bool {
 /// was to be removed at its end, and is now.
 pub(crate) fn truth(
     instances: &Instances,
+    kinds: Kinds,
     record: InstanceRecord,
 ) -> Result<Option<InstanceRecord>, BackendError> {
     if !claims_to_live(&record) || is_supervised(&record) {
@@ -55,8 +52,9 @@ pub(crate) fn truth(
         return Ok(Some(record));
     }
     tracing::info!(id = record.id.short(), "taking away what a dead supervisor left");
-    clean(instances, &record)?;
-    let same_boot = record.boot.as_deref() == Some(process::boot_id());
+    let kind = kind_of(kinds, &record)?;
+    clean(instances, kind, &record)?;
+    let same_boot = is_of_this_boot(&record);
     if record.status != InstanceStatus::Created {
         record.exit = Some(match (record.status, record.exit.take()) {
             // It had ended, and waited to be started again.
@@ -81,36 +79,25 @@ pub(crate) fn truth(
     locked.write(&record)?;
     drop(locked);
     if record.spec.remove {
-        remove_files(instances, &record, true)?;
+        remove_files(instances, kind, &record, true)?;
         return Ok(None);
     }
     Ok(Some(record))
 }
 
 /// Takes away everything outside the instance's directory. To be called when its supervisor does not live.
-pub(crate) fn clean(instances: &Instances, record: &InstanceRecord) -> Result<(), BackendError> {
-    let dir = instances.dir(&record.id);
-    if record.boot.as_deref() == Some(process::boot_id()) {
-        if let Some(process) = record.process {
-            process::kill_and_wait(process, DEATH);
-        }
-        // Known by name even if the supervisor died before it was made.
-        if let Some(path) = &record.cgroup {
-            let cgroup = Cgroup::at(path);
-            cgroup.kill()?;
-            cgroup.remove()?;
-        }
+pub(crate) fn clean(
+    instances: &Instances,
+    kind: &dyn Kind,
+    record: &InstanceRecord,
+) -> Result<(), BackendError> {
+    if is_of_this_boot(record)
+        && let Some(process) = record.process
+    {
+        process::kill_and_wait(process, DEATH);
     }
-    let runtime = match runtime::choose(&record.spec.runtime) {
-        Ok(runtime) => runtime,
-        // Its program was removed from the host: our own takes away what can be taken away without it.
-        Err(_) => runtime::choose(&RuntimeChoice::Native)?,
-    };
-    runtime.delete(record, &dir)?;
-    if kiln_net::needs_namespace(&record.spec.network.mode) && record.spec.network.mode != "none" {
-        ContainerNetwork::new(instances.home()).teardown(&record.id)?;
-    }
-    let _ = std::fs::remove_file(dir.control());
+    kind.clean(instances, record)?;
+    let _ = std::fs::remove_file(instances.dir(&record.id).control());
     Ok(())
 }
 
@@ -127,9 +114,10 @@ pub(crate) fn forget_run(record: &mut InstanceRecord) {
 /// Removes an instance that does not run: its files, its name and, with `volumes`, its anonymous volumes.
 pub(crate) fn remove_files(
     instances: &Instances,
+    kind: &dyn Kind,
     record: &InstanceRecord,
     volumes: bool,
 ) -> Result<(), BackendError> {
     instances.forget(record)?;
-    if volumes { crate::Volumes::open(instances.home()).release(&record.volumes) } else { Ok(()) }
+    if volumes { kind.release_volumes(instances, &record.volumes) } else { Ok(()) }
 }

@@ -1,20 +1,21 @@
 //! The user's terminal, given over to a workload for a while.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use kiln_contract::Stdio;
 use rustix::termios::{OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// A terminal in raw mode: what is typed goes to the workload as it is. Dropping this restores it.
 #[derive(Debug)]
-pub(crate) struct RawTerminal {
+pub struct RawTerminal {
     terminal: OwnedFd,
     before: Termios,
 }
 
 impl RawTerminal {
     /// Changes the terminal behind `fd`; `None` if it is none.
-    pub(crate) fn enter(fd: &OwnedFd) -> io::Result<Option<Self>> {
+    pub fn enter(fd: &OwnedFd) -> io::Result<Option<Self>> {
         if !isatty(fd) {
             return Ok(None);
         }
@@ -35,15 +36,21 @@ impl Drop for RawTerminal {
 }
 
 /// Rows and columns of the first of these that is a terminal and knows them.
-pub(crate) fn size<'f>(of: impl IntoIterator<Item = BorrowedFd<'f>>) -> Option<(u16, u16)> {
+pub fn size<'f>(of: impl IntoIterator<Item = BorrowedFd<'f>>) -> Option<(u16, u16)> {
     of.into_iter()
         .filter_map(|fd| tcgetwinsize(fd).ok())
         .map(|size| (size.ws_row, size.ws_col))
         .find(|(rows, columns)| *rows > 0 && *columns > 0)
 }
 
+/// Rows and columns of the caller's terminal: of the first of these streams that is one.
+pub fn size_of(stdio: &Stdio) -> Option<(u16, u16)> {
+    let all: [&OwnedFd; 3] = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+    size(all.map(AsFd::as_fd))
+}
+
 /// Tells a terminal its size.
-pub(crate) fn resize(terminal: &OwnedFd, (rows, columns): (u16, u16)) {
+pub fn resize(terminal: &OwnedFd, (rows, columns): (u16, u16)) {
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     // A terminal that is closed at this moment does not need it.
     let _ = rustix::termios::tcsetwinsize(terminal, size);

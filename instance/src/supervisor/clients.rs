@@ -7,8 +7,8 @@ use kiln_contract::{ExitStatus, LogStream, Stdio};
 use rustix::io::Errno;
 use serde::Serialize;
 
-use super::streams::Backlog;
 use crate::control::{self, Attach, ControlError, Frames, Kind};
+use crate::streams::Backlog;
 
 /// What a connection is for.
 #[derive(Debug, Clone, PartialEq, Eq)]

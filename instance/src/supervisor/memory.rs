@@ -1,4 +1,4 @@
-//! Keeping a supervisor small: starting a container takes more memory than looking after it.
+//! Keeping a supervisor small: starting a workload takes more memory than looking after it.
 
 use std::fs;
 

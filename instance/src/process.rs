@@ -1,47 +1,52 @@
 //! Processes of the host, told apart for good: a number is used again, a number with its start time is not.
 
-use std::fs;
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
+
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use kiln_contract::ProcessId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, Signal, WaitOptions, waitpid};
+
+#[cfg(target_os = "linux")]
+use linux as platform;
+#[cfg(target_os = "macos")]
+use macos as platform;
+
+/// The highest number of a signal.
+const SIGNALS: i32 = if cfg!(target_os = "linux") { 64 } else { 31 };
 
 /// The process that has the number `pid` now; `None` if there is none, or only what is left of one (a zombie).
-pub(crate) fn identify(pid: u32) -> Option<ProcessId> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name stands in parentheses and may hold anything, parentheses and spaces too.
-    let after = &stat[stat.iter().rposition(|byte| *byte == b')')? + 1..];
-    let mut fields = std::str::from_utf8(after).ok()?.split_ascii_whitespace();
-    let state = fields.next()?;
-    // Field 3 was the state; field 22 is the start time.
-    let start = fields.nth(18)?.parse().ok()?;
-    (!matches!(state, "Z" | "X")).then_some(ProcessId { pid, start })
+pub fn identify(pid: u32) -> Option<ProcessId> {
+    platform::identify(pid)
 }
 
 /// This process.
-pub(crate) fn this() -> ProcessId {
+pub fn this() -> ProcessId {
     let pid = std::process::id();
-    // Without /proc the number alone must do; nothing else of Kiln works there either.
+    // Where nothing is told of processes the number alone must do; nothing else of Kiln works there either.
     identify(pid).unwrap_or(ProcessId { pid, start: 0 })
 }
 
 /// Whether it still runs.
-pub(crate) fn alive(process: ProcessId) -> bool {
+pub fn alive(process: ProcessId) -> bool {
     identify(process.pid) == Some(process)
 }
 
 /// A handle that stays with this process whatever becomes of its number; `None` if it does not run.
-pub(crate) fn open(process: ProcessId) -> Option<OwnedFd> {
-    let handle = pidfd_open(raw(process.pid)?, PidfdFlags::empty()).ok()?;
+pub fn open(process: ProcessId) -> Option<OwnedFd> {
+    let handle = platform::handle(raw(process.pid)?)?;
     // Looked at after the handle is there: if it is the right one now, it was when the handle was made.
     alive(process).then_some(handle)
 }
 
 /// Sends a signal (any number, real-time ones too) to exactly this process. `false` if it does not run any more.
-pub(crate) fn signal(process: ProcessId, number: i32) -> std::io::Result<bool> {
+pub fn signal(process: ProcessId, number: i32) -> std::io::Result<bool> {
     let (Some(handle), Some(signal)) = (open(process), named(number)) else {
         return if named(number).is_none() {
             Err(std::io::Error::from(rustix::io::Errno::INVAL))
@@ -49,7 +54,7 @@ pub(crate) fn signal(process: ProcessId, number: i32) -> std::io::Result<bool> {
             Ok(false)
         };
     };
-    match pidfd_send_signal(&handle, signal) {
+    match platform::send(&handle, process, signal) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::SRCH) => Ok(false),
         Err(error) => Err(error.into()),
@@ -57,16 +62,16 @@ pub(crate) fn signal(process: ProcessId, number: i32) -> std::io::Result<bool> {
 }
 
 /// Kills it and waits until it is gone, but no longer than `limit`. `true` if it is gone.
-pub(crate) fn kill_and_wait(process: ProcessId, limit: Duration) -> bool {
+pub fn kill_and_wait(process: ProcessId, limit: Duration) -> bool {
     let Some(handle) = open(process) else { return true };
-    if pidfd_send_signal(&handle, Signal::KILL).is_err() {
+    if platform::send(&handle, process, Signal::KILL).is_err() {
         return !alive(process);
     }
     wait_for(&handle, limit)
 }
 
 /// Waits until the process behind a handle has ended, but no longer than `limit`. `true` if it has.
-pub(crate) fn wait_for(handle: &OwnedFd, limit: Duration) -> bool {
+pub fn wait_for(handle: &OwnedFd, limit: Duration) -> bool {
     let end = Instant::now() + limit;
     loop {
         let left = timespec(end.saturating_duration_since(Instant::now()));
@@ -79,14 +84,20 @@ pub(crate) fn wait_for(handle: &OwnedFd, limit: Duration) -> bool {
     }
 }
 
+/// Collects the exit status of a child that has ended or is just about to, so that nothing of it is left.
+pub fn reap(pid: u32) {
+    // Never `None`, which is every child.
+    if let Some(pid) = raw(pid) {
+        let _ = rustix::io::retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()));
+    }
+}
+
 /// All descendants of a process, children before grandchildren. What appears meanwhile may be missed.
-pub(crate) fn descendants(pid: u32) -> Vec<u32> {
+pub fn descendants(pid: u32) -> Vec<u32> {
     let mut found = vec![pid];
     let mut next = 0;
-    while let Some(parent) = found.get(next) {
-        if let Ok(children) = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")) {
-            found.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
-        }
+    while let Some(parent) = found.get(next).copied() {
+        found.extend(platform::children(parent));
         next += 1;
     }
     found.remove(0);
@@ -94,22 +105,22 @@ pub(crate) fn descendants(pid: u32) -> Vec<u32> {
 }
 
 /// A `pid` as rustix has it.
-pub(crate) fn raw(pid: u32) -> Option<Pid> {
+pub fn raw(pid: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(pid).ok()?)
 }
 
 /// A signal's number as rustix has it; `None` if there is no such signal.
-pub(crate) fn named(number: i32) -> Option<Signal> {
-    if !(1..=64).contains(&number) {
+pub fn named(number: i32) -> Option<Signal> {
+    if !(1..=SIGNALS).contains(&number) {
         return None;
     }
-    // SAFETY: any number from 1 to 64 is a signal to the kernel. 32 and 33 belong to the C library within a process
-    // of its own; here they are only ever sent to the process of a container.
+    // SAFETY: any number from 1 to the highest is a signal to the kernel. On Linux 32 and 33 belong to the C library within a process
+    // of its own; here they are only ever sent to the process of a workload.
     Some(unsafe { Signal::from_raw_unchecked(number) })
 }
 
 /// A duration as the kernel takes it.
-pub(crate) fn timespec(duration: Duration) -> Timespec {
+pub fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: duration.as_secs().try_into().unwrap_or(i64::MAX),
         tv_nsec: duration.subsec_nanos().into(),
@@ -117,13 +128,9 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
 }
 
 /// The name of this boot of the host.
-pub(crate) fn boot_id() -> &'static str {
+pub fn boot_id() -> &'static str {
     static BOOT: OnceLock<String> = OnceLock::new();
-    BOOT.get_or_init(|| {
-        fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map(|text| text.trim().to_owned())
-            .unwrap_or_default()
-    })
+    BOOT.get_or_init(|| platform::boot_id().unwrap_or_default())
 }
 
 #[cfg(test)]

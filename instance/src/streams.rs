@@ -1,47 +1,122 @@
-//! The supervisor's ends of a workload's standard streams.
+//! The two sides of a workload's standard streams: what it is given, and the supervisor's ends.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use kiln_contract::LogStream;
+use kiln_contract::{LogStream, ProcessSpec};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 /// While this much waits to be taken by somebody, no more is read from who gives it.
-pub(crate) const BACKLOG: usize = 256 << 10;
+pub const BACKLOG: usize = 256 << 10;
 /// A pipe that is ready to be written to takes this much without blocking (`PIPE_BUF`).
 const ATOMIC: usize = 4096;
 
+/// The workload's ends of its standard streams.
+#[derive(Debug)]
+pub enum Streams {
+    /// These; `/dev/null` for what is not wanted.
+    Pipes {
+        /// Read by the workload.
+        stdin: OwnedFd,
+        /// Written by the workload.
+        stdout: OwnedFd,
+        /// Written by the workload.
+        stderr: OwnedFd,
+    },
+    /// A new terminal of this many rows and columns; its master comes back.
+    Terminal {
+        /// Rows and columns, if they are known yet.
+        size: Option<(u16, u16)>,
+    },
+}
+
+/// What the workload's streams are to be.
+#[derive(Debug)]
+pub enum Wiring {
+    /// These themselves: nothing passes through the supervisor, and nothing is logged.
+    Direct {
+        /// Taken as they are.
+        stdin: OwnedFd,
+        /// Taken as they are.
+        stdout: OwnedFd,
+        /// Taken as they are.
+        stderr: OwnedFd,
+    },
+    /// Pipes, or a terminal of this size, as the specification says.
+    Pumped {
+        /// Rows and columns.
+        size: Option<(u16, u16)>,
+    },
+}
+
+impl Wiring {
+    /// Makes the streams of a workload: its ends, and ours. The master of a terminal is still to come to ours, from who
+    /// makes it.
+    ///
+    /// # Errors
+    /// If there can be no more descriptors.
+    pub fn connect(self, spec: &ProcessSpec) -> io::Result<(Streams, Ends)> {
+        match self {
+            Self::Direct { stdin, stdout, stderr } => {
+                let stdin = if spec.stdin { stdin } else { null()? };
+                Ok((Streams::Pipes { stdin, stdout, stderr }, Ends::default()))
+            }
+            Self::Pumped { size } if spec.tty => Ok((Streams::Terminal { size }, Ends::default())),
+            Self::Pumped { .. } => {
+                let (stdin, our_stdin) = if spec.stdin {
+                    let (read, write) = pipe()?;
+                    set_nonblocking(&write)?;
+                    (read, Some(write))
+                } else {
+                    (null()?, None)
+                };
+                let (our_stdout, stdout) = pipe()?;
+                let (our_stderr, stderr) = pipe()?;
+                set_nonblocking(&our_stdout)?;
+                set_nonblocking(&our_stderr)?;
+                let ends = Ends {
+                    stdin: our_stdin,
+                    stdout: Some(our_stdout),
+                    stderr: Some(our_stderr),
+                    ..Ends::default()
+                };
+                Ok((Streams::Pipes { stdin, stdout, stderr }, ends))
+            }
+        }
+    }
+}
+
 /// Bytes that wait for a file descriptor to take them.
 #[derive(Debug, Default)]
-pub(crate) struct Backlog {
+pub struct Backlog {
     bytes: VecDeque<u8>,
 }
 
 impl Backlog {
     /// Adds bytes.
-    pub(crate) fn push(&mut self, bytes: &[u8]) {
+    pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend(bytes);
     }
 
     /// Whether nothing waits.
-    pub(crate) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
     /// Whether so much waits that no more should come.
-    pub(crate) fn is_full(&self) -> bool {
+    pub fn is_full(&self) -> bool {
         self.bytes.len() >= BACKLOG
     }
 
     /// What is to be written next.
-    pub(super) fn front(&self) -> &[u8] {
+    pub(crate) fn front(&self) -> &[u8] {
         self.bytes.as_slices().0
     }
 
     /// So much of it was.
-    pub(super) fn taken(&mut self, count: usize) {
+    pub(crate) fn taken(&mut self, count: usize) {
         self.bytes.drain(..count);
         if self.bytes.is_empty() {
             // A burst must not keep its memory for the life of a supervisor.
@@ -50,7 +125,7 @@ impl Backlog {
     }
 
     /// Writes once, at most so much that a descriptor that is ready takes it even if it is not non-blocking.
-    pub(crate) fn write_to(&mut self, to: &OwnedFd) -> io::Result<()> {
+    pub fn write_to(&mut self, to: &OwnedFd) -> io::Result<()> {
         let front = self.front();
         match rustix::io::write(to, &front[..front.len().min(ATOMIC)]) {
             Ok(written) => {
@@ -63,36 +138,36 @@ impl Backlog {
     }
 
     /// Forgets what waits.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.bytes = VecDeque::new();
     }
 }
 
 /// Our ends, by what the workload was given.
 #[derive(Debug, Default)]
-pub(crate) struct Ends {
+pub struct Ends {
     /// A terminal's master: input and output.
-    pub(crate) terminal: Option<OwnedFd>,
+    pub terminal: Option<OwnedFd>,
     /// Written by us.
-    pub(crate) stdin: Option<OwnedFd>,
+    pub stdin: Option<OwnedFd>,
     /// Read by us.
-    pub(crate) stdout: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
     /// Read by us.
-    pub(crate) stderr: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
     /// What waits for the workload to read it.
-    pub(crate) input: Backlog,
+    pub input: Backlog,
     /// No more input will come: close it when all is written.
-    pub(crate) input_ended: bool,
+    pub input_ended: bool,
 }
 
 impl Ends {
     /// Where its input goes, while it is open.
-    pub(crate) fn input(&self) -> Option<&OwnedFd> {
+    pub fn input(&self) -> Option<&OwnedFd> {
         self.terminal.as_ref().or(self.stdin.as_ref())
     }
 
     /// Where one of its output streams comes from, while it is open. All of a terminal's is standard output.
-    pub(crate) fn output(&self, stream: LogStream) -> Option<&OwnedFd> {
+    pub fn output(&self, stream: LogStream) -> Option<&OwnedFd> {
         match stream {
             LogStream::Stdout => self.terminal.as_ref().or(self.stdout.as_ref()),
             LogStream::Stderr => self.stderr.as_ref(),
@@ -100,7 +175,7 @@ impl Ends {
     }
 
     /// Writes what waits for the workload, as much as it takes now.
-    pub(crate) fn write_input(&mut self) {
+    pub fn write_input(&mut self) {
         if !self.input.is_empty() {
             let Self { terminal, stdin, input, .. } = self;
             let done = match terminal.as_ref().or(stdin.as_ref()) {
@@ -119,7 +194,7 @@ impl Ends {
     }
 
     /// Reads once from an output stream; `None` if nothing is there now. A stream that has ended is closed.
-    pub(crate) fn read<'b>(&mut self, stream: LogStream, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
+    pub fn read<'b>(&mut self, stream: LogStream, buffer: &'b mut [u8]) -> Option<&'b [u8]> {
         let from = self.output(stream)?;
         match rustix::io::read(from, &mut *buffer) {
             Ok(0) => {}
@@ -138,18 +213,28 @@ impl Ends {
 }
 
 /// Reads and writes of this descriptor (and all that share its description) do not wait any more.
-pub(crate) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = fcntl_getfl(fd)?;
     Ok(fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 /// A pipe: what is read, what is written.
-pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    #[cfg(target_os = "linux")]
+    return Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?);
+    // A process that another thread starts in between inherits it: there is no one call for both here.
+    #[cfg(not(target_os = "linux"))]
+    {
+        let (read, write) = rustix::pipe::pipe()?;
+        for end in [&read, &write] {
+            rustix::io::fcntl_setfd(end, rustix::io::FdFlags::CLOEXEC)?;
+        }
+        Ok((read, write))
+    }
 }
 
 /// Gives the end of input, and swallows output.
-pub(crate) fn null() -> io::Result<OwnedFd> {
+pub fn null() -> io::Result<OwnedFd> {
     Ok(std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?.into())
 }
 

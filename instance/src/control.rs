@@ -59,19 +59,19 @@ impl Kind {
 
 /// How a client wants to see the workload's streams.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Attach {
+pub struct Attach {
     /// Its standard input is sent.
-    pub(crate) stdin: bool,
+    pub stdin: bool,
     /// The end of that input is the end of the workload's (as for `run -i`), not only of this client's.
-    pub(crate) closes_stdin: bool,
+    pub closes_stdin: bool,
     /// Rows and columns of the client's terminal.
-    pub(crate) size: Option<(u16, u16)>,
+    pub size: Option<(u16, u16)>,
 }
 
 /// What a client asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "request")]
-pub(crate) enum Request {
+pub enum Request {
     /// Start the workload; then, perhaps, show its streams. Only on the inherited connection.
     Start {
         /// Attached from its first byte on.
@@ -107,7 +107,7 @@ pub(crate) enum Request {
 /// What the supervisor answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "reply")]
-pub(crate) enum Reply {
+pub enum Reply {
     /// It is done.
     Done,
     /// The streams follow.
@@ -126,7 +126,7 @@ pub(crate) enum Reply {
 
 /// An error as it travels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Failure {
+pub struct Failure {
     kind: FailureKind,
     message: String,
     hint: Option<String>,
@@ -281,7 +281,7 @@ pub(crate) fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T, Con
 
 /// The client's side of a connection.
 #[derive(Debug)]
-pub(crate) struct Connection {
+pub struct Connection {
     socket: OwnedFd,
     frames: Frames,
 }
@@ -310,12 +310,12 @@ impl Connection {
     }
 
     /// The socket, to be polled.
-    pub(crate) fn socket(&self) -> &OwnedFd {
+    pub fn socket(&self) -> &OwnedFd {
         &self.socket
     }
 
     /// Sends a message.
-    pub(crate) fn send(&self, request: &Request) -> io::Result<()> {
+    pub fn send(&self, request: &Request) -> io::Result<()> {
         self.send_bytes(&message(request))
     }
 
@@ -361,7 +361,7 @@ impl Connection {
     }
 
     /// Waits for the answer to a request, but not for longer than until then. `false` if it does not come.
-    pub(crate) fn wait_until(&mut self, end: std::time::Instant) -> bool {
+    pub fn wait_until(&mut self, end: std::time::Instant) -> bool {
         use rustix::event::{PollFd, PollFlags, poll};
         loop {
             if !matches!(self.buffered(), Ok(None)) {
@@ -379,7 +379,7 @@ impl Connection {
     }
 
     /// Waits for the answer to a request; `None` if the supervisor ends without one.
-    pub(crate) fn reply(&mut self) -> io::Result<Option<Reply>> {
+    pub fn reply(&mut self) -> io::Result<Option<Reply>> {
         loop {
             match self.receive()? {
                 None => return Ok(None),

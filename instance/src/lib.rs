@@ -1,0 +1,51 @@
+//! Instances and their supervisors, however their workloads are isolated.
+//!
+//! What every back end shares: names and records (`instances`), the one process that owns a running instance
+//! (`supervisor`), its socket and what is said over it (`control`, `attach`), its log (`log`), and what becomes of an
+//! instance whose supervisor was killed (`reconcile`). What depends on the isolation is behind three traits: [`Kind`],
+//! [`Ground`] and [`Hold`]. A back end is a [`Kind`] and its own verbs beside the shared ones, [`Verbs`].
+//!
+//! ```no_run
+//! use kiln_contract::{Home, StartMode};
+//! use kiln_instance::{Kinds, Verbs};
+//!
+//! # fn kinds() -> Kinds { unimplemented!() }
+//! let verbs = Verbs::open(&Home::at("/var/lib/kiln"), kinds());
+//! let web = verbs.find("web")?;
+//! verbs.start(&web.id, StartMode::Detached)?;
+//! assert_eq!(verbs.wait(&web.id)?.code, 0);
+//! # Ok::<(), kiln_contract::BackendError>(())
+//! ```
+
+#[cfg(target_os = "linux")]
+mod attach;
+#[cfg(target_os = "linux")]
+mod control;
+mod instances;
+mod keys;
+mod kind;
+#[cfg(target_os = "linux")]
+mod log;
+pub mod process;
+#[cfg(target_os = "linux")]
+mod reconcile;
+#[cfg(target_os = "linux")]
+pub mod signals;
+#[cfg(target_os = "linux")]
+mod spawn;
+pub mod streams;
+#[cfg(target_os = "linux")]
+mod supervisor;
+pub mod terminal;
+#[cfg(target_os = "linux")]
+mod verbs;
+
+#[cfg(target_os = "linux")]
+pub use control::{Attach, Connection, Failure, Reply, Request};
+pub use instances::{Instances, Locked, failed, is_of_this_boot, is_supervised};
+pub use keys::DetachKeys;
+pub use kind::{Ground, Hold, Kind, Kinds, Run, kind_of};
+#[cfg(target_os = "linux")]
+pub use supervisor::supervise;
+#[cfg(target_os = "linux")]
+pub use verbs::Verbs;

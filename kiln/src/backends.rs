@@ -1,0 +1,189 @@
+//! The back ends over one home, as one: every verb goes to the back end of the instance that it is for.
+
+use std::io::{Read, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_container::{ContainerKind, Containers};
+use kiln_contract::{
+    AttachEnd, AttachOptions, BackendError, Capabilities, Change, CommitOptions, Digest, ExecSpec,
+    ExitStatus, Home, InstanceId, InstanceRecord, InstanceSpec, Isolation, LogLine, LogQuery, ProcessTable,
+    PublishSpec, RemoveOptions, RuntimeBackend, SnapshotOptions, StartMode, Stats, Stdio,
+};
+use kiln_instance::{Kinds, Verbs};
+
+/// What instances of a home may be.
+pub(crate) const KINDS: Kinds = &[&ContainerKind];
+
+/// All instances of a home, of whatever kind.
+#[derive(Debug)]
+pub(crate) struct Backends {
+    all: Verbs,
+    containers: Containers,
+}
+
+impl Backends {
+    /// Those of `home`. Nothing is read or made by this.
+    pub(crate) fn open(home: &Home) -> Result<Self, BackendError> {
+        Ok(Self { all: Verbs::open(home, KINDS), containers: Containers::open(home)? })
+    }
+
+    /// The back end that isolates in this way.
+    fn backend(&self, isolation: Isolation) -> Result<&dyn RuntimeBackend, BackendError> {
+        match isolation {
+            Isolation::Container => Ok(&self.containers),
+            Isolation::Machine => Err(BackendError::unsupported("this kiln does not run machines")),
+        }
+    }
+
+    /// The back end of an instance.
+    fn backend_for(&self, id: &InstanceId) -> Result<&dyn RuntimeBackend, BackendError> {
+        self.backend(self.all.instances().read(id)?.spec.isolation)
+    }
+}
+
+impl RuntimeBackend for Backends {
+    /// What can be done with containers, which is what an instance is unless asked otherwise.
+    fn capabilities(&self) -> Capabilities {
+        self.containers.capabilities()
+    }
+
+    fn create(&self, spec: &InstanceSpec) -> Result<InstanceRecord, BackendError> {
+        self.backend(spec.isolation)?.create(spec)
+    }
+
+    fn start(&self, id: &InstanceId, mode: StartMode) -> Result<Option<ExitStatus>, BackendError> {
+        self.backend_for(id)?.start(id, mode)
+    }
+
+    fn exec(
+        &self,
+        id: &InstanceId,
+        spec: &ExecSpec,
+        stdio: Stdio,
+    ) -> Result<Option<ExitStatus>, BackendError> {
+        self.backend_for(id)?.exec(id, spec, stdio)
+    }
+
+    fn attach(&self, id: &InstanceId, options: AttachOptions) -> Result<AttachEnd, BackendError> {
+        self.backend_for(id)?.attach(id, options)
+    }
+
+    fn signal(&self, id: &InstanceId, signal: i32) -> Result<(), BackendError> {
+        self.backend_for(id)?.signal(id, signal)
+    }
+
+    fn stop(&self, id: &InstanceId, timeout: Option<Duration>) -> Result<(), BackendError> {
+        self.backend_for(id)?.stop(id, timeout)
+    }
+
+    fn pause(&self, id: &InstanceId) -> Result<(), BackendError> {
+        self.backend_for(id)?.pause(id)
+    }
+
+    fn resume(&self, id: &InstanceId) -> Result<(), BackendError> {
+        self.backend_for(id)?.resume(id)
+    }
+
+    fn wait(&self, id: &InstanceId) -> Result<ExitStatus, BackendError> {
+        self.backend_for(id)?.wait(id)
+    }
+
+    fn logs(
+        &self,
+        id: &InstanceId,
+        query: &LogQuery,
+        each: &mut dyn FnMut(LogLine) -> ControlFlow<()>,
+    ) -> Result<(), BackendError> {
+        self.backend_for(id)?.logs(id, query, each)
+    }
+
+    fn stats(&self, id: &InstanceId) -> Result<Stats, BackendError> {
+        self.backend_for(id)?.stats(id)
+    }
+
+    fn top(&self, id: &InstanceId) -> Result<ProcessTable, BackendError> {
+        self.backend_for(id)?.top(id)
+    }
+
+    fn changes(&self, id: &InstanceId) -> Result<Vec<Change>, BackendError> {
+        self.backend_for(id)?.changes(id)
+    }
+
+    fn commit(&self, id: &InstanceId, options: &CommitOptions) -> Result<Digest, BackendError> {
+        self.backend_for(id)?.commit(id, options)
+    }
+
+    fn copy_out(
+        &self,
+        id: &InstanceId,
+        path: &Path,
+        follow: bool,
+        archive: &mut dyn Write,
+    ) -> Result<(), BackendError> {
+        self.backend_for(id)?.copy_out(id, path, follow, archive)
+    }
+
+    fn copy_in(&self, id: &InstanceId, path: &Path, archive: &mut dyn Read) -> Result<(), BackendError> {
+        self.backend_for(id)?.copy_in(id, path, archive)
+    }
+
+    fn rename(&self, id: &InstanceId, name: &str) -> Result<(), BackendError> {
+        self.backend_for(id)?.rename(id, name)
+    }
+
+    fn ports(&self, id: &InstanceId) -> Result<Vec<PublishSpec>, BackendError> {
+        self.backend_for(id)?.ports(id)
+    }
+
+    fn snapshot(&self, id: &InstanceId, options: &SnapshotOptions) -> Result<(), BackendError> {
+        self.backend_for(id)?.snapshot(id, options)
+    }
+
+    fn fork(&self, id: &InstanceId, name: &str, memory: bool) -> Result<InstanceRecord, BackendError> {
+        self.backend_for(id)?.fork(id, name, memory)
+    }
+
+    fn remove(&self, id: &InstanceId, options: RemoveOptions) -> Result<(), BackendError> {
+        self.backend_for(id)?.remove(id, options)
+    }
+
+    fn list(&self) -> Result<Vec<InstanceRecord>, BackendError> {
+        self.all.list()
+    }
+
+    fn find(&self, name_or_id: &str) -> Result<InstanceRecord, BackendError> {
+        self.all.find(name_or_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_contract::{ErrorKind, InstanceStatus, ProcessId};
+    use kiln_instance::Instances;
+
+    use super::*;
+
+    #[test]
+    fn an_instance_of_a_kind_that_this_program_lacks_is_listed_and_found_but_not_run() {
+        let directory = tempfile::tempdir().unwrap();
+        let home = Home::at(directory.path());
+        let backends = Backends::open(&home).unwrap();
+        let spec = InstanceSpec { isolation: Isolation::Machine, ..kiln_fixtures::instance_spec("vm") };
+        assert_eq!(backends.create(&spec).unwrap_err().kind(), ErrorKind::Unsupported);
+        let record = Instances::of(&home).create(&spec, Vec::new()).unwrap();
+        assert_eq!(backends.find("vm").unwrap(), record);
+        let error = backends.start(&record.id, StartMode::Detached).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        // One that a supervisor left behind hides no other from a list.
+        let left = Instances::of(&home).update(&record.id, |record| {
+            record.status = InstanceStatus::Running;
+            record.supervisor = Some(ProcessId { pid: 1, start: u64::MAX });
+            Ok(())
+        });
+        let container = backends.create(&kiln_fixtures::instance_spec("c")).unwrap();
+        assert_eq!(backends.list().unwrap(), [left.unwrap(), container]);
+        assert_eq!(backends.find("vm").unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+}
