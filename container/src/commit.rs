@@ -1,8 +1,7 @@
 //! What an instance changed, as a layer on top of its image's stack.
 
-use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home, InstanceRecord};
-use kiln_store::{ImageName, Store};
-use oci_spec::image::{History, HistoryBuilder, ImageConfiguration};
+use kiln_contract::{BackendError, Change, CommitOptions, Digest, Home, InstanceRecord};
+use kiln_store::{CommitRequest, Store};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -21,215 +20,28 @@ pub(crate) fn changes(home: &Home, record: &InstanceRecord) -> Result<Vec<Change
 
 /// Makes an image of an instance that does not change meanwhile: suspended, stopped, or on the caller's word.
 pub(crate) fn commit(home: &Home, record: &InstanceRecord, options: &CommitOptions) -> Result<Digest> {
-    let name = &record.spec.name;
-    let failed = |error: kiln_store::StoreError| BackendError::caused(format!("cannot commit {name}"), error);
-    // Names first: a wrong one must cost nothing.
-    let tags =
-        options.tags.iter().map(|tag| ImageName::parse(tag)).collect::<std::result::Result<Vec<_>, _>>();
-    let tags = tags.map_err(|error| failed(error).of_kind(ErrorKind::Invalid))?;
+    let spec = &record.spec;
     let store = open(home)?;
-    let image = store.image(&record.spec.image_id).map_err(failed)?.ok_or_else(|| {
-        let what = format!("cannot commit {name}: its image {} is not in the store", record.spec.image_id);
-        BackendError::new(ErrorKind::NotFound, what)
-    })?;
-    let mut config = image.config;
-    apply(&mut config, &options.changes)?;
-    let mut layers = record.spec.layers.clone();
+    let request = CommitRequest {
+        name: &spec.name,
+        image: spec.image_id,
+        layers: &spec.layers,
+        command: &spec.process.args,
+        options,
+    };
+    request.check(&store)?;
     let upper = home.instance(&record.id).upper();
-    if upper.is_dir() {
-        let stack = crate::root::stack(&store, &layers)?;
-        layers.push(store.import_upper(&upper, &stack, &|id, _| id).map_err(failed)?.layer);
-    }
-    let now = jiff::Timestamp::now().to_string();
-    let mut history: Vec<History> = config.history().clone().unwrap_or_default();
-    let mut step = HistoryBuilder::default()
-        .created(now.clone())
-        .created_by(record.spec.process.args.join(" "))
-        .empty_layer(layers.len() == record.spec.layers.len());
-    if !options.message.is_empty() {
-        step = step.comment(options.message.clone());
-    }
-    if !options.author.is_empty() {
-        step = step.author(options.author.clone());
-        config.set_author(Some(options.author.clone()));
-    }
-    let invalid = |error| BackendError::caused(format!("cannot commit {name}"), error);
-    history.push(step.build().map_err(invalid)?);
-    config.set_history(Some(history));
-    config.set_created(Some(now));
-    let image = store.make_image(&config, &layers).map_err(failed)?;
-    for tag in &tags {
-        store.tag(tag, &image.manifest_digest, &format!("commit of {name}")).map_err(failed)?;
-    }
-    Ok(image.id)
+    let layer = if upper.is_dir() {
+        let stack = crate::root::stack(&store, &spec.layers)?;
+        let imported = store.import_upper(&upper, &stack, &|id, _| id);
+        let failed = |error| BackendError::caused(format!("cannot commit {}", spec.name), error);
+        Some(imported.map_err(failed)?.layer)
+    } else {
+        None
+    };
+    Ok(store.commit(&request, layer)?.id)
 }
 
 fn open(home: &Home) -> Result<Store> {
     Store::open(home).map_err(|error| BackendError::caused("cannot open the store", error))
-}
-
-/// Applies Dockerfile instructions to an image's config, as `docker commit --change` does.
-fn apply(image: &mut ImageConfiguration, changes: &[String]) -> Result<()> {
-    let mut config = image.config().clone().unwrap_or_default();
-    for change in changes {
-        let (instruction, value) =
-            change.trim().split_once(char::is_whitespace).unwrap_or((change.trim(), ""));
-        let value = value.trim();
-        let wrong = |why: &str| {
-            BackendError::new(ErrorKind::Invalid, format!("cannot apply `{change}`: {why}"))
-                .hint("CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR are known")
-        };
-        if value.is_empty() {
-            return Err(wrong("it has no value"));
-        }
-        match instruction.to_ascii_uppercase().as_str() {
-            "CMD" => {
-                config.set_cmd(Some(command(value)));
-            }
-            "ENTRYPOINT" => {
-                config.set_entrypoint(Some(command(value)));
-            }
-            "ENV" => {
-                let mut env = config.env().clone().unwrap_or_default();
-                for (key, value) in pairs(value).ok_or_else(|| wrong("it is not NAME=value"))? {
-                    env.retain(|line| line.split('=').next() != Some(&key));
-                    env.push(format!("{key}={value}"));
-                }
-                config.set_env(Some(env));
-            }
-            "LABEL" => {
-                let mut labels = config.labels().clone().unwrap_or_default();
-                labels.extend(pairs(value).ok_or_else(|| wrong("it is not NAME=value"))?);
-                config.set_labels(Some(labels));
-            }
-            "EXPOSE" => {
-                let mut ports = config.exposed_ports().clone().unwrap_or_default();
-                for port in value.split_whitespace() {
-                    let (number, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
-                    let valid =
-                        number.parse::<u16>().is_ok_and(|n| n > 0) && ["tcp", "udp"].contains(&protocol);
-                    if !valid {
-                        return Err(wrong("a port is a number from 1 to 65535 with /tcp or /udp"));
-                    }
-                    ports.push(format!("{number}/{protocol}"));
-                }
-                ports.sort();
-                ports.dedup();
-                config.set_exposed_ports(Some(ports));
-            }
-            "VOLUME" => {
-                let mut volumes = config.volumes().clone().unwrap_or_default();
-                volumes.extend(command_list(value).unwrap_or_else(|| words(value)));
-                volumes.sort();
-                volumes.dedup();
-                config.set_volumes(Some(volumes));
-            }
-            "USER" => {
-                config.set_user(Some(value.to_owned()));
-            }
-            "WORKDIR" => {
-                config.set_working_dir(Some(value.to_owned()));
-            }
-            "STOPSIGNAL" => {
-                config.set_stop_signal(Some(value.to_owned()));
-            }
-            _ => return Err(wrong("the instruction is not known")),
-        }
-    }
-    image.set_config(Some(config));
-    Ok(())
-}
-
-/// A command in JSON form, or a line for the shell.
-fn command(value: &str) -> Vec<String> {
-    command_list(value).unwrap_or_else(|| vec!["/bin/sh".into(), "-c".into(), value.into()])
-}
-
-fn command_list(value: &str) -> Option<Vec<String>> {
-    serde_json::from_str(value).ok()
-}
-
-fn words(value: &str) -> Vec<String> {
-    value.split_whitespace().map(str::to_owned).collect()
-}
-
-/// `A=b C="d e"`, or the old form `A b c`.
-fn pairs(value: &str) -> Option<Vec<(String, String)>> {
-    if !value.split_whitespace().next()?.contains('=') {
-        let (key, value) = value.split_once(char::is_whitespace)?;
-        return Some(vec![(key.to_owned(), value.trim().to_owned())]);
-    }
-    let mut pairs = Vec::new();
-    let mut rest = value.chars().peekable();
-    while rest.peek().is_some() {
-        let mut word = String::new();
-        let mut quote = None;
-        while let Some(c) = rest.next() {
-            match (c, quote) {
-                ('\\', _) => word.extend(rest.next()),
-                (c, Some(q)) if c == q => quote = None,
-                (c @ ('"' | '\''), None) => quote = Some(c),
-                (c, None) if c.is_whitespace() => break,
-                (c, _) => word.push(c),
-            }
-        }
-        if quote.is_some() {
-            return None;
-        }
-        if !word.is_empty() {
-            let (key, value) = word.split_once('=')?;
-            if key.is_empty() {
-                return None;
-            }
-            pairs.push((key.to_owned(), value.to_owned()));
-        }
-    }
-    Some(pairs)
-}
-
-#[cfg(test)]
-mod tests {
-    use oci_spec::image::Config;
-
-    use super::*;
-
-    fn applied(changes: &[&str]) -> Result<Config> {
-        let mut image = ImageConfiguration::default();
-        let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
-        apply(&mut image, &changes)?;
-        Ok(image.config().clone().unwrap_or_default())
-    }
-
-    #[test]
-    fn instructions_change_the_config_as_a_dockerfile_would() {
-        let config = applied(&[
-            "CMD [\"a\", \"b c\"]",
-            "ENTRYPOINT run it",
-            "ENV A=1 B=\"2 3\"",
-            "env A 4",
-            "EXPOSE 80 53/udp",
-            "LABEL x=y",
-            "USER nobody",
-            "VOLUME /data /more",
-            "WORKDIR /srv",
-            "STOPSIGNAL SIGINT",
-        ])
-        .unwrap();
-        assert_eq!(config.cmd().as_deref().unwrap(), ["a", "b c"]);
-        assert_eq!(config.entrypoint().as_deref().unwrap(), ["/bin/sh", "-c", "run it"]);
-        assert_eq!(config.env().as_deref().unwrap(), ["B=2 3", "A=4"]);
-        assert_eq!(config.exposed_ports().as_deref().unwrap(), ["53/udp", "80/tcp"]);
-        assert_eq!(config.labels().as_ref().unwrap()["x"], "y");
-        assert_eq!(config.user().as_deref(), Some("nobody"));
-        assert_eq!(config.volumes().as_deref().unwrap(), ["/data", "/more"]);
-        assert_eq!(config.working_dir().as_deref(), Some("/srv"));
-        assert_eq!(config.stop_signal().as_deref(), Some("SIGINT"));
-    }
-
-    #[test]
-    fn what_is_no_instruction_is_refused() {
-        for change in ["", "RUN x", "CMD", "ENV =x", "ENV A=\"1", "EXPOSE 0", "EXPOSE 80/sctp", "LABEL a"] {
-            assert_eq!(applied(&[change]).unwrap_err().kind(), ErrorKind::Invalid, "{change}");
-        }
-    }
 }

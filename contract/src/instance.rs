@@ -385,6 +385,27 @@ pub struct HealthCheck {
     pub retries: u32,
 }
 
+/// What only machines have.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// The kernel to boot, by its name; `None` is the default one at each start.
+    #[serde(default)]
+    pub kernel: Option<String>,
+    /// The writable disk in bytes; `None` is [`MachineSpec::DISK`].
+    #[serde(default)]
+    pub disk: Option<ByteSize>,
+    /// The command is a system's init and becomes process 1.
+    #[serde(default)]
+    pub system: bool,
+}
+
+impl MachineSpec {
+    /// The writable disk if nothing is said: sparse, so that only what is written takes room.
+    pub const DISK: ByteSize = ByteSize(16 << 30);
+    /// Memory if nothing is said.
+    pub const MEMORY: ByteSize = ByteSize(512 << 20);
+}
+
 /// Everything that a workload is made from: complete, with the image's own settings already taken in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceSpec {
@@ -426,6 +447,9 @@ pub struct InstanceSpec {
     pub remove: bool,
     /// What makes it.
     pub runtime: RuntimeChoice,
+    /// What it has if it is a machine.
+    #[serde(default)]
+    pub machine: MachineSpec,
 }
 
 /// A process, told from any later process with the same number by when it started.
@@ -539,6 +563,9 @@ pub struct InstanceRecord {
     pub volumes: Vec<String>,
     /// A user asked it to stop: its restart policy does not start it again.
     pub stopped_by_user: bool,
+    /// The instance that it began as a copy of.
+    #[serde(default)]
+    pub parent: Option<InstanceId>,
 }
 
 impl InstanceRecord {

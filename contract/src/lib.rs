@@ -36,8 +36,9 @@ pub use home::{Home, InstanceDir};
 pub use hypervisor::{BootConfig, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
 pub use instance::{
     CpuLimit, ExitStatus, HealthCheck, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceSpec,
-    InstanceStatus, Isolation, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec, Protocol,
-    PublishSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec, StopSpec, TmpfsOptions, Ulimit,
+    InstanceStatus, Isolation, MachineSpec, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec,
+    Protocol, PublishSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec, StopSpec, TmpfsOptions,
+    Ulimit,
 };
 pub use network::{Attachment, NetworkBackend, NetworkRequest};
 pub use platform::Platform;

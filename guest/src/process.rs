@@ -51,7 +51,12 @@ pub(crate) async fn serve(machine: &Machine, stream: Stream) -> Result<(), LinkE
         },
         Input::BecomeInit { process } => {
             let answer = match machine.pid_one.execute(&process) {
-                Ok(()) => Output::Started,
+                Ok(()) => {
+                    // Nobody attaches to it; it only gets signals.
+                    let (attach, _) = mpsc::channel(1);
+                    machine.processes().insert(message::WORKLOAD, Entry { pid: 1, attach });
+                    Output::Started
+                }
                 Err(failure) => Output::Failed(failure),
             };
             message::send(&mut writer, &answer).await?;
@@ -390,10 +395,11 @@ fn code_of(ended: io::Result<std::process::ExitStatus>) -> u8 {
 pub(crate) fn signal(machine: &Machine, number: u32, signal: i32) -> Result<(), Failure> {
     let entry = machine.processes().get(&number).cloned();
     let pid =
-        entry.and_then(|entry| i32::try_from(entry.pid).ok()).filter(|pid| *pid > 1).ok_or_else(|| {
+        entry.and_then(|entry| i32::try_from(entry.pid).ok()).filter(|pid| *pid > 0).ok_or_else(|| {
             Failure { kind: FailureKind::NotFound, what: format!("there is no process {number}") }
         })?;
-    // SAFETY: takes two numbers. The process is this one's child, so its number is its own until it is waited for.
+    // SAFETY: takes two numbers. The process is this one's child, so its number is its own until it is waited for, or it
+    // is PID 1.
     if unsafe { libc::kill(pid, signal) } == 0 {
         return Ok(());
     }

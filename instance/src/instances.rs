@@ -80,6 +80,7 @@ impl Instances {
             health: None,
             volumes,
             stopped_by_user: false,
+            parent: None,
         };
         let dir = self.dir(&id);
         let mut builder = fs::DirBuilder::new();

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use kiln_container::{ContainerKind, Containers};
@@ -12,28 +13,42 @@ use kiln_contract::{
     PublishSpec, RemoveOptions, RuntimeBackend, SnapshotOptions, StartMode, Stats, Stdio,
 };
 use kiln_instance::{Kinds, Verbs};
+use kiln_machine::{MachineKind, Machines};
 
 /// What instances of a home may be.
-pub(crate) const KINDS: Kinds = &[&ContainerKind];
+pub(crate) const KINDS: Kinds = &[&ContainerKind, &MachineKind];
 
 /// All instances of a home, of whatever kind.
 #[derive(Debug)]
 pub(crate) struct Backends {
     all: Verbs,
     containers: Containers,
+    /// Made when the first machine is asked for.
+    machines: OnceLock<Machines>,
+    home: Home,
 }
 
 impl Backends {
     /// Those of `home`. Nothing is read or made by this.
     pub(crate) fn open(home: &Home) -> Result<Self, BackendError> {
-        Ok(Self { all: Verbs::open(home, KINDS), containers: Containers::open(home)? })
+        Ok(Self {
+            all: Verbs::open(home, KINDS),
+            containers: Containers::open(home)?,
+            machines: OnceLock::new(),
+            home: home.clone(),
+        })
+    }
+
+    /// The machines.
+    pub(crate) fn machines(&self) -> &Machines {
+        self.machines.get_or_init(|| Machines::open(&self.home, KINDS, crate::progress::new(false).into()))
     }
 
     /// The back end that isolates in this way.
     fn backend(&self, isolation: Isolation) -> Result<&dyn RuntimeBackend, BackendError> {
         match isolation {
             Isolation::Container => Ok(&self.containers),
-            Isolation::Machine => Err(BackendError::unsupported("this kiln does not run machines")),
+            Isolation::Machine => Ok(self.machines()),
         }
     }
 
@@ -155,35 +170,5 @@ impl RuntimeBackend for Backends {
 
     fn find(&self, name_or_id: &str) -> Result<InstanceRecord, BackendError> {
         self.all.find(name_or_id)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use kiln_contract::{ErrorKind, InstanceStatus, ProcessId};
-    use kiln_instance::Instances;
-
-    use super::*;
-
-    #[test]
-    fn an_instance_of_a_kind_that_this_program_lacks_is_listed_and_found_but_not_run() {
-        let directory = tempfile::tempdir().unwrap();
-        let home = Home::at(directory.path());
-        let backends = Backends::open(&home).unwrap();
-        let spec = InstanceSpec { isolation: Isolation::Machine, ..kiln_fixtures::instance_spec("vm") };
-        assert_eq!(backends.create(&spec).unwrap_err().kind(), ErrorKind::Unsupported);
-        let record = Instances::of(&home).create(&spec, Vec::new()).unwrap();
-        assert_eq!(backends.find("vm").unwrap(), record);
-        let error = backends.start(&record.id, StartMode::Detached).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        // One that a supervisor left behind hides no other from a list.
-        let left = Instances::of(&home).update(&record.id, |record| {
-            record.status = InstanceStatus::Running;
-            record.supervisor = Some(ProcessId { pid: 1, start: u64::MAX });
-            Ok(())
-        });
-        let container = backends.create(&kiln_fixtures::instance_spec("c")).unwrap();
-        assert_eq!(backends.list().unwrap(), [left.unwrap(), container]);
-        assert_eq!(backends.find("vm").unwrap_err().kind(), ErrorKind::Unsupported);
     }
 }

@@ -59,6 +59,7 @@ enum Command {
     Stop(commands::stop::Args),
     Restart(commands::restart::Args),
     Kill(commands::kill::Args),
+    Fork(commands::fork::Args),
     Pause(commands::pause::Args),
     #[command(visible_alias = "unpause")]
     Resume(commands::resume::Args),
@@ -105,6 +106,8 @@ enum Command {
     #[command(hide = true)]
     Supervise(commands::supervise::Args),
     #[command(hide = true)]
+    Monitor(commands::monitor::Args),
+    #[command(hide = true)]
     Man(commands::man::Args),
 }
 
@@ -125,6 +128,8 @@ enum QuickCommand {
     Exec(Box<commands::exec::Args>),
     #[command(hide = true)]
     Supervise(commands::supervise::Args),
+    #[command(hide = true)]
+    Monitor(commands::monitor::Args),
 }
 
 impl From<Quick> for Cli {
@@ -133,6 +138,7 @@ impl From<Quick> for Cli {
             QuickCommand::Run(args) => Command::Run(args),
             QuickCommand::Exec(args) => Command::Exec(args),
             QuickCommand::Supervise(args) => Command::Supervise(args),
+            QuickCommand::Monitor(args) => Command::Monitor(args),
         };
         Self { global: quick.global, command }
     }
@@ -140,7 +146,7 @@ impl From<Quick> for Cli {
 
 fn parse(words: &[OsString]) -> std::result::Result<Cli, clap::Error> {
     match exit::verb(words) {
-        Some("run" | "exec" | "supervise") => Quick::try_parse_from(words).map(Cli::from),
+        Some("run" | "exec" | "supervise" | "monitor") => Quick::try_parse_from(words).map(Cli::from),
         _ => Cli::try_parse_from(words),
     }
 }
@@ -234,6 +240,7 @@ impl Command {
             Self::Stop(args) => args.run(context),
             Self::Restart(args) => args.run(context),
             Self::Kill(args) => args.run(context),
+            Self::Fork(args) => args.run(context),
             Self::Pause(args) => args.run(context),
             Self::Resume(args) => args.run(context),
             Self::Wait(args) => args.run(context),
@@ -264,6 +271,7 @@ impl Command {
             Self::Network(command) => command.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
+            Self::Monitor(args) => args.run(context),
             Self::Completion(_) | Self::Man(_) => Ok(Exit::SUCCESS),
         }
     }

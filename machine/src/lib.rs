@@ -4,12 +4,33 @@
 //! and nobody yet. Only then are its disks looked at and is it told who it is, so one template fits every image, and neither
 //! a boot nor the size of the image costs anything.
 
+#[cfg(target_os = "linux")]
+mod backend;
+#[cfg(target_os = "linux")]
+mod carry;
+#[cfg(target_os = "linux")]
+mod commit;
+#[cfg(target_os = "linux")]
+mod door;
+#[cfg(target_os = "linux")]
+mod exec;
 mod guest;
 #[cfg(target_os = "linux")]
+mod kind;
+#[cfg(target_os = "linux")]
 mod life;
+#[cfg(target_os = "linux")]
+mod monitor;
+mod plan;
 mod stream;
 pub mod template;
 
 #[cfg(target_os = "linux")]
+pub use backend::Machines;
+#[cfg(target_os = "linux")]
+pub use kind::MachineKind;
+#[cfg(target_os = "linux")]
 pub use life::{Life, Paths};
+#[cfg(target_os = "linux")]
+pub use monitor::monitor;
 pub use template::{Shape, Template, Templates};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_contract::{BackendError, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
 use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
-use kiln_link::{HostLink, HostSession, LinkError, Opener, Stream, service};
+use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 
 use crate::stream;
 use crate::template::{Shape, Template};
@@ -89,6 +89,11 @@ impl Life {
     /// The session with its guest.
     pub fn session(&mut self) -> &mut HostSession {
         &mut self.session
+    }
+
+    /// What makes its guest hold still.
+    pub fn parker(&self) -> Parker {
+        self.session.parker()
     }
 
     /// What opens streams to its guest.

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
-use std::time::Instant;
 
 use kiln_boot::{Kernels, Source};
 use kiln_contract::{Digest, DiskBackend, DiskId, Home, Silent};
@@ -35,10 +34,8 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let layers: Vec<Digest> = store.with_mount_points(&[layer]).unwrap();
     let image = store.image_disk(&layers, &Silent).unwrap();
     let qemu = Qemu::find().unwrap();
-    let begun = Instant::now();
     let shape = Shape { cpus: 1, memory: 256 << 20 };
     let template = Templates::open(&home).get(&qemu, &kernel, shape, &Silent).unwrap();
-    eprintln!("template: {:?}, boot {} ms", begun.elapsed(), template.record().boot_millis);
     let disks = kiln_disk::open(&home, &kiln_disk::Choice::Auto).unwrap().backend;
     Some(Bed { _directory: directory, home, qemu, template, image, disks })
 });
@@ -99,15 +96,11 @@ fn a_machine_starts_from_a_template_and_runs_a_command() {
     let Some(bed) = &*BED else { return };
     run(async {
         let (_, paths) = bed.paths("first");
-        let begun = Instant::now();
         let life = Life::restore(&bed.qemu, &bed.template, None, &paths).await.unwrap();
-        let restored = begun.elapsed();
         life.configure(configure("first")).await.unwrap();
-        let configured = begun.elapsed();
         let stream =
             life.start(WORKLOAD, shell("hostname; cat /etc/hostname; echo no >&2; exit 3")).await.unwrap();
         let (out, err, code) = finish(stream).await;
-        eprintln!("restored {restored:?}, configured {configured:?}, ended {:?}", begun.elapsed());
         assert_eq!((out.as_str(), err.as_str(), code), ("first\nfirst\n", "no\n", 3));
     });
 }

@@ -29,6 +29,7 @@
 mod blob;
 mod check;
 mod chunk;
+mod commit;
 mod diff;
 mod diffs;
 mod directory;
@@ -59,6 +60,7 @@ mod upper;
 mod usage;
 
 pub use check::{CheckReport, Repair};
+pub use commit::{CommitError, CommitRequest};
 pub use error::{Result, StoreError};
 pub use gc::{GcOptions, GcReport};
 pub use image::Image;

@@ -57,6 +57,8 @@ pub(crate) struct WorkloadArgs {
     pub(crate) detach_keys: String,
 
     #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    #[command(flatten)]
     pub(crate) pulling: PullingArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
@@ -70,6 +72,21 @@ pub(crate) struct WorkloadArgs {
     pub(crate) security: SecurityArgs,
     #[command(flatten)]
     pub(crate) health: HealthArgs,
+}
+
+/// What a machine has.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Machine")]
+pub(crate) struct MachineArgs {
+    /// Run it in a machine of its own: a microVM with its own kernel
+    #[arg(long)]
+    pub(crate) vm: bool,
+    /// Boot this kernel (`kiln kernel ls`); the default one otherwise
+    #[arg(long, value_name = "NAME", requires = "vm")]
+    pub(crate) kernel: Option<String>,
+    /// The size of its writable disk, which takes only the room that is used
+    #[arg(long, value_name = "SIZE", requires = "vm")]
+    pub(crate) disk: Option<ByteSize>,
 }
 
 /// Where the image comes from.
@@ -122,7 +139,7 @@ pub(crate) struct ProcessArgs {
     /// Add a supplementary group, by name or number
     #[arg(long, value_name = "GROUP")]
     pub(crate) group_add: Vec<String>,
-    /// Run a small init as process 1, which reaps and passes signals on
+    /// Run a small init as process 1, which reaps and passes signals on; with --vm, the image's own init
     #[arg(long)]
     pub(crate) init: bool,
 }

@@ -1,8 +1,8 @@
 //! The whole specification of a workload.
 
 use kiln_contract::{
-    Digest, InstanceSpec, Isolation, ProcessSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec,
-    StopSpec,
+    Digest, InstanceSpec, Isolation, MachineSpec, ProcessSpec, Resources, RestartPolicy, RuntimeChoice,
+    SecuritySpec, StopSpec,
 };
 
 use super::{Host, ImageSettings, Map, ResolveError, Result};
@@ -35,13 +35,13 @@ pub(crate) fn instance_spec(
         )));
     }
     let settings = &image.settings;
+    let process = process(args, settings, host)?;
     Ok(InstanceSpec {
         name: name.to_owned(),
-        isolation: Isolation::Container,
+        isolation: if args.machine.vm { Isolation::Machine } else { Isolation::Container },
         image: args.image.clone(),
         image_id: image.id,
         layers: image.layers.clone(),
-        process: process(args, settings, host)?,
         hostname: args.network.hostname.clone(),
         mounts: mounts::mounts(settings, mount_words(args), host)?,
         network: network::network(network_words(args))?,
@@ -55,7 +55,23 @@ pub(crate) fn instance_spec(
         init: args.process.init,
         remove: args.rm,
         runtime: runtime(&args.runtime, host)?,
+        machine: MachineSpec {
+            kernel: args.machine.kernel.clone(),
+            disk: args.machine.disk,
+            system: args.machine.vm && (args.process.init || is_init(&process.args)),
+        },
+        process,
     })
+}
+
+/// A system's init, if nothing else is said.
+const INIT: &str = "/sbin/init";
+
+/// Whether a command is a system's init by its path.
+fn is_init(command: &[String]) -> bool {
+    const KNOWN: [&str; 5] =
+        [INIT, "/usr/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/init"];
+    command.first().is_some_and(|program| KNOWN.contains(&program.as_str()))
 }
 
 fn process(args: &WorkloadArgs, image: &ImageSettings, host: &Host<'_>) -> Result<ProcessSpec> {
@@ -64,10 +80,15 @@ fn process(args: &WorkloadArgs, image: &ImageSettings, host: &Host<'_>) -> Resul
     if args.process.workdir.is_some() && !cwd.starts_with('/') {
         return Err(ResolveError::value("--workdir", cwd, "it must be an absolute path in the container"));
     }
+    let typed_command = match &args.command[..] {
+        [] if args.machine.vm && args.process.init => &[INIT.to_owned()][..],
+        typed => typed,
+    };
+    let command = command::arguments(&args.image, image, args.process.entrypoint.as_deref(), typed_command)?;
     // Some builders write a relative one; it has always meant «from the root».
     let cwd = if cwd.starts_with('/') { cwd.to_owned() } else { format!("/{cwd}") };
     Ok(ProcessSpec {
-        args: command::arguments(&args.image, image, args.process.entrypoint.as_deref(), &args.command)?,
+        args: command,
         env: environment::environment(&image.env, typed, args.tty, host)?,
         cwd,
         user: args.process.user.clone().unwrap_or_else(|| image.user.clone()),

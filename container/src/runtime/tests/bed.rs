@@ -156,6 +156,7 @@ fn record(id: InstanceId, runtime: &RuntimeChoice, args: &[&str]) -> InstanceRec
         health: None,
         volumes: Vec::new(),
         stopped_by_user: false,
+        parent: None,
     }
 }
 

@@ -1,0 +1,198 @@
+//! Machines from their making to their end: real kernels under QEMU (with TCG where there is no KVM).
+//!
+//! All tests share one home, so that its one template is made once; each has machines of its own.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write as _;
+use std::process::Stdio;
+use std::sync::LazyLock;
+
+use common::{Ended, Home, IMAGE, until};
+use kiln_boot::{Kernels, Source};
+
+static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
+    kiln_fixtures::require("qemu-system-x86_64")?;
+    let package = kiln_fixtures::debian_kernel()?;
+    let home = Home::with_busybox()?;
+    let kernels = Kernels::open(&kiln_contract::Home::at(home.path()));
+    kernels.install(&Source::Packages(vec![package]), None).unwrap();
+    let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
+    assert_eq!(ended.code, 0, "{ended:?}");
+    Some(home)
+});
+
+/// Words that run a command in a machine of the shared shape.
+fn run<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+    [&["run", "--vm", "--memory", "256m"][..], flags, &[IMAGE], command].concat()
+}
+
+/// A machine in the background that waits.
+fn sleeper(home: &Home, name: &str) -> String {
+    home.ok(run(&["-d", "--name", name], &["sleep", "600"]))
+}
+
+#[test]
+fn exit_codes_and_streams_are_the_commands_own() {
+    let Some(home) = &*HOME else { return };
+    let table: [(&[&str], i32); 5] = [
+        (&["true"], 0),
+        (&["sh", "-c", "exit 7"], 7),
+        (&["/no/such/program"], 127),
+        (&["/etc/passwd"], 126),
+        (&["sh", "-c", "kill -9 $$"], 137),
+    ];
+    for (command, code) in table {
+        let ended = home.kiln(run(&["--rm"], command));
+        assert_eq!(ended.code, code, "{command:?}: {ended:?}");
+    }
+    let mut child = home
+        .command(run(
+            &["-i", "--rm", "-e", "A=1", "-w", "/tmp", "-h", "box"],
+            &["sh", "-c", "cat; echo err >&2; echo $A $PWD; hostname; exit 3"],
+        ))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"from the host\n").unwrap();
+    let ended = Ended::from(child.wait_with_output().unwrap());
+    assert_eq!(
+        (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
+        (3, "from the host\n1 /tmp\nbox\n", "err\n")
+    );
+}
+
+#[test]
+fn a_machine_keeps_its_disk_and_has_the_verbs_of_containers() {
+    let Some(home) = &*HOME else { return };
+    sleeper(home, "verbs");
+    let kernel = home.ok(["exec", "verbs", "uname", "-r"]);
+    assert!(kernel.starts_with("6."), "{kernel}");
+    assert_ne!(kernel, rustix::system::uname().release().to_string_lossy(), "a kernel of its own");
+    home.ok(["exec", "verbs", "sh", "-c", "echo kept > /kept; rm /etc/group; mkdir /new"]);
+    let ended = home.kiln(["exec", "verbs", "sh", "-c", "exit 9"]);
+    assert_eq!(ended.code, 9, "{ended:?}");
+    assert_eq!(home.kiln(["exec", "verbs", "/no/such"]).code, 127);
+
+    let there = home.beside("there");
+    fs::write(&there, "from the host\n").unwrap();
+    home.ok(["cp", there.to_str().unwrap(), "verbs:/new/there"]);
+    home.ok(["cp", "verbs:/new/there", home.beside("back").to_str().unwrap()]);
+    assert_eq!(fs::read_to_string(home.beside("back")).unwrap(), "from the host\n");
+
+    let changes = home.ok(["diff", "verbs"]);
+    for line in ["D /etc/group", "A /kept", "A /new", "A /new/there"] {
+        assert!(changes.lines().any(|found| found == line), "{line} in {changes}");
+    }
+    let top = home.ok(["top", "verbs"]);
+    assert!(top.contains("sleep 600"), "{top}");
+    home.ok(["commit", "verbs", "localhost/verbs:1"]);
+    let image = "localhost/verbs:1";
+    let committed =
+        home.ok(["run", "--rm", "--network", "none", image, "sh", "-c", "cat /kept; ls /etc/group 2>&1; true"]);
+    assert!(committed.starts_with("kept\n") && committed.contains("No such file"), "{committed}");
+
+    home.ok(["pause", "verbs"]);
+    let ended = home.kiln(["exec", "verbs", "true"]);
+    assert!(ended.code != 0 && ended.stderr.contains("paused"), "{ended:?}");
+    home.ok(["resume", "verbs"]);
+    home.ok(["exec", "verbs", "true"]);
+
+    home.ok(["stop", "-t", "30", "verbs"]);
+    home.ok(["start", "verbs"]);
+    assert_eq!(home.ok(["exec", "verbs", "cat", "/kept"]), "kept");
+    home.ok(["rename", "verbs", "renamed"]);
+    home.ok(["rm", "-f", "renamed"]);
+    assert_eq!(home.kiln(["inspect", "renamed"]).code, 1);
+}
+
+/// What makes a machine itself, as it sees it.
+fn identity(home: &Home, name: &str) -> Vec<String> {
+    let script = "hostname; cat /etc/hostname; head -c 16 /dev/urandom | od -An -tx1; cat /state; date +%s";
+    home.ok(["exec", name, "sh", "-c", script]).lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn forks_of_forks_of_a_running_machine_are_others_and_the_original_goes_on() {
+    let Some(home) = &*HOME else { return };
+    let script = "echo begun > /state; n=0; while :; do n=$((n+1)); echo $n > /run/count; hostname >> /run/names; sleep 0.1; done";
+    home.ok(run(&["-d", "--name", "origin", "--tmpfs", "/run"], &["sh", "-c", script]));
+    until("it counts", || home.kiln(["exec", "origin", "test", "-s", "/run/count"]).code == 0);
+    for (from, to) in [("origin", "fork1"), ("fork1", "fork2"), ("fork2", "fork3"), ("origin", "fork4")] {
+        home.ok(["fork", from, to]);
+    }
+    let all = ["origin", "fork1", "fork2", "fork3", "fork4"].map(|name| identity(home, name));
+    for (index, what) in ["host name", "/etc/hostname", "random numbers"].iter().enumerate() {
+        let values: BTreeSet<&str> = all.iter().map(|machine| machine[index].as_str()).collect();
+        assert_eq!(values.len(), all.len(), "{what}: {all:?}");
+    }
+    for machine in &all {
+        assert_eq!(machine[3], "begun", "the disk is a copy");
+        let off = machine[4].parse::<i64>().unwrap() - jiff::Timestamp::now().as_second();
+        assert!(off.abs() < 30, "the clock is off by {off} s");
+    }
+    // The same processes go on in each, in memory that was copied: and from its first line on each has its own name.
+    let count = |name: &str| home.ok(["exec", name, "cat", "/run/count"]).parse::<u64>().unwrap_or(0);
+    let before = ["origin", "fork3"].map(count);
+    until("both go on", || count("origin") > before[0] && count("fork3") > before[1]);
+    let names = home.ok(["exec", "fork3", "sh", "-c", "sort -u /run/names"]);
+    assert!(names.lines().any(|name| name == all[3][0]), "{names}: its own");
+    home.ok(["exec", "fork1", "sh", "-c", "echo other > /state"]);
+    assert_eq!(home.ok(["exec", "origin", "cat", "/state"]), "begun", "a fork's disk is its own");
+    let lineage = home.json(["inspect", "fork3"]);
+    let fork2 = home.json(["inspect", "fork2"]);
+    let entry = |value: &serde_json::Value| value.as_array().map_or(value.clone(), |all| all[0].clone());
+    assert_eq!(entry(&lineage)["parent"], entry(&fork2)["id"], "{lineage}");
+    for name in ["origin", "fork1", "fork2", "fork3", "fork4"] {
+        home.ok(["rm", "-f", name]);
+    }
+}
+
+#[test]
+fn a_supervisor_that_is_killed_takes_its_machine_along_and_leaves_nothing() {
+    let Some(home) = &*HOME else { return };
+    let id = sleeper(home, "killed");
+    let record: serde_json::Value = serde_json::from_slice(
+        &fs::read(home.path().join("instances").join(&id).join("instance.json")).unwrap(),
+    )
+    .unwrap();
+    let pid = |field: &str| i32::try_from(record[field]["pid"].as_u64().unwrap()).unwrap();
+    let (supervisor, monitor) = (pid("supervisor"), pid("process"));
+    let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).unwrap();
+    let hypervisor: i32 = children.split_whitespace().next().expect("a hypervisor").parse().unwrap();
+    let kill = |pid: i32| {
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    };
+    kill(supervisor);
+    until("all of it is gone", || {
+        [monitor, hypervisor].iter().all(|pid| !std::path::Path::new(&format!("/proc/{pid}/exe")).exists())
+    });
+    let shown = home.ok(["ps", "-a", "--format", "json", "--filter", "name=killed"]);
+    assert!(shown.contains("exited") || shown.contains("Exited"), "{shown}");
+    home.ok(["start", "killed"]);
+    home.ok(["exec", "killed", "true"]);
+    home.ok(["rm", "-f", "killed"]);
+}
+
+#[test]
+fn what_a_machine_cannot_have_is_refused_before_anything_is_made() {
+    let Some(home) = &*HOME else { return };
+    let table: [(&[&str], &str); 4] = [
+        (&["--memory", "64m"], "at least 128 MiB"),
+        (&["--device", "/dev/null"], "devices of the host"),
+        (&["--network", "host"], "the network `host`"),
+        (&["--kernel", "none-such"], "none-such"),
+    ];
+    for (flags, words) in table {
+        let words_of_line = [&["run", "--vm", "--rm"][..], flags, &[IMAGE, "true"]].concat();
+        let ended = home.kiln(words_of_line);
+        assert!(ended.code == 125 && ended.stderr.contains(words), "{flags:?}: {ended:?}");
+    }
+    let ended = home.kiln(["run", "--kernel", "x", IMAGE, "true"]);
+    assert!(ended.code == 125 && ended.stderr.contains("--vm"), "{ended:?}");
+}

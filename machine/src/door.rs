@@ -1,0 +1,148 @@
+//! The door to a running machine: `machine.sock` in its directory, answered by its monitor.
+//!
+//! One question a connection, one answer; both are length-prefixed CBOR as on the link. After the answer to
+//! [`Ask::Dial`] the connection *is* a stream to a service of the guest: whoever looks into a machine speaks to its guest
+//! directly, and the monitor only carries.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::Path;
+
+use kiln_contract::{BackendError, DiskId, ErrorKind, InstanceDir};
+use kiln_link::message::{self, Failure, FailureKind};
+use minicbor::{Decode, Encode};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::life::{lost, refused};
+
+/// The socket's name.
+const NAME: &str = "machine.sock";
+
+/// What can be asked of a monitor.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) enum Ask {
+    /// Be a stream to a service of the guest.
+    #[n(0)]
+    Dial {
+        /// Its number.
+        #[n(0)]
+        service: u16,
+    },
+    /// Suspend the machine.
+    #[n(1)]
+    Pause,
+    /// Let it go on.
+    #[n(2)]
+    Resume,
+    /// Save its devices and memory to a directory, and copy its disk of the same instant. It goes on.
+    #[n(3)]
+    Save {
+        /// Absolute; it exists.
+        #[n(0)]
+        directory: String,
+        /// The copy's name.
+        #[n(1)]
+        disk: String,
+    },
+    /// Its disk has grown.
+    #[n(4)]
+    Grown {
+        /// Bytes.
+        #[n(0)]
+        size: u64,
+    },
+}
+
+/// What a monitor answers.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) enum Reply {
+    /// It was done.
+    #[n(0)]
+    Done,
+    /// It was not.
+    #[n(1)]
+    Failed(#[n(0)] Failure),
+    /// It was done, and the machine did not run for this long.
+    #[n(2)]
+    Saved {
+        /// Microseconds.
+        #[n(0)]
+        paused: u64,
+    },
+}
+
+/// An error as it travels through the door.
+pub(crate) fn failure(error: &BackendError) -> Failure {
+    let mut what = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        what = format!("{what}: {cause}");
+        source = cause.source();
+    }
+    let kind = match error.kind() {
+        ErrorKind::NotFound => FailureKind::NotFound,
+        ErrorKind::Invalid => FailureKind::Invalid,
+        _ => FailureKind::Failed,
+    };
+    Failure { kind, what }
+}
+
+/// The directory by descriptor: its path may be longer than the address of a socket.
+fn directory(dir: &Path) -> io::Result<(OwnedFd, String)> {
+    let open = openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let path = format!("/proc/self/fd/{}/{NAME}", open.as_raw_fd());
+    Ok((open, path))
+}
+
+/// Opens the door. Must be called in a runtime.
+pub(crate) fn listen(dir: &InstanceDir) -> Result<UnixListener, BackendError> {
+    let fail = |error| BackendError::caused(format!("cannot listen in {}", dir.path().display()), error);
+    match std::fs::remove_file(dir.path().join(NAME)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+        _ => {}
+    }
+    let (_open, path) = directory(dir.path()).map_err(fail)?;
+    UnixListener::bind(path).map_err(fail)
+}
+
+/// Whether who is at the other end may ask: the same user, or root.
+pub(crate) fn may_ask(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
+}
+
+/// Closes the door: nobody who looks for it waits.
+pub(crate) fn close(dir: &InstanceDir) {
+    let _ = std::fs::remove_file(dir.path().join(NAME));
+}
+
+/// Asks. Must be called in a runtime.
+///
+/// # Errors
+/// The monitor's own; [`ErrorKind::State`] if there is none.
+pub(crate) async fn ask(dir: &InstanceDir, question: &Ask) -> Result<(UnixStream, Reply), BackendError> {
+    let fail =
+        |error| BackendError::caused("cannot reach the machine's monitor", error).of_kind(ErrorKind::State);
+    let (_open, path) = directory(dir.path()).map_err(fail)?;
+    let mut stream = UnixStream::connect(path).await.map_err(fail)?;
+    message::send(&mut stream, question).await.map_err(lost)?;
+    match message::receive(&mut stream).await.map_err(lost)? {
+        Some(Reply::Failed(failure)) => Err(refused(&failure)),
+        Some(reply) => Ok((stream, reply)),
+        None => Err(lost(kiln_link::LinkError::Closed)),
+    }
+}
+
+/// A stream to a service of the guest.
+///
+/// # Errors
+/// As [`ask`].
+pub(crate) async fn dial(dir: &InstanceDir, service: u16) -> Result<UnixStream, BackendError> {
+    ask(dir, &Ask::Dial { service }).await.map(|(stream, _)| stream)
+}
+
+/// Reads the name of a disk that came through the door.
+pub(crate) fn disk(name: &str) -> Result<DiskId, BackendError> {
+    name.parse().map_err(|error| BackendError::caused("cannot copy the disk", error))
+}

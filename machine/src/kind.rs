@@ -1,0 +1,258 @@
+//! Machines as a [`Kind`] of instance: what a supervisor does to run one.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use kiln_contract::{
+    BackendError, DiskId, ErrorKind, ExecSpec, HealthState, HealthStatus, InstanceId, InstanceRecord,
+    InstanceStatus, Isolation, ProcessId,
+};
+use kiln_instance::streams::{self, Ends, Streams, Wiring};
+use kiln_instance::{Ground, Hold, Instances, Kind, Run, process, terminal};
+use rustix::io::FdFlags;
+use rustix::process::Signal;
+
+use crate::door::{self, Ask};
+use crate::monitor::{GO, News, disks};
+use crate::{plan, stream};
+
+/// MicroVMs.
+#[derive(Debug)]
+pub struct MachineKind;
+
+impl Kind for MachineKind {
+    fn isolation(&self) -> Isolation {
+        Isolation::Machine
+    }
+
+    fn enter(&self, instances: &Instances, record: &InstanceRecord) -> Result<Box<dyn Ground>, BackendError> {
+        Ok(Box::new(MachineGround { instances: instances.clone(), id: record.id.clone() }))
+    }
+
+    fn clean(&self, instances: &Instances, record: &InstanceRecord) -> Result<(), BackendError> {
+        // Monitor and hypervisor ended with the supervisor.
+        door::close(&instances.dir(&record.id));
+        if record.spec.remove { disks(instances.home())?.remove(&DiskId::from(&record.id)) } else { Ok(()) }
+    }
+
+    fn release_volumes(&self, _: &Instances, _: &[String]) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// Where one machine runs.
+struct MachineGround {
+    instances: Instances,
+    id: InstanceId,
+}
+
+impl Ground for MachineGround {
+    fn launch(&mut self, record: &mut InstanceRecord, wiring: Wiring) -> Result<Run, BackendError> {
+        let disks = disks(self.instances.home())?;
+        let disk = DiskId::from(&self.id);
+        if disks.path(&disk).is_err() {
+            disks.create(&disk, plan::disk_size(&record.spec))?;
+        }
+        let (streams, mut ends) = wiring
+            .connect(&record.spec.process)
+            .map_err(|error| BackendError::caused("cannot make the machine's streams", error))?;
+        let (process, mut monitor) = self.spawn(streams, &mut ends)?;
+        let run = Run {
+            process,
+            ends,
+            since: Instant::now(),
+            hold: Some(Box::new(Door { instances: self.instances.clone(), id: self.id.clone() })),
+        };
+        let begun = self.begin(record, process, &mut monitor);
+        if let Err(error) = begun {
+            process::kill_and_wait(process, Duration::from_secs(10));
+            process::reap(process.pid);
+            return Err(error);
+        }
+        Ok(Run { since: Instant::now(), ..run })
+    }
+
+    fn end(&mut self, _: &InstanceRecord, _: Run) -> Result<(), BackendError> {
+        door::close(&self.instances.dir(&self.id));
+        Ok(())
+    }
+
+    fn exec(&self, _: &InstanceRecord, spec: &ExecSpec, streams: Streams) -> Result<ProcessId, BackendError> {
+        crate::exec::spawn(&self.instances, &self.id, spec, streams)
+    }
+
+    fn unmount(&mut self) -> Result<(), BackendError> {
+        let record = self.instances.read(&self.id)?;
+        if record.spec.remove {
+            disks(self.instances.home())?.remove(&DiskId::from(&self.id))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl MachineGround {
+    /// Starts the monitor, with the workload's streams as its own.
+    fn spawn(
+        &self,
+        streams: Streams,
+        ends: &mut Ends,
+    ) -> Result<(ProcessId, BufReader<UnixStream>), BackendError> {
+        let fail = |error: std::io::Error| BackendError::caused("cannot start the machine's monitor", error);
+        let (ours, theirs) = UnixStream::pair().map_err(fail)?;
+        let theirs = OwnedFd::from(theirs);
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg("monitor")
+            .arg(self.id.as_str())
+            .arg(theirs.as_raw_fd().to_string())
+            .env("KILN_HOME", self.instances.home().path())
+            .current_dir("/");
+        let is_terminal = match streams {
+            Streams::Pipes { stdin, stdout, stderr } => {
+                command.stdin(stdin).stdout(stdout).stderr(stderr);
+                false
+            }
+            Streams::Terminal { size } => {
+                let (master, near) = terminal_pair(size).map_err(fail)?;
+                let copy = || near.try_clone().map(Stdio::from).map_err(fail);
+                command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
+                ends.terminal = Some(master);
+                true
+            }
+        };
+        let parent = rustix::process::getpid();
+        // SAFETY: system calls only, between fork and exec, on a descriptor that outlives them.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+                if rustix::process::getppid() != Some(parent) {
+                    return Err(std::io::ErrorKind::BrokenPipe.into());
+                }
+                rustix::process::setsid()?;
+                if is_terminal {
+                    rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+                }
+                rustix::io::fcntl_setfd(&theirs, FdFlags::empty())?;
+                Ok(())
+            });
+        }
+        let child = command.spawn().map_err(fail)?;
+        let id = process::identify(child.id()).ok_or_else(|| {
+            BackendError::new(ErrorKind::Failed, "the machine's monitor ended before it began")
+        })?;
+        Ok((id, BufReader::new(ours)))
+    }
+
+    /// Waits for the machine, writes the record, has the workload started.
+    fn begin(
+        &self,
+        record: &mut InstanceRecord,
+        process: ProcessId,
+        monitor: &mut BufReader<UnixStream>,
+    ) -> Result<(), BackendError> {
+        match news(monitor)? {
+            News::Failed(failure) => return Err(failure.into()),
+            News::Ready | News::Started => {}
+        }
+        let health = record.spec.health.as_ref().map(|_| HealthStatus {
+            state: HealthState::Starting,
+            failing: 0,
+            last_output: String::new(),
+        });
+        *record = self.instances.update(&self.id, |record| {
+            record.status = InstanceStatus::Running;
+            record.started = Some(Timestamp::now());
+            record.exit = None;
+            record.process = Some(process);
+            record.health = health;
+            Ok(())
+        })?;
+        monitor
+            .get_mut()
+            .write_all(GO.as_bytes())
+            .map_err(|error| BackendError::caused("cannot talk to the machine's monitor", error))?;
+        match news(monitor)? {
+            News::Failed(failure) => Err(failure.into()),
+            News::Ready | News::Started => Ok(()),
+        }
+    }
+}
+
+fn news(monitor: &mut BufReader<UnixStream>) -> Result<News, BackendError> {
+    let mut line = String::new();
+    monitor
+        .read_line(&mut line)
+        .map_err(|error| BackendError::caused("cannot hear the machine's monitor", error))?;
+    if line.is_empty() {
+        return Err(BackendError::new(
+            ErrorKind::Failed,
+            "the machine's monitor ended before the machine ran",
+        ));
+    }
+    serde_json::from_str(&line)
+        .map_err(|error| BackendError::caused("cannot read what the machine's monitor says", error))
+}
+
+/// A terminal of this host's: the workload's own is in its guest, and this one only carries.
+fn terminal_pair(size: Option<(u16, u16)>) -> std::io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let near = ioctl_tiocgptpeer(&master, flags)?;
+    let mut modes = tcgetattr(&near)?;
+    modes.make_raw();
+    tcsetattr(&near, OptionalActions::Now, &modes)?;
+    if let Some(size) = size {
+        terminal::resize(&master, size);
+    }
+    streams::set_nonblocking(&master)?;
+    Ok((master, near))
+}
+
+/// All of a machine at once, through its door.
+#[derive(Debug)]
+struct Door {
+    instances: Instances,
+    id: InstanceId,
+}
+
+impl Door {
+    fn ask(&self, question: &Ask) -> Result<(), BackendError> {
+        let dir = self.instances.dir(&self.id);
+        stream::runtime()?.block_on(door::ask(&dir, question)).map(drop)
+    }
+}
+
+impl Hold for Door {
+    fn freeze(&self) -> Result<(), BackendError> {
+        self.ask(&Ask::Pause)
+    }
+
+    fn thaw(&self) -> Result<(), BackendError> {
+        self.ask(&Ask::Resume)
+    }
+
+    fn kill(&self) -> Result<(), BackendError> {
+        // The monitor was killed, and its hypervisor with it.
+        Ok(())
+    }
+
+    fn out_of_memory(&self) -> bool {
+        false
+    }
+}
+
+/// Where a forked machine's memory waits for its first start.
+pub(crate) fn saved(instances: &Instances, id: &InstanceId) -> PathBuf {
+    plan::saved(&instances.dir(id))
+}

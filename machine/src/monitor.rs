@@ -1,0 +1,452 @@
+//! The process that a machine runs below: `kiln monitor <id> <socket>`, a child of the instance's supervisor.
+//!
+//! To the supervisor it *is* the workload: its streams, its exit code, and what it does when it gets a signal are those of the
+//! machine's first process. It owns the hypervisor, which ends with it, as it ends with its supervisor.
+//!
+//! ```text
+//! supervisor                      monitor
+//!    |-- starts it ---------------->|   restores the machine, tells the guest who it is
+//!    |<----------- ready ("failed") |
+//!    |   writes the record          |
+//!    |-- go ----------------------->|   starts the workload
+//!    |<--------- started ("failed") |   carries its streams, answers the door
+//! ```
+
+use std::fs::File;
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream as Blocking;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kiln_boot::Kernels;
+use kiln_contract::{
+    BackendError, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, Silent,
+    Stdio,
+};
+use kiln_instance::signals::Signals;
+use kiln_instance::{DetachKeys, Failure, Instances, terminal};
+use kiln_link::message::{self, Input, Request, TerminalSize, WORKLOAD};
+use kiln_link::{Opener, Parker, Stream};
+use kiln_store::Store;
+use kiln_vmm::Qemu;
+use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, mpsc};
+
+use crate::carry::{End, Event, carry};
+use crate::door::{self, Ask, Reply};
+use crate::life::{Life, Paths, ask, start};
+use crate::template::{Template, Templates};
+use crate::{plan, stream};
+
+/// How long a guest may take to hold still.
+const TO_PARK: Duration = Duration::from_secs(10);
+/// How long a guest may take to write everything to its disk and power off.
+const TO_POWER_OFF: Duration = Duration::from_secs(20);
+
+/// What a monitor tells its supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum News {
+    /// The machine runs and is who it should be.
+    Ready,
+    /// The workload runs.
+    Started,
+    /// Neither.
+    Failed(Failure),
+}
+
+/// The word that starts the workload.
+pub(crate) const GO: &str = "go\n";
+
+/// Runs the machine `id` until its workload has ended: what `kiln monitor <id> <socket>` does. `socket` is the number of an
+/// inherited socket to the supervisor. Gives the workload's exit code.
+///
+/// # Errors
+/// Only if that socket is none. Every other failure is told over it.
+pub fn monitor(home: &Home, id: &InstanceId, socket: i32) -> Result<u8, BackendError> {
+    if socket < 3 {
+        return Err(BackendError::new(ErrorKind::Invalid, format!("{socket} is no inherited socket")));
+    }
+    // SAFETY: by this command's contract the number is a descriptor that was inherited for this very use.
+    let supervisor = Blocking::from(unsafe { OwnedFd::from_raw_fd(socket) });
+    rustix::io::fcntl_setfd(&supervisor, rustix::io::FdFlags::CLOEXEC)
+        .map_err(|error| BackendError::caused("cannot use the inherited socket", io::Error::from(error)))?;
+    let outcome = stream::runtime().and_then(|runtime| {
+        let code = runtime.block_on(run(home, id, &supervisor));
+        // Threads that wait for input that never comes are not waited for.
+        runtime.shutdown_background();
+        code
+    });
+    match outcome {
+        Ok(code) => Ok(code),
+        Err(error) => {
+            tell(&supervisor, &News::Failed(Failure::from(&error)));
+            tracing::error!("{error}");
+            Ok(125)
+        }
+    }
+}
+
+fn tell(mut supervisor: &Blocking, news: &News) {
+    let mut line = serde_json::to_string(news).unwrap_or_default();
+    line.push('\n');
+    // A supervisor that is gone takes this process with it.
+    let _ = supervisor.write_all(line.as_bytes());
+}
+
+/// What is needed to run an instance's machine.
+struct Ground {
+    record: InstanceRecord,
+    dir: InstanceDir,
+    disks: Box<dyn DiskBackend>,
+    disk: DiskId,
+    template: Template,
+    saved: Option<PathBuf>,
+}
+
+/// The template for a machine, made if it is not there.
+pub(crate) fn template(
+    home: &Home,
+    record: &InstanceRecord,
+    qemu: &Qemu,
+    progress: &dyn kiln_contract::Progress,
+) -> Result<Template, BackendError> {
+    let kernels = Kernels::open(home);
+    let kernel = match &record.spec.machine.kernel {
+        Some(name) => kernels.find(name)?,
+        None => kernels.default()?,
+    };
+    Templates::open(home).get(qemu, &kernel, plan::shape(&record.spec.resources)?, progress)
+}
+
+/// The image disk of a machine, made if it is not there.
+pub(crate) fn image(
+    home: &Home,
+    record: &InstanceRecord,
+    progress: &dyn kiln_contract::Progress,
+) -> Result<PathBuf, BackendError> {
+    let fail =
+        |error| BackendError::caused(format!("cannot make the image disk of {}", record.spec.name), error);
+    let store = Store::open(home).map_err(fail)?;
+    let layers = store.with_mount_points(&record.spec.layers).map_err(fail)?;
+    store.image_disk(&layers, progress).map_err(fail)
+}
+
+/// The disks of a home.
+pub(crate) fn disks(home: &Home) -> Result<Box<dyn DiskBackend>, BackendError> {
+    Ok(kiln_disk::open(home, &kiln_disk::Choice::Auto)?.backend)
+}
+
+/// The template below what was saved.
+fn template_of(home: &Home, saved: &std::path::Path) -> Result<Template, BackendError> {
+    let key = std::fs::read_to_string(saved.join("template"))
+        .map_err(|error| BackendError::caused(format!("cannot read {}", saved.display()), error))?;
+    let found = Templates::open(home).list()?.into_iter().find(|template| template.key().hex() == key.trim());
+    found.ok_or_else(|| {
+        BackendError::new(ErrorKind::NotFound, "the template that this machine was saved over is gone")
+            .hint("start it without its memory: remove the saved memory, or fork again")
+    })
+}
+
+async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, BackendError> {
+    let signals =
+        Signals::take().map_err(|error| BackendError::caused("cannot take signals as events", error))?;
+    let instances = Instances::of(home);
+    let record = instances.read(id)?;
+    let dir = instances.dir(id);
+    let qemu = Qemu::find()?;
+    let saved = Some(plan::saved(&dir)).filter(|saved| saved.join("state").exists());
+    let template = match &saved {
+        Some(saved) => template_of(home, saved)?,
+        None => template(home, &record, &qemu, &Silent)?,
+    };
+    let disks = disks(home)?;
+    let disk = DiskId::from(id);
+    let paths = Paths {
+        directory: dir.path().to_owned(),
+        image: image(home, &record, &Silent)?,
+        disk: disks.path(&disk)?,
+    };
+    let life = Life::restore(&qemu, &template, saved.as_deref(), &paths).await?;
+    let ground = Ground { record, dir, disks, disk, template, saved };
+    let outcome = live(&ground, life, supervisor, &signals).await;
+    door::close(&ground.dir);
+    outcome
+}
+
+async fn live(
+    ground: &Ground,
+    life: Life,
+    supervisor: &Blocking,
+    signals: &Signals,
+) -> Result<u8, BackendError> {
+    let spec = &ground.record.spec;
+    life.configure(plan::configure(&ground.record, ground.saved.is_some())?).await?;
+    if let Some(saved) = &ground.saved {
+        // From here on its disk is another: what was saved fits it no more.
+        std::fs::remove_dir_all(saved)
+            .map_err(|error| BackendError::caused(format!("cannot remove {}", saved.display()), error))?;
+    }
+    let listener = door::listen(&ground.dir)?;
+    tell(supervisor, &News::Ready);
+    wait_for_go(supervisor)?;
+    let opener = life.opener();
+    let stdio = own_streams(&ground.dir)?;
+    let watched = stdio.stdout.try_clone();
+    let watched =
+        watched.map_err(|error| BackendError::caused("cannot use the workload's streams", error))?;
+    let size = terminal::size_of(&stdio);
+    let process = Box::new(plan::process(spec, size));
+    let first = match (&ground.saved, spec.machine.system) {
+        (Some(_), _) => Input::Attach { number: WORKLOAD },
+        (None, true) => Input::BecomeInit { process },
+        (None, false) => Input::Start { number: WORKLOAD, process },
+    };
+    let workload = start(&opener, first).await?;
+    tell(supervisor, &News::Started);
+    let keeper = Arc::new(Keeper { parker: life.parker(), opener: opener.clone(), life: Mutex::new(life) });
+    let (events, resized) = mpsc::channel(1);
+    let carried = async {
+        if spec.machine.system {
+            return until_it_ends(workload).await;
+        }
+        let stdin = spec.process.stdin;
+        match carry(workload, stdio, stdin, DetachKeys::parse("")?, resized).await {
+            Ok(End::Exited(code)) => Ok(code),
+            Ok(End::Detached) => Ok(0),
+            Err(error) => Err(error),
+        }
+    };
+    let code = tokio::select! {
+        code = carried => code,
+        failed = pass_on(signals, &keeper, events, &watched, spec.machine.system) => Err(failed),
+        failed = answer(&listener, ground, &keeper) => Err(failed),
+    };
+    match code {
+        Ok(code) => {
+            if !spec.remove {
+                power_off(&opener).await;
+            }
+            Ok(code)
+        }
+        Err(error) => Err(crate::template::with_console(error, &ground.dir.path().join("console.log"))),
+    }
+}
+
+fn wait_for_go(supervisor: &Blocking) -> Result<(), BackendError> {
+    let mut word = String::new();
+    let heard = BufReader::new(supervisor).read_line(&mut word);
+    match heard {
+        Ok(_) if word == GO => Ok(()),
+        _ => Err(BackendError::new(ErrorKind::Failed, "the supervisor changed its mind")),
+    }
+}
+
+/// This process's own streams, which are the workload's.
+fn own_streams(dir: &InstanceDir) -> Result<Stdio, BackendError> {
+    let own = |fd: std::os::fd::BorrowedFd<'_>| {
+        fd.try_clone_to_owned()
+            .map_err(|error| BackendError::caused("cannot use the workload's streams", error))
+    };
+    let stdio = Stdio {
+        stdin: own(io::stdin().as_fd())?,
+        stdout: own(io::stdout().as_fd())?,
+        stderr: own(io::stderr().as_fd())?,
+    };
+    // Nothing else of this process may keep them open or write to them.
+    let dup = || {
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        let words = File::options().append(true).create(true).open(dir.supervisor_log())?;
+        rustix::stdio::dup2_stdin(&null)?;
+        rustix::stdio::dup2_stdout(&null)?;
+        rustix::stdio::dup2_stderr(&words)?;
+        Ok(())
+    };
+    dup().map_err(|error: io::Error| BackendError::caused("cannot use the workload's streams", error))?;
+    Ok(stdio)
+}
+
+/// A system ends with its machine.
+async fn until_it_ends(mut workload: Stream) -> Result<u8, BackendError> {
+    let _ = message::receive::<_, message::Output>(&mut workload).await;
+    Ok(0)
+}
+
+/// What several tasks use of the machine.
+struct Keeper {
+    life: Mutex<Life>,
+    parker: Parker,
+    opener: Opener,
+}
+
+/// Passes signals on to the workload, for ever.
+async fn pass_on(
+    signals: &Signals,
+    keeper: &Keeper,
+    events: mpsc::Sender<Event>,
+    terminal: &OwnedFd,
+    system: bool,
+) -> BackendError {
+    let fail = |error: io::Error| BackendError::caused("cannot wait for signals", error);
+    let copy = match signals.fd().as_fd().try_clone_to_owned() {
+        Ok(copy) => File::from(copy),
+        Err(error) => return fail(error),
+    };
+    // SAFETY: a `File` gives the same open descriptor for as long as it lives, and lives in the `AsyncFd`.
+    let watched = match unsafe { AsyncFd::register(copy) } {
+        Ok(watched) => watched,
+        Err(error) => return fail(error.into()),
+    };
+    loop {
+        match watched.readable().await {
+            Ok(mut ready) => ready.clear_ready(),
+            Err(error) => return fail(error),
+        }
+        while let Some(signal) = signals.next() {
+            match signal {
+                libc::SIGCHLD => {}
+                libc::SIGWINCH => {
+                    if let Some((rows, columns)) = terminal::size([terminal.as_fd()]) {
+                        let _ = events.send(Event::Resized(TerminalSize { rows, columns })).await;
+                    }
+                }
+                signal => {
+                    let signal = if system { to_init(signal) } else { signal };
+                    let request = Request::Signal { process: WORKLOAD, signal };
+                    if let Err(error) = ask(&keeper.opener, request).await {
+                        tracing::warn!("cannot pass signal {signal} on: {error}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What a system's init is told where a process would be told to end: to power off (`SIGRTMIN+4`, systemd(1)).
+fn to_init(signal: i32) -> i32 {
+    match signal {
+        libc::SIGTERM | libc::SIGINT | libc::SIGHUP | libc::SIGQUIT => 38,
+        other => other,
+    }
+}
+
+/// Answers the door, for ever.
+async fn answer(listener: &tokio::net::UnixListener, ground: &Ground, keeper: &Arc<Keeper>) -> BackendError {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => return BackendError::caused("cannot answer the door", error),
+        };
+        if !door::may_ask(&stream) {
+            continue;
+        }
+        if let Err(error) = serve(stream, ground, keeper).await {
+            tracing::debug!("at the door: {error}");
+        }
+    }
+}
+
+async fn serve(mut stream: UnixStream, ground: &Ground, keeper: &Arc<Keeper>) -> Result<(), BackendError> {
+    let question = match tokio::time::timeout(Duration::from_secs(5), message::receive(&mut stream)).await {
+        Ok(Ok(Some(question))) => question,
+        _ => return Ok(()),
+    };
+    let outcome = match question {
+        Ask::Dial { service } => {
+            let opener = keeper.opener.clone();
+            // Carried beside everything else, for as long as both ends like.
+            tokio::spawn(async move {
+                let mut inner = match opener.open(service).await {
+                    Ok(inner) => inner,
+                    Err(error) => {
+                        let failure = door::failure(&crate::life::lost(error));
+                        let _ = message::send(&mut stream, &Reply::Failed(failure)).await;
+                        return;
+                    }
+                };
+                if message::send(&mut stream, &Reply::Done).await.is_ok() {
+                    let _ = tokio::io::copy_bidirectional(&mut stream, &mut inner).await;
+                }
+            });
+            return Ok(());
+        }
+        Ask::Pause => keeper.life.lock().await.vm().pause().map(|()| Reply::Done),
+        Ask::Resume => resume(keeper).await.map(|()| Reply::Done),
+        Ask::Save { directory, disk } => save(ground, keeper, PathBuf::from(directory), &disk)
+            .await
+            .map(|paused| Reply::Saved { paused: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX) }),
+        Ask::Grown { size } => grown(keeper, size).await.map(|()| Reply::Done),
+    };
+    let reply = outcome.unwrap_or_else(|error| Reply::Failed(door::failure(&error)));
+    message::send(&mut stream, &reply).await.map_err(crate::life::lost)
+}
+
+async fn resume(keeper: &Keeper) -> Result<(), BackendError> {
+    keeper.life.lock().await.vm().resume()?;
+    // Its clock stood still.
+    ask(&keeper.opener, Request::Clock { now: plan::now() }).await.map(drop)
+}
+
+async fn grown(keeper: &Keeper, size: u64) -> Result<(), BackendError> {
+    keeper.life.lock().await.vm().disk_resized(size)?;
+    ask(&keeper.opener, Request::Grow { size }).await.map(drop)
+}
+
+/// Saves the running machine and copies its disk, both of one instant; how long it did not run.
+async fn save(
+    ground: &Ground,
+    keeper: &Keeper,
+    directory: PathBuf,
+    copy: &str,
+) -> Result<Duration, BackendError> {
+    let copy = door::disk(copy)?;
+    ground.disks.flush(&ground.disk)?;
+    let mut life = keeper.life.lock().await;
+    let begun = Instant::now();
+    let parked = keeper
+        .parker
+        .park(TO_PARK)
+        .await
+        .map_err(|error| BackendError::caused("cannot save the machine", error))?;
+    let taken = take(ground, life.vm(), &directory, &copy);
+    // Whatever came of it, the original goes on.
+    let resumed = life.vm().resume();
+    let went_on = parked.resume().await;
+    let paused = begun.elapsed();
+    resumed?;
+    went_on.map_err(|error| BackendError::caused("cannot let the machine go on", error))?;
+    taken?.finish()?;
+    std::fs::write(directory.join("template"), ground.template.key().hex())
+        .map_err(|error| BackendError::caused(format!("cannot write to {}", directory.display()), error))?;
+    Ok(paused)
+}
+
+fn take(
+    ground: &Ground,
+    vm: &mut dyn kiln_contract::Vm,
+    directory: &std::path::Path,
+    copy: &DiskId,
+) -> Result<Box<dyn kiln_contract::PendingDisk>, BackendError> {
+    vm.pause()?;
+    vm.save(directory)?;
+    ground.disks.start_clone(&ground.disk, None, copy)
+}
+
+/// Lets the guest end in order. It is not trusted to do so.
+async fn power_off(opener: &Opener) {
+    match tokio::time::timeout(TO_POWER_OFF, ask(opener, Request::PowerOff)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!("the guest does not power off: {error}"),
+        Err(_) => tracing::warn!("the guest does not power off"),
+    }
+}
+
+impl std::fmt::Debug for Keeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keeper").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,196 @@
+//! From an instance's specification to what hypervisor and guest are told.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use kiln_contract::{
+    BackendError, Digest, ErrorKind, InstanceRecord, InstanceSpec, MachineSpec, MountKind, Resources,
+};
+use kiln_link::message::{Configure, HostFile, Mount, MountSource, Process, Root, TerminalSize};
+
+use crate::Shape;
+
+/// `/dev/shm` if nothing is said, in bytes: Docker's figure.
+const SHM: u64 = 64 << 20;
+/// Bytes of randomness for a guest's generator.
+const ENTROPY: usize = 64;
+
+/// Processors and memory, as templates are made for them: whole processors, and memory in steps, so that there are few.
+///
+/// # Errors
+/// Less memory than a kernel and its guest need.
+pub(crate) fn shape(resources: &Resources) -> Result<Shape, BackendError> {
+    const LEAST: u64 = 128 << 20;
+    const STEP: u64 = 64 << 20;
+    let memory = resources.memory.unwrap_or(MachineSpec::MEMORY).bytes();
+    if memory < LEAST {
+        return Err(BackendError::new(
+            ErrorKind::Invalid,
+            format!("a machine needs at least {} MiB of memory", LEAST >> 20),
+        )
+        .hint("give it more with --memory"));
+    }
+    let cpus = resources.cpus.map_or(1, |limit| limit.millis.div_ceil(1000).max(1));
+    Ok(Shape { cpus, memory: memory.div_ceil(STEP) * STEP })
+}
+
+/// The writable disk, in bytes: whole blocks.
+pub(crate) fn disk_size(spec: &InstanceSpec) -> u64 {
+    spec.machine.disk.unwrap_or(MachineSpec::DISK).bytes().next_multiple_of(4096)
+}
+
+/// The host name.
+pub(crate) fn hostname(record: &InstanceRecord) -> String {
+    record.spec.hostname.clone().unwrap_or_else(|| record.id.short().to_owned())
+}
+
+/// Refuses what machines do not have, before anything is made.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] names it.
+pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
+    shape(&spec.resources)?;
+    let refuse = |what: &str| Err(BackendError::unsupported(format!("a machine cannot have {what}")));
+    if !spec.security.devices.is_empty() {
+        return refuse("devices of the host (--device)");
+    }
+    if !matches!(spec.network.mode.as_str(), "default" | "none") {
+        return refuse(&format!("the network `{}`", spec.network.mode));
+    }
+    if !spec.ports.is_empty() {
+        return refuse("published ports yet");
+    }
+    for mount in &spec.mounts {
+        if !matches!(mount.kind, MountKind::Tmpfs(_)) {
+            return refuse(&format!("a volume or a directory of the host at {} yet", mount.target));
+        }
+    }
+    Ok(())
+}
+
+/// What the guest is told of who it is. `root` is `None` for a machine that has one already.
+///
+/// # Errors
+/// If the operating system gives no random bytes.
+pub(crate) fn configure(record: &InstanceRecord, has_root: bool) -> Result<Configure, BackendError> {
+    let spec = &record.spec;
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|error| {
+        BackendError::new(ErrorKind::Failed, format!("cannot draw random bytes: {error}"))
+    })?;
+    let hostname = hostname(record);
+    let machine_id = Digest::of(format!("machine-id {}", record.id).as_bytes()).hex()[..32].to_owned();
+    let file =
+        |path: &str, content: String| HostFile { path: path.to_owned(), content: content.into_bytes() };
+    let files = vec![
+        file("/etc/hostname", format!("{hostname}\n")),
+        file("/etc/machine-id", format!("{machine_id}\n")),
+        file("/etc/hosts", hosts(spec, &hostname)),
+        file("/etc/resolv.conf", resolv_conf(spec)),
+    ];
+    let root = Root {
+        read_only: spec.security.read_only,
+        system: spec.machine.system,
+        shm_size: spec.resources.shm_size.map_or(SHM, kiln_contract::ByteSize::bytes),
+        disk_size: disk_size(spec),
+    };
+    Ok(Configure {
+        hostname,
+        machine_id,
+        clock: now(),
+        entropy,
+        root: (!has_root).then_some(root),
+        mounts: if has_root { Vec::new() } else { mounts(spec) },
+        files,
+        network: None,
+        sysctls: spec.security.sysctls.clone().into_iter().collect(),
+    })
+}
+
+/// Nanoseconds since 1970.
+pub(crate) fn now() -> u64 {
+    u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0)
+}
+
+fn hosts(spec: &InstanceSpec, hostname: &str) -> String {
+    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let _ = writeln!(text, "127.0.1.1\t{hostname}");
+    for line in &spec.network.add_hosts {
+        if let Some((name, address)) = line.split_once(':') {
+            let _ = writeln!(text, "{address}\t{name}");
+        }
+    }
+    text
+}
+
+fn resolv_conf(spec: &InstanceSpec) -> String {
+    let mut text = String::new();
+    for server in &spec.network.dns {
+        let _ = writeln!(text, "nameserver {server}");
+    }
+    if !spec.network.dns_search.is_empty() {
+        let _ = writeln!(text, "search {}", spec.network.dns_search.join(" "));
+    }
+    text
+}
+
+fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
+    let memory = |mount: &kiln_contract::MountSpec| match &mount.kind {
+        MountKind::Tmpfs(wanted) => {
+            let mut options = vec![format!("mode={:o}", wanted.mode.unwrap_or(0o1777))];
+            options.extend(wanted.size.map(|size| format!("size={}", size.bytes())));
+            // Flags of the mount are not options of the filesystem.
+            let of_filesystem = |option: &&String| option.contains('=');
+            options.extend(wanted.options.iter().filter(of_filesystem).cloned());
+            Some(Mount {
+                target: mount.target.clone(),
+                source: MountSource::Tmpfs { options: options.join(",") },
+                read_only: mount.read_only,
+            })
+        }
+        _ => None,
+    };
+    spec.mounts.iter().filter_map(memory).collect()
+}
+
+/// The workload's first process.
+pub(crate) fn process(spec: &InstanceSpec, size: Option<(u16, u16)>) -> Process {
+    let process = &spec.process;
+    let (rows, columns) = size.unwrap_or((24, 80));
+    Process {
+        args: process.args.clone(),
+        env: with_defaults(&process.env, process.tty),
+        cwd: process.cwd.clone(),
+        user: process.user.clone(),
+        groups: process.groups.clone(),
+        terminal: process.tty.then_some(TerminalSize { rows, columns }),
+        stdin: process.stdin,
+        capabilities: None,
+        limits: Vec::new(),
+        no_new_privileges: spec.security.options.iter().any(|option| {
+            matches!(
+                option.as_str(),
+                "no-new-privileges" | "no-new-privileges=true" | "no-new-privileges:true"
+            )
+        }),
+    }
+}
+
+/// What every process expects to find in its environment.
+pub(crate) fn with_defaults(env: &[String], tty: bool) -> Vec<String> {
+    let has = |name: &str| env.iter().any(|variable| variable.split('=').next() == Some(name));
+    let mut env = env.to_vec();
+    if !has("PATH") {
+        env.push("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
+    }
+    if tty && !has("TERM") {
+        env.push("TERM=xterm".to_owned());
+    }
+    env
+}
+
+/// Where a machine keeps what it was forked with until its first start.
+pub(crate) fn saved(dir: &kiln_contract::InstanceDir) -> PathBuf {
+    dir.path().join("saved")
+}
