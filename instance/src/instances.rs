@@ -59,6 +59,9 @@ impl Instances {
     }
 
     /// Makes an instance: takes its name, writes its record. `volumes` are the anonymous ones that it owns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a name that can be none, [`ErrorKind::Conflict`] for one that is taken. Nothing is left then.
     pub fn create(&self, spec: &InstanceSpec, volumes: Vec<String>) -> Result<InstanceRecord, BackendError> {
         check_name(&spec.name)?;
         let id = InstanceId::random();
@@ -106,6 +109,9 @@ impl Instances {
     }
 
     /// Its record, as it was last written.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] if a newer program wrote it.
     pub fn read(&self, id: &InstanceId) -> Result<InstanceRecord, BackendError> {
         let path = self.dir(id).record();
         match read_record(&path) {
@@ -116,6 +122,9 @@ impl Instances {
     }
 
     /// Waits for its lock and takes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`].
     pub fn lock(&self, id: &InstanceId) -> Result<Locked, BackendError> {
         match self.lock_how(id, FlockOperation::LockExclusive) {
             Ok(Some(locked)) => Ok(locked),
@@ -137,6 +146,9 @@ impl Instances {
     }
 
     /// Changes its record under its lock; the new record.
+    ///
+    /// # Errors
+    /// What [`Self::lock`] and [`Self::read`] say, and `change`: the record then stays as it is.
     pub fn update(
         &self,
         id: &InstanceId,
@@ -178,6 +190,9 @@ impl Instances {
     }
 
     /// The ids of all that have a directory.
+    ///
+    /// # Errors
+    /// If the directory of instances cannot be read; one that is missing has none.
     pub fn ids(&self) -> Result<Vec<InstanceId>, BackendError> {
         let path = self.home.instances();
         let entries = match fs::read_dir(&path) {
@@ -190,6 +205,9 @@ impl Instances {
 
     /// All records, oldest first. Directories that an interrupted `create` or `forget` left are swept; a record that
     /// cannot be read is passed over, so that one damaged instance does not hide the others.
+    ///
+    /// # Errors
+    /// As for [`Self::ids`].
     pub fn all(&self) -> Result<Vec<InstanceRecord>, BackendError> {
         let mut records = Vec::new();
         for id in self.ids()? {
@@ -220,6 +238,9 @@ impl Instances {
     }
 
     /// Finds one by its full id, its name, or a prefix of its id that fits no other.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::Conflict`] for a prefix that fits several, with their names.
     pub fn find(&self, text: &str) -> Result<InstanceRecord, BackendError> {
         if let Ok(id) = text.parse::<InstanceId>() {
             return self.read(&id);
@@ -257,6 +278,9 @@ impl Instances {
     }
 
     /// Gives it another name.
+    ///
+    /// # Errors
+    /// As for [`Self::create`]; it then keeps its name.
     pub fn rename(&self, id: &InstanceId, name: &str) -> Result<(), BackendError> {
         check_name(name)?;
         let locked = self.lock(id)?;
@@ -272,6 +296,9 @@ impl Instances {
     }
 
     /// Removes its record, its name and all its files. Its root must not be mounted where this process sees it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if it was started meanwhile; or files of it cannot be removed.
     pub fn forget(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let dir = self.dir(&record.id);
         let locked = match self.lock(&record.id) {
@@ -364,11 +391,17 @@ impl Instances {
 
 impl Locked {
     /// The record.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is none any more; [`ErrorKind::Unsupported`] if a newer program wrote it.
     pub fn read(&self) -> Result<InstanceRecord, BackendError> {
         read_record(&self.path.join("instance.json"))?.ok_or_else(|| no_such(self.id.short()))
     }
 
     /// Replaces the record.
+    ///
+    /// # Errors
+    /// If it cannot be written; the old one then stays.
     pub fn write(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let path = self.path.join("instance.json");
         let fail = |error: io::Error| failed("write", &path, error);

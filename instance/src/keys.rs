@@ -11,6 +11,9 @@ pub struct DetachKeys {
 
 impl DetachKeys {
     /// Reads `ctrl-p,ctrl-q`, `a,b`, `ctrl-@`; empty never detaches.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for what is no key.
     pub fn parse(text: &str) -> Result<Self, BackendError> {
         let mut sequence = Vec::new();
         for key in text.split(',').filter(|_| !text.is_empty()) {

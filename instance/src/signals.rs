@@ -33,6 +33,9 @@ pub struct Signals {
 
 impl Signals {
     /// From now on.
+    ///
+    /// # Errors
+    /// If there can be no more descriptors.
     pub fn take() -> io::Result<Self> {
         let mut set = SigSet::empty();
         for number in TAKEN {
@@ -76,6 +79,9 @@ pub fn die(signal: i32) {
 }
 
 /// Reads a signal: its name with or without `SIG`, its number, `RTMIN+n`, `RTMAX-n`.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`] for what is none of these.
 pub fn parse(text: &str) -> Result<i32, BackendError> {
     let bad = || {
         BackendError::new(ErrorKind::Invalid, format!("`{text}` is no signal"))

@@ -15,6 +15,9 @@ pub struct RawTerminal {
 
 impl RawTerminal {
     /// Changes the terminal behind `fd`; `None` if it is none.
+    ///
+    /// # Errors
+    /// If it is one and cannot be changed; it is then as it was.
     pub fn enter(fd: &OwnedFd) -> io::Result<Option<Self>> {
         if !isatty(fd) {
             return Ok(None);
