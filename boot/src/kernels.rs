@@ -14,8 +14,10 @@ use kiln_contract::{Digest, Home};
 use crate::arch::Arch;
 use crate::error::{BootError, Result};
 use crate::found::{self, Found};
-use crate::image::{self, MAX_KERNEL};
-use crate::kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source, module_file, read_file};
+use crate::image::{Image, MAX_KERNEL};
+use crate::kernel::{
+    FORMAT, IMAGE, Kernel, KernelRecord, ModuleRecord, Source, VMLINUX, module_file, read_file,
+};
 use crate::modules::{self, Resolved, WANTED};
 
 /// The name of the symbolic link to the default kernel.
@@ -50,19 +52,21 @@ impl Kernels {
             .map_err(BootError::doing("make a directory in", &self.directory))?;
         let found = found::find(source, staging.path())?;
         let kernel = read_file(&found.kernel, MAX_KERNEL)?;
-        let about = image::about(&kernel, &found.named)?;
-        let resolved = modules::resolve(&found.modules, &about.version, WANTED)?;
-        let name = name.unwrap_or(&about.version);
+        let of_kernel = Digest::of(&kernel);
+        let image = Image::read(kernel, &found.named)?;
+        let resolved = modules::resolve(&found.modules, &image.version, WANTED)?;
+        let name = name.unwrap_or(&image.version);
         check_name(name)?;
-        let record = record(name, source, &about, &kernel, &resolved);
+        let digest = digest(of_kernel, &resolved);
         let target = self.directory.join(name);
         if target.exists() {
             let installed = Kernel::load(&target)?;
-            let same = installed.digest() == record.digest;
+            let same = installed.digest() == digest;
             return if same { Ok(installed) } else { Err(BootError::NameTaken { name: name.into() }) };
         }
         let made = staging.path().join("made");
-        write(&made, &record, &kernel, &resolved, &found)?;
+        let record = record(name, source, digest, &image, &resolved);
+        write(&made, &record, &image, &resolved, &found)?;
         fs::rename(&made, &target).map_err(BootError::doing("make", &target))?;
         drop(lock);
         Kernel::load(&target)
@@ -190,13 +194,9 @@ impl Kernels {
 /// What names of unfinished things begin with.
 const STAGING: &str = ".making-";
 
-fn record(
-    name: &str,
-    source: &Source,
-    about: &image::About,
-    kernel: &[u8],
-    resolved: &Resolved,
-) -> KernelRecord {
+fn record(name: &str, source: &Source, digest: Digest, image: &Image, resolved: &Resolved) -> KernelRecord {
+    let kernels = image.content.len() + image.vmlinux.as_ref().map_or(0, |vmlinux| vmlinux.elf.len());
+    let modules_size: usize = resolved.modules.iter().map(|module| module.content.len()).sum();
     let modules = resolved.modules.iter().map(|module| ModuleRecord {
         name: module.name.clone(),
         needs: module.needs.clone(),
@@ -207,12 +207,15 @@ fn record(
     KernelRecord {
         format: FORMAT,
         name: name.into(),
-        version: about.version.clone(),
-        arch: about.arch,
+        version: image.version.clone(),
+        arch: image.arch,
         source: source.clone(),
-        digest: digest(kernel, resolved),
+        digest,
         created: Timestamp::now(),
-        size: kernel.len() as u64,
+        form: image.form,
+        size: (kernels + modules_size) as u64,
+        vmlinux: image.vmlinux.is_some(),
+        pvh: image.vmlinux.as_ref().is_some_and(|vmlinux| vmlinux.pvh),
         modules: modules.collect(),
         builtin: resolved.builtin.iter().map(|&name| name.to_owned()).collect(),
         absent: resolved.absent.iter().map(|missing| missing.config.to_owned()).collect(),
@@ -220,8 +223,8 @@ fn record(
 }
 
 /// Of the kernel and its modules, each by its digest, so that nothing can move from one into the next.
-fn digest(kernel: &[u8], resolved: &Resolved) -> Digest {
-    let mut list = format!("kernel {}\n", Digest::of(kernel));
+fn digest(kernel: Digest, resolved: &Resolved) -> Digest {
+    let mut list = format!("kernel {kernel}\n");
     for module in &resolved.modules {
         list += &format!("{} {} {}\n", module.name, module.at_boot, Digest::of(&module.content));
     }
@@ -231,7 +234,7 @@ fn digest(kernel: &[u8], resolved: &Resolved) -> Digest {
 fn write(
     directory: &Path,
     record: &KernelRecord,
-    kernel: &[u8],
+    image: &Image,
     resolved: &Resolved,
     found: &Found,
 ) -> Result<()> {
@@ -239,7 +242,12 @@ fn write(
     fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
     let put =
         |path: PathBuf, content: &[u8]| fs::write(&path, content).map_err(BootError::doing("write", &path));
-    put(directory.join("kernel"), kernel)?;
+    if !image.content.is_empty() {
+        put(directory.join(IMAGE), &image.content)?;
+    }
+    if let Some(vmlinux) = &image.vmlinux {
+        put(directory.join(VMLINUX), &vmlinux.elf)?;
+    }
     for module in &resolved.modules {
         put(module_file(directory, &module.name), &module.content)?;
     }

@@ -12,7 +12,7 @@
 //! kernels.install(&Source::Host("/".into()), None)?;
 //! let kernel = kernels.default()?;
 //! let initramfs = initramfs(&kernel, b"a static program for Linux")?;
-//! println!("{} boots with {} bytes", kernel.image().display(), initramfs.len());
+//! println!("{} boots with {} bytes", kernel.for_qemu().display(), initramfs.len());
 //! # Ok(())
 //! # }
 //! ```
@@ -28,9 +28,13 @@ mod initramfs;
 mod kernel;
 mod kernels;
 mod modules;
+mod parameters;
+mod tsc;
+mod vmlinux;
 
 pub use arch::Arch;
 pub use error::{BootError, Missing, Result};
+pub use image::Form;
 pub use initramfs::initramfs;
 pub use kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source};
 pub use kernels::Kernels;
