@@ -10,6 +10,7 @@
 //! ```
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -30,14 +31,24 @@ const MAX_RECORD: u64 = 8 << 20;
 
 /// Where a kernel came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", content = "path", rename_all = "snake_case")]
+#[serde(tag = "kind", content = "from", rename_all = "snake_case")]
 pub enum Source {
-    /// The one that this host runs, or has in `/boot`; the path is `/`, or where another host's root is.
+    /// The one that this host runs, else the newest in `/boot`; the path is `/`, or where another host's root is.
     Host(PathBuf),
-    /// Debian packages that have the kernel and its modules: one of Debian's, or two of Ubuntu's.
+    /// Debian packages that have the kernel and its modules: one of Debian's, or several of Ubuntu's.
     Packages(Vec<PathBuf>),
     /// What the user named: a package, a kernel's file, or a directory with `boot/vmlinuz-*` and `lib/modules`.
     Path(PathBuf),
+    /// The newest that this host's Debian or Ubuntu has, downloaded by its apt.
+    Distribution,
+    /// Built for machines.
+    Build {
+        /// The source of Linux: a directory, a tar, or a package that has one; without one Debian's.
+        source: Option<PathBuf>,
+        /// How many compilers run at a time; without a number as many as there are processors.
+        #[serde(skip)]
+        jobs: Option<NonZeroUsize>,
+    },
 }
 
 /// A module that was installed with a kernel.

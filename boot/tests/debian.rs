@@ -5,7 +5,7 @@ mod support;
 use std::process::{Command, Stdio};
 
 use kiln_boot::{Kernels, Source, initramfs};
-use kiln_contract::Home;
+use kiln_contract::{Home, Silent};
 
 /// Loads the modules as the guest does, and says so.
 const INIT: &str = r#"
@@ -36,7 +36,7 @@ fn debians_kernel_boots_with_all_its_modules() {
     let Some(package) = kiln_fixtures::debian_kernel() else { return };
     let directory = tempfile::tempdir().unwrap();
     let kernels = Kernels::open(&Home::at(directory.path()));
-    let kernel = kernels.install(&Source::Packages(vec![package]), None).unwrap();
+    let kernel = kernels.install(&Source::Packages(vec![package]), None, &Silent).unwrap();
     assert!(kernel.record().absent.is_empty(), "{:?}", kernel.record().absent);
     if cfg!(target_arch = "x86_64") {
         assert!(kernel.record().pvh);

@@ -5,7 +5,7 @@ mod support;
 use std::io::Write as _;
 
 use kiln_boot::{Arch, BootError, Form, Kernel, Kernels, Result, Source};
-use kiln_contract::Home;
+use kiln_contract::{Home, Silent};
 use support::{VERSION, bzimage_with, vmlinux};
 
 /// Installs the file `content` as a kernel that has everything built in.
@@ -14,7 +14,7 @@ fn install(content: &[u8], check: impl FnOnce(&Kernel)) -> Result<()> {
     let path = directory.path().join("kernel");
     std::fs::write(&path, content).unwrap();
     let kernels = Kernels::open(&Home::at(directory.path().join("home")));
-    kernels.install(&Source::Path(path), None).map(|kernel| check(&kernel))
+    kernels.install(&Source::Path(path), None, &Silent).map(|kernel| check(&kernel))
 }
 
 /// A loaded byte of an ELF file: what is at `address`, counted from where its first segment is.
@@ -179,7 +179,7 @@ fn what_is_no_kernel_is_refused() {
     for (expected, file) in cases {
         match install(&file, |kernel| panic!("{expected}: installed as {kernel:?}")) {
             Err(BootError::NotAKernel { reason, .. }) => {
-                assert!(reason.contains(expected), "{expected}: {reason}")
+                assert!(reason.contains(expected), "{expected}: {reason}");
             }
             other => panic!("{expected}: {other:?}"),
         }
