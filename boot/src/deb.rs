@@ -7,7 +7,10 @@ use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use kiln_contract::Progress;
+
 use crate::compression::{Compression, read_bounded};
+use crate::counted::Counted;
 use crate::error::{BootError, Result};
 use crate::image::MAX_KERNEL;
 use crate::modules::{MAX_MODULE, MAX_MODULES, module_name};
@@ -42,13 +45,13 @@ pub(crate) struct Unpacked {
 
 /// Takes the kernel and its modules out of `packages`, into `directory`, which is empty. Debian has both in one
 /// package; Ubuntu has the modules in another.
-pub(crate) fn unpack(packages: &[PathBuf], directory: &Path) -> Result<Unpacked> {
+pub(crate) fn unpack(packages: &[PathBuf], directory: &Path, progress: &dyn Progress) -> Result<Unpacked> {
     let modules = directory.join("modules");
     std::fs::create_dir(&modules).map_err(BootError::doing("make", &modules))?;
     let mut taken = Taken { directory: directory.into(), ..Taken::default() };
     for package in packages {
-        let tar = open(package)?;
-        taken.take(tar, package)?;
+        let tar = open(package, "unpack", progress)?;
+        taken.take(tar.take(MAX_UNPACKED), package)?;
     }
     let Some((kernel_name, package)) = taken.kernel else {
         let path = packages.first().cloned().unwrap_or_default();
@@ -58,15 +61,20 @@ pub(crate) fn unpack(packages: &[PathBuf], directory: &Path) -> Result<Unpacked>
     Ok(Unpacked { kernel: directory.join("kernel"), named: package.join(kernel_name), modules, config })
 }
 
-/// The tar in `package`, decompressed.
-fn open(package: &Path) -> Result<impl Read> {
+/// The tar in `package`, decompressed. Reading it is a step that is called `verb`.
+pub(crate) fn open<'a>(
+    package: &Path,
+    verb: &'static str,
+    progress: &'a dyn Progress,
+) -> Result<Box<dyn Read + 'a>> {
     let mut file = File::open(package).map_err(BootError::doing("read", package))?;
     let length = find_data(&mut file, package)?;
-    let mut packed = io::BufReader::with_capacity(1 << 16, file.take(length));
+    let name = package.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let file = Counted::begin(file.take(length), verb, &name, length, progress);
+    let mut packed = io::BufReader::with_capacity(1 << 16, file);
     let head = io::BufRead::fill_buf(&mut packed).map_err(BootError::doing("read", package))?;
     let kind = Compression::of(head);
-    let reader = kind.reader(packed).map_err(BootError::doing("decompress", package))?;
-    Ok(reader.take(MAX_UNPACKED))
+    kind.reader(packed).map_err(BootError::doing("decompress", package))
 }
 
 /// Puts `file` at the beginning of the member `data.tar…`, and gives its length in bytes.

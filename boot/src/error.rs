@@ -22,6 +22,15 @@ impl fmt::Display for Missing {
     }
 }
 
+/// A program or a file that building or downloading takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tool {
+    /// The program, or the header of a library.
+    pub program: &'static str,
+    /// The Debian package that has it.
+    pub package: &'static str,
+}
+
 /// A failure of this room. Crossing into [`BackendError`] keeps the message, the kind and the hint.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -129,6 +138,38 @@ pub enum BootError {
         /// What is here.
         host: String,
     },
+    /// Programs that do the work are not installed.
+    #[error("{purpose} takes {}", .missing.iter().map(|tool| tool.program).collect::<Vec<_>>().join(", "))]
+    ToolsMissing {
+        /// What they are for.
+        purpose: &'static str,
+        /// What is missing.
+        missing: Vec<Tool>,
+    },
+    /// A program failed.
+    #[error("{doing} with `{program}`: {said}")]
+    ProgramFailed {
+        /// The program.
+        program: &'static str,
+        /// What was being done.
+        doing: String,
+        /// What it wrote at last, or how it ended.
+        said: String,
+    },
+    /// apt knows no package with a kernel for this host.
+    #[error("apt knows none of the packages {}", .packages.join(", "))]
+    NotInApt {
+        /// Those that were asked for.
+        packages: Vec<String>,
+    },
+    /// No source of a kernel is where one should be.
+    #[error("{} is no source of Linux: {reason}", .path.display())]
+    NotASource {
+        /// The directory or file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file of Kiln's own does not read as it should.
     #[error("reading {}: {reason}", .path.display())]
     Format {
@@ -157,8 +198,14 @@ impl BootError {
             Self::NoSuchKernel { .. } | Self::NoneInstalled | Self::NoKernel { .. } => ErrorKind::NotFound,
             Self::NameTaken { .. } => ErrorKind::Conflict,
             Self::IsDefault { .. } => ErrorKind::State,
-            Self::BadName { .. } | Self::NotAKernel { .. } | Self::NotAPackage { .. } => ErrorKind::Invalid,
-            Self::Lacks { .. } | Self::OtherArchitecture { .. } => ErrorKind::Unsupported,
+            Self::BadName { .. }
+            | Self::NotAKernel { .. }
+            | Self::NotAPackage { .. }
+            | Self::NotASource { .. } => ErrorKind::Invalid,
+            Self::Lacks { .. } | Self::OtherArchitecture { .. } | Self::ToolsMissing { .. } => {
+                ErrorKind::Unsupported
+            }
+            Self::NotInApt { .. } => ErrorKind::NotFound,
             Self::System { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             _ => ErrorKind::Failed,
         }
@@ -177,6 +224,18 @@ impl BootError {
             }
             Self::IsDefault { .. } => {
                 "make another one the default (kiln kernel default NAME), or use --force".into()
+            }
+            Self::ToolsMissing { missing, .. } => {
+                let mut packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
+                packages.dedup();
+                format!("on Debian and Ubuntu: apt-get install {}", packages.join(" "))
+            }
+            Self::NotInApt { .. } => "update apt's lists (apt-get update), or name a file with --from".into(),
+            Self::System { source, path, .. }
+                if source.kind() == io::ErrorKind::PermissionDenied && path.starts_with("/boot") =>
+            {
+                "some distributions let only root read their kernel: copy it, or use Debian's (--from debian)"
+                    .into()
             }
             _ => return None,
         })

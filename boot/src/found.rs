@@ -5,10 +5,13 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use crate::deb;
+use kiln_contract::Progress;
+
+use crate::arch::Arch;
 use crate::error::{BootError, Result};
 use crate::kernel::{Source, read_file};
 use crate::modules::{ModuleTree, WANTED};
+use crate::{apt, build, deb, version};
 
 /// The largest configuration of a kernel.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -26,16 +29,38 @@ pub(crate) struct Found {
 }
 
 /// Finds what `source` names. `staging` is a directory for what has to be unpacked.
-pub(crate) fn find(source: &Source, staging: &Path) -> Result<Found> {
+pub(crate) fn find(source: &Source, staging: &Path, progress: &dyn Progress) -> Result<Found> {
     match source {
-        Source::Packages(paths) => packages(paths, staging),
+        Source::Packages(paths) => packages(paths, staging, progress),
         Source::Host(root) => host(root),
-        Source::Path(path) => at(path, staging),
+        Source::Path(path) => at(path, staging, progress),
+        Source::Distribution => distribution(staging, progress),
+        Source::Build { source, jobs } => {
+            let built = build::build(source.as_deref(), *jobs, staging, progress)?;
+            found(built.kernel.clone(), built.kernel, None, Some(&built.config))
+        }
     }
 }
 
-fn packages(paths: &[PathBuf], staging: &Path) -> Result<Found> {
-    let unpacked = deb::unpack(paths, staging)?;
+/// What Debian calls its newest kernel on each architecture, and what Ubuntu does: it has 9P in a package of extras
+/// that only this one depends on.
+const NEWEST: &[&str] = &[
+    match Arch::host() {
+        Some(Arch::Aarch64) => "linux-image-arm64",
+        _ => "linux-image-amd64",
+    },
+    "linux-image-generic",
+];
+
+fn distribution(staging: &Path, progress: &dyn Progress) -> Result<Found> {
+    let downloads = staging.join("downloads");
+    fs::create_dir(&downloads).map_err(BootError::doing("make", &downloads))?;
+    let files = apt::download(NEWEST, &["linux-image-", "linux-modules-"], &downloads, progress)?;
+    packages(&files, staging, progress)
+}
+
+fn packages(paths: &[PathBuf], staging: &Path, progress: &dyn Progress) -> Result<Found> {
+    let unpacked = deb::unpack(paths, staging, progress)?;
     found(unpacked.kernel, unpacked.named, Some(&unpacked.modules), unpacked.config.as_deref())
 }
 
@@ -48,7 +73,7 @@ fn host(root: &Path) -> Result<Found> {
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let mut others: Vec<String> =
             names.filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned())).collect();
-        others.sort_by(|a, b| crate::kernels::compare_versions(b, a));
+        others.sort_by(|a, b| version::compare(b, a));
         versions.extend(others);
     }
     for version in versions {
@@ -73,7 +98,7 @@ fn modules_of(root: &Path, version: &str) -> Option<PathBuf> {
 }
 
 /// A package's file, the directory of an unpacked package (or of another system's root), or a kernel's file.
-fn at(path: &Path, staging: &Path) -> Result<Found> {
+fn at(path: &Path, staging: &Path, progress: &dyn Progress) -> Result<Found> {
     if path.is_dir() {
         return host(path);
     }
@@ -81,7 +106,7 @@ fn at(path: &Path, staging: &Path) -> Result<Found> {
     let file = File::open(path).map_err(BootError::doing("read", path))?;
     file.take(deb::MAGIC.len() as u64).read_to_end(&mut head).map_err(BootError::doing("read", path))?;
     if head == deb::MAGIC {
-        return packages(&[path.into()], staging);
+        return packages(&[path.into()], staging, progress);
     }
     // /boot/vmlinuz-VERSION, or /lib/modules/VERSION/vmlinuz
     let parent = path.parent().unwrap_or(Path::new("."));

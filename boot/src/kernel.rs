@@ -3,11 +3,14 @@
 //! ```text
 //! kernels/<name>/
 //!   kernel.json          the record below, format 1
-//!   kernel               the file as it was given: a bzImage, an Image, a vmlinux
+//!   kernel               a bzImage as it was given, or an uncompressed Image (arm64)
+//!   vmlinux              the same kernel as an ELF file (x86-64), if it could be unpacked
+//!   config               its configuration, if it is known
 //!   modules/<name>.ko    the modules that machines need, decompressed
 //! ```
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -17,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::arch::Arch;
 use crate::compression::read_bounded;
 use crate::error::{BootError, Result};
-use crate::image::MAX_KERNEL;
+use crate::image::Form;
 use crate::modules::MAX_MODULE;
 
 /// The version of `kernel.json`. A newer one is refused; new fields that older programs may ignore do not change it.
@@ -28,14 +31,24 @@ const MAX_RECORD: u64 = 8 << 20;
 
 /// Where a kernel came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", content = "path", rename_all = "snake_case")]
+#[serde(tag = "kind", content = "from", rename_all = "snake_case")]
 pub enum Source {
-    /// The one that this host runs, or has in `/boot`; the path is `/`, or where another host's root is.
+    /// The one that this host runs, else the newest in `/boot`; the path is `/`, or where another host's root is.
     Host(PathBuf),
-    /// Debian packages that have the kernel and its modules: one of Debian's, or two of Ubuntu's.
+    /// Debian packages that have the kernel and its modules: one of Debian's, or several of Ubuntu's.
     Packages(Vec<PathBuf>),
     /// What the user named: a package, a kernel's file, or a directory with `boot/vmlinuz-*` and `lib/modules`.
     Path(PathBuf),
+    /// The newest that this host's Debian or Ubuntu has, downloaded by its apt.
+    Distribution,
+    /// Built for machines.
+    Build {
+        /// The source of Linux: a directory, a tar, or a package that has one; without one Debian's.
+        source: Option<PathBuf>,
+        /// How many compilers run at a time; without a number as many as there are processors.
+        #[serde(skip)]
+        jobs: Option<NonZeroUsize>,
+    },
 }
 
 /// A module that was installed with a kernel.
@@ -70,8 +83,14 @@ pub struct KernelRecord {
     pub digest: Digest,
     /// When it was installed.
     pub created: Timestamp,
-    /// Bytes of the kernel's file.
+    /// The form in which it was given.
+    pub form: Form,
+    /// Bytes of all its files.
     pub size: u64,
+    /// Whether there is a `vmlinux`.
+    pub vmlinux: bool,
+    /// Whether the `vmlinux` says where PVH enters it, so that QEMU can start it.
+    pub pvh: bool,
     /// Its modules in the order of loading: those of the boot first, each after what it needs.
     pub modules: Vec<ModuleRecord>,
     /// Names of wanted modules that it has built in.
@@ -141,17 +160,21 @@ impl Kernel {
         &self.directory
     }
 
-    /// The kernel's file as it was given: a bzImage, an arm64 Image, or a vmlinux.
+    /// The kernel's file in the form ([`KernelRecord::form`]) in which it was given: a bzImage, an arm64 Image, or the
+    /// same as [`Self::vmlinux`].
     pub fn image(&self) -> PathBuf {
-        self.directory.join("kernel")
+        self.directory.join(if self.record.form == Form::Elf { VMLINUX } else { IMAGE })
     }
 
-    /// The kernel's file, read.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    pub fn read_image(&self) -> Result<Vec<u8>> {
-        read_file(&self.image(), MAX_KERNEL)
+    /// The kernel as an ELF file. It starts much faster than a bzImage where processors are emulated, since nothing
+    /// is decompressed in the guest. Always `None` on arm64, whose Image is not compressed.
+    pub fn vmlinux(&self) -> Option<PathBuf> {
+        self.record.vmlinux.then(|| self.directory.join(VMLINUX))
+    }
+
+    /// What QEMU's `-kernel` starts fastest: [`Self::vmlinux`] if PVH can enter it, else [`Self::image`].
+    pub fn for_qemu(&self) -> PathBuf {
+        self.vmlinux().filter(|_| self.record.pvh).unwrap_or_else(|| self.image())
     }
 
     /// A module's file, read.
@@ -159,6 +182,12 @@ impl Kernel {
         read_file(&module_file(&self.directory, name), MAX_MODULE)
     }
 }
+
+/// The kernel's file in a form that was not ELF.
+pub(crate) const IMAGE: &str = "kernel";
+
+/// The kernel's file as ELF.
+pub(crate) const VMLINUX: &str = "vmlinux";
 
 /// Where the module `name` of the kernel in `directory` is.
 pub(crate) fn module_file(directory: &Path, name: &str) -> PathBuf {

@@ -2,21 +2,24 @@
 //!
 //! A kernel is made in a hidden directory and renamed, so that one that can be seen is complete.
 
-use std::cmp::Ordering;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use kiln_contract::{Digest, Home};
+use kiln_contract::{Digest, Home, Progress};
 
 use crate::arch::Arch;
 use crate::error::{BootError, Result};
 use crate::found::{self, Found};
-use crate::image::{self, MAX_KERNEL};
-use crate::kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source, module_file, read_file};
+use crate::image::{Image, MAX_KERNEL};
+use crate::kernel::{
+    FORMAT, IMAGE, Kernel, KernelRecord, ModuleRecord, Source, VMLINUX, module_file, read_file,
+};
 use crate::modules::{self, Resolved, WANTED};
+use crate::staging::{self, Staging};
+use crate::version;
 
 /// The name of the symbolic link to the default kernel.
 const DEFAULT: &str = "default";
@@ -38,31 +41,30 @@ impl Kernels {
     ///
     /// # Errors
     /// [`BootError::Lacks`] names what the kernel would have to have; [`BootError::NameTaken`] if another kernel has
-    /// the name; [`BootError::NotAKernel`], [`BootError::NotAPackage`] and [`BootError::NoKernel`] for what cannot be
-    /// installed.
-    pub fn install(&self, source: &Source, name: Option<&str>) -> Result<Kernel> {
+    /// the name; [`BootError::NotAKernel`], [`BootError::NotAPackage`], [`BootError::NotASource`] and
+    /// [`BootError::NoKernel`] for what cannot be installed; [`BootError::ToolsMissing`] for what takes programs that
+    /// are not there.
+    pub fn install(&self, source: &Source, name: Option<&str>, progress: &dyn Progress) -> Result<Kernel> {
         name.map_or(Ok(()), check_name)?;
-        fs::create_dir_all(&self.directory).map_err(BootError::doing("make", &self.directory))?;
-        let lock = self.lock()?;
-        let staging = tempfile::Builder::new()
-            .prefix(STAGING)
-            .tempdir_in(&self.directory)
-            .map_err(BootError::doing("make a directory in", &self.directory))?;
-        let found = found::find(source, staging.path())?;
+        let staging = Staging::begin(&self.directory)?;
+        let found = found::find(source, staging.path(), progress)?;
         let kernel = read_file(&found.kernel, MAX_KERNEL)?;
-        let about = image::about(&kernel, &found.named)?;
-        let resolved = modules::resolve(&found.modules, &about.version, WANTED)?;
-        let name = name.unwrap_or(&about.version);
+        let of_kernel = Digest::of(&kernel);
+        let image = Image::read(kernel, &found.named)?;
+        let resolved = modules::resolve(&found.modules, &image.version, WANTED)?;
+        let name = name.unwrap_or(&image.version);
         check_name(name)?;
-        let record = record(name, source, &about, &kernel, &resolved);
+        let digest = digest(of_kernel, &resolved);
+        let made = staging.path().join("made");
+        let record = record(name, source, digest, &image, &resolved);
+        write(&made, &record, &image, &resolved, &found)?;
         let target = self.directory.join(name);
+        let lock = staging::lock(&self.directory)?;
         if target.exists() {
             let installed = Kernel::load(&target)?;
-            let same = installed.digest() == record.digest;
+            let same = installed.digest() == digest;
             return if same { Ok(installed) } else { Err(BootError::NameTaken { name: name.into() }) };
         }
-        let made = staging.path().join("made");
-        write(&made, &record, &kernel, &resolved, &found)?;
         fs::rename(&made, &target).map_err(BootError::doing("make", &target))?;
         drop(lock);
         Kernel::load(&target)
@@ -85,7 +87,7 @@ impl Kernels {
             }
         }
         kernels
-            .sort_by(|a, b| compare_versions(b.version(), a.version()).then_with(|| a.name().cmp(b.name())));
+            .sort_by(|a, b| version::compare(b.version(), a.version()).then_with(|| a.name().cmp(b.name())));
         Ok(kernels)
     }
 
@@ -130,9 +132,9 @@ impl Kernels {
                 host: std::env::consts::ARCH.into(),
             });
         }
-        let lock = self.lock()?;
+        let lock = staging::lock(&self.directory)?;
         let link = self.directory.join(DEFAULT);
-        let new = self.directory.join(format!("{STAGING}{DEFAULT}"));
+        let new = staging::name_for(&self.directory, DEFAULT);
         symlink(name, &new).map_err(BootError::doing("make", &new))?;
         fs::rename(&new, &link).map_err(BootError::doing("make", &link))?;
         drop(lock);
@@ -149,9 +151,9 @@ impl Kernels {
         if is_default && !force {
             return Err(BootError::IsDefault { name: name.into() });
         }
-        let lock = self.lock()?;
+        let lock = staging::lock(&self.directory)?;
         // Renamed first: a kernel is there whole, or not at all.
-        let doomed = self.directory.join(format!("{STAGING}removed"));
+        let doomed = staging::name_for(&self.directory, "removed");
         let directory = self.directory.join(name);
         fs::rename(&directory, &doomed).map_err(BootError::doing("remove", &directory))?;
         if self.chosen().as_deref() == Some(name) {
@@ -168,35 +170,11 @@ impl Kernels {
         let target = fs::read_link(self.directory.join(DEFAULT)).ok()?;
         target.to_str().filter(|name| check_name(name).is_ok()).map(str::to_owned)
     }
-
-    /// Held while kernels are made or removed. What an interrupted one left is swept.
-    fn lock(&self) -> Result<File> {
-        let path = self.directory.join(".lock");
-        let file = File::create(&path).map_err(BootError::doing("make", &path))?;
-        file.lock().map_err(BootError::doing("lock", &path))?;
-        for entry in fs::read_dir(&self.directory).map_err(BootError::doing("list", &self.directory))? {
-            let entry = entry.map_err(BootError::doing("list", &self.directory))?;
-            if entry.file_name().as_encoded_bytes().starts_with(STAGING.as_bytes()) {
-                let path = entry.path();
-                let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-                let swept = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-                swept.map_err(BootError::doing("remove", &path))?;
-            }
-        }
-        Ok(file)
-    }
 }
 
-/// What names of unfinished things begin with.
-const STAGING: &str = ".making-";
-
-fn record(
-    name: &str,
-    source: &Source,
-    about: &image::About,
-    kernel: &[u8],
-    resolved: &Resolved,
-) -> KernelRecord {
+fn record(name: &str, source: &Source, digest: Digest, image: &Image, resolved: &Resolved) -> KernelRecord {
+    let kernels = image.content.len() + image.vmlinux.as_ref().map_or(0, |vmlinux| vmlinux.elf.len());
+    let modules_size: usize = resolved.modules.iter().map(|module| module.content.len()).sum();
     let modules = resolved.modules.iter().map(|module| ModuleRecord {
         name: module.name.clone(),
         needs: module.needs.clone(),
@@ -207,12 +185,15 @@ fn record(
     KernelRecord {
         format: FORMAT,
         name: name.into(),
-        version: about.version.clone(),
-        arch: about.arch,
+        version: image.version.clone(),
+        arch: image.arch,
         source: source.clone(),
-        digest: digest(kernel, resolved),
+        digest,
         created: Timestamp::now(),
-        size: kernel.len() as u64,
+        form: image.form,
+        size: (kernels + modules_size) as u64,
+        vmlinux: image.vmlinux.is_some(),
+        pvh: image.vmlinux.as_ref().is_some_and(|vmlinux| vmlinux.pvh),
         modules: modules.collect(),
         builtin: resolved.builtin.iter().map(|&name| name.to_owned()).collect(),
         absent: resolved.absent.iter().map(|missing| missing.config.to_owned()).collect(),
@@ -220,8 +201,8 @@ fn record(
 }
 
 /// Of the kernel and its modules, each by its digest, so that nothing can move from one into the next.
-fn digest(kernel: &[u8], resolved: &Resolved) -> Digest {
-    let mut list = format!("kernel {}\n", Digest::of(kernel));
+fn digest(kernel: Digest, resolved: &Resolved) -> Digest {
+    let mut list = format!("kernel {kernel}\n");
     for module in &resolved.modules {
         list += &format!("{} {} {}\n", module.name, module.at_boot, Digest::of(&module.content));
     }
@@ -231,7 +212,7 @@ fn digest(kernel: &[u8], resolved: &Resolved) -> Digest {
 fn write(
     directory: &Path,
     record: &KernelRecord,
-    kernel: &[u8],
+    image: &Image,
     resolved: &Resolved,
     found: &Found,
 ) -> Result<()> {
@@ -239,7 +220,12 @@ fn write(
     fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
     let put =
         |path: PathBuf, content: &[u8]| fs::write(&path, content).map_err(BootError::doing("write", &path));
-    put(directory.join("kernel"), kernel)?;
+    if !image.content.is_empty() {
+        put(directory.join(IMAGE), &image.content)?;
+    }
+    if let Some(vmlinux) = &image.vmlinux {
+        put(directory.join(VMLINUX), &vmlinux.elf)?;
+    }
     for module in &resolved.modules {
         put(module_file(directory, &module.name), &module.content)?;
     }
@@ -262,26 +248,4 @@ fn check_name(name: &str) -> Result<()> {
     } else {
         Err(BootError::BadName { name: name.chars().take(120).collect() })
     }
-}
-
-/// Numbers by value, everything else by its letters.
-pub(crate) fn compare_versions(a: &str, b: &str) -> Ordering {
-    let parts = |version: &str| {
-        let mut parts: Vec<(u64, String)> = Vec::new();
-        let mut was_digit = None;
-        for letter in version.chars() {
-            let is_digit = letter.is_ascii_digit();
-            if was_digit.replace(is_digit) != Some(is_digit) {
-                parts.push((0, String::new()));
-            }
-            if let Some((number, text)) = parts.last_mut() {
-                match letter.to_digit(10) {
-                    Some(digit) => *number = number.saturating_mul(10).saturating_add(digit.into()),
-                    None => text.push(letter),
-                }
-            }
-        }
-        parts
-    };
-    parts(a).cmp(&parts(b))
 }

@@ -5,20 +5,23 @@
 //!
 //! ```no_run
 //! use kiln_boot::{Kernels, Source, initramfs};
-//! use kiln_contract::Home;
+//! use kiln_contract::{Home, Silent};
 //!
 //! # fn main() -> kiln_boot::Result<()> {
 //! let kernels = Kernels::open(&Home::at("/var/lib/kiln"));
-//! kernels.install(&Source::Host("/".into()), None)?;
+//! kernels.install(&Source::Host("/".into()), None, &Silent)?;
 //! let kernel = kernels.default()?;
 //! let initramfs = initramfs(&kernel, b"a static program for Linux")?;
-//! println!("{} boots with {} bytes", kernel.image().display(), initramfs.len());
+//! println!("{} boots with {} bytes", kernel.for_qemu().display(), initramfs.len());
 //! # Ok(())
 //! # }
 //! ```
 
+mod apt;
 mod arch;
+mod build;
 mod compression;
+mod counted;
 mod cpio;
 mod deb;
 mod error;
@@ -27,10 +30,18 @@ mod image;
 mod initramfs;
 mod kernel;
 mod kernels;
+mod linux_source;
 mod modules;
+mod parameters;
+mod staging;
+mod tools;
+mod tsc;
+mod version;
+mod vmlinux;
 
 pub use arch::Arch;
-pub use error::{BootError, Missing, Result};
+pub use error::{BootError, Missing, Result, Tool};
+pub use image::Form;
 pub use initramfs::initramfs;
 pub use kernel::{FORMAT, Kernel, KernelRecord, ModuleRecord, Source};
 pub use kernels::Kernels;

@@ -5,7 +5,7 @@ mod support;
 use std::process::{Command, Stdio};
 
 use kiln_boot::{Kernels, Source, initramfs};
-use kiln_contract::Home;
+use kiln_contract::{Home, Silent};
 
 /// Loads the modules as the guest does, and says so.
 const INIT: &str = r#"
@@ -36,8 +36,12 @@ fn debians_kernel_boots_with_all_its_modules() {
     let Some(package) = kiln_fixtures::debian_kernel() else { return };
     let directory = tempfile::tempdir().unwrap();
     let kernels = Kernels::open(&Home::at(directory.path()));
-    let kernel = kernels.install(&Source::Packages(vec![package]), None).unwrap();
+    let kernel = kernels.install(&Source::Packages(vec![package]), None, &Silent).unwrap();
     assert!(kernel.record().absent.is_empty(), "{:?}", kernel.record().absent);
+    if cfg!(target_arch = "x86_64") {
+        assert!(kernel.record().pvh);
+        assert_eq!(kernel.for_qemu(), kernel.directory().join("vmlinux"));
+    }
     let bridge = kernel.record().modules.iter().find(|module| module.name == "bridge").unwrap();
     assert!(!bridge.at_boot && bridge.needs.contains(&"stp".to_owned()), "{bridge:?}");
 
@@ -71,9 +75,10 @@ fn debians_kernel_boots_with_all_its_modules() {
             "-nodefaults",
         ])
         .args(["-display", "none", "-serial", "stdio"])
-        .args(["-append", "console=ttyS0 quiet panic=-1 reboot=t"])
+        .arg("-append")
+        .arg(format!("console=ttyS0 panic=-1 reboot=t {}", kernel.parameters(true).join(" ")))
         .arg("-kernel")
-        .arg(kernel.image())
+        .arg(kernel.for_qemu())
         .arg("-initrd")
         .arg(archive)
         .stdin(Stdio::null())

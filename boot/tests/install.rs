@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use kiln_boot::{BootError, Kernel, Kernels, Source, initramfs};
-use kiln_contract::Home;
+use kiln_contract::{Home, Silent};
 use support::{VERSION, ar, bzimage, deb, module, package_files, read_cpio, tar, unpack};
 
 fn kernels(directory: &Path) -> Kernels {
@@ -33,7 +33,8 @@ fn a_package_is_installed_however_its_data_is_compressed() {
     for (name, data) in forms {
         let directory = tempfile::tempdir().unwrap();
         let package = deb(directory.path(), name, &data);
-        let kernel = kernels(directory.path()).install(&Source::Packages(vec![package]), None).unwrap();
+        let kernel =
+            kernels(directory.path()).install(&Source::Packages(vec![package]), None, &Silent).unwrap();
         assert_eq!(kernel.version(), VERSION, "{name}");
         assert_eq!(std::fs::read(kernel.image()).unwrap(), bzimage(VERSION), "{name}");
         assert_eq!(kernel.record().builtin, ["fuse"], "{name}");
@@ -46,7 +47,7 @@ fn modules_are_loaded_after_what_they_need_and_later_ones_stay_apart() {
     let directory = tempfile::tempdir().unwrap();
     unpack(directory.path(), &package_files());
     let kernels = kernels(directory.path());
-    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None, &Silent).unwrap();
     let load = text(&kernel, "modules/load");
     let at = |name: &str| {
         let line = format!("/modules/{name}.ko");
@@ -76,7 +77,7 @@ fn an_initramfs_holds_the_guest_a_console_and_mount_points_and_is_always_the_sam
     let directory = tempfile::tempdir().unwrap();
     unpack(directory.path(), &package_files());
     let kernels = kernels(directory.path());
-    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None, &Silent).unwrap();
     let archive = initramfs(&kernel, b"a guest").unwrap();
     assert_eq!(archive.len() % 512, 0);
     assert_eq!(archive, initramfs(&kernel, b"a guest").unwrap());
@@ -110,7 +111,7 @@ fn compressed_modules_are_decompressed() {
     }
     unpack(directory.path(), &files);
     let kernels = kernels(directory.path());
-    let kernel = kernels.install(&Source::Path(directory.path().into()), None).unwrap();
+    let kernel = kernels.install(&Source::Path(directory.path().into()), None, &Silent).unwrap();
     let members = read_cpio(&initramfs(&kernel, b"").unwrap());
     let erofs = members.iter().find(|member| member.name == "modules/erofs.ko").unwrap();
     assert_eq!(erofs.content, expected);
@@ -126,7 +127,8 @@ fn a_kernel_that_lacks_something_is_refused_with_the_options_that_it_needs() {
         .filter(|(path, _)| !path.ends_with("/erofs.ko") && !path.ends_with("/tun.ko"))
         .collect();
     unpack(directory.path(), &files);
-    let error = kernels(directory.path()).install(&Source::Path(directory.path().into()), None).unwrap_err();
+    let error =
+        kernels(directory.path()).install(&Source::Path(directory.path().into()), None, &Silent).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the kernel 6.1.0-test lacks what machines need: erofs (CONFIG_EROFS_FS), tun (CONFIG_TUN)"
@@ -152,8 +154,9 @@ fn modules_that_cannot_be_right_are_refused() {
         let mut files = package_files();
         files.iter_mut().find(|(path, _)| path.ends_with(name)).unwrap().1 = content;
         unpack(directory.path(), &files);
-        let error =
-            kernels(directory.path()).install(&Source::Path(directory.path().into()), None).unwrap_err();
+        let error = kernels(directory.path())
+            .install(&Source::Path(directory.path().into()), None, &Silent)
+            .unwrap_err();
         assert!(error.to_string().contains(expected), "{name}: {error}");
     }
 }
@@ -181,7 +184,8 @@ fn damaged_packages_are_refused_and_leave_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("package.deb");
         std::fs::write(&path, bytes).unwrap();
-        let error = kernels(directory.path()).install(&Source::Packages(vec![path]), None).unwrap_err();
+        let error =
+            kernels(directory.path()).install(&Source::Packages(vec![path]), None, &Silent).unwrap_err();
         assert!(error.to_string().contains(expected), "{expected}: {error}");
         let left: Vec<_> = std::fs::read_dir(directory.path().join("home/kernels"))
             .unwrap()
@@ -224,7 +228,8 @@ fn names_in_a_package_reach_nothing_outside() {
     }
     data.resize(data.len() + 1024, 0);
     let package = deb(directory.path(), "data.tar", &data);
-    let error = kernels(directory.path()).install(&Source::Packages(vec![package]), None).unwrap_err();
+    let error =
+        kernels(directory.path()).install(&Source::Packages(vec![package]), None, &Silent).unwrap_err();
     assert!(error.to_string().contains("several kernels"), "{error}");
     let mut found = vec![directory.path().to_path_buf()];
     while let Some(path) = found.pop() {
@@ -246,7 +251,7 @@ fn a_kernel_keeps_its_name_and_the_newest_is_the_default_until_one_is_chosen() {
         Source::Path(path)
     };
     for version in ["6.9.1", "6.10.2", "6.1.100"] {
-        kernels.install(&monolithic(version), None).unwrap();
+        kernels.install(&monolithic(version), None, &Silent).unwrap();
     }
     let names = || kernels.list().unwrap().iter().map(|kernel| kernel.name().to_owned()).collect::<Vec<_>>();
     assert_eq!(names(), ["6.10.2", "6.9.1", "6.1.100"]);
@@ -259,14 +264,14 @@ fn a_kernel_keeps_its_name_and_the_newest_is_the_default_until_one_is_chosen() {
         assert_eq!(kernels.default().unwrap().name(), "6.10.2");
     }
     // The same again is no error; another one under the same name is.
-    kernels.install(&monolithic("6.10.2"), None).unwrap();
-    let error = kernels.install(&monolithic("6.1.100"), Some("6.10.2")).unwrap_err();
+    kernels.install(&monolithic("6.10.2"), None, &Silent).unwrap();
+    let error = kernels.install(&monolithic("6.1.100"), Some("6.10.2"), &Silent).unwrap_err();
     assert!(matches!(error, BootError::NameTaken { .. }), "{error}");
-    kernels.install(&monolithic("6.1.100"), Some("old")).unwrap();
+    kernels.install(&monolithic("6.1.100"), Some("old"), &Silent).unwrap();
     assert_eq!(kernels.find("old").unwrap().version(), "6.1.100");
     for bad in ["", "default", "..", "a/b", ".hidden", "a b"] {
         assert!(
-            matches!(kernels.install(&monolithic("1"), Some(bad)), Err(BootError::BadName { .. })),
+            matches!(kernels.install(&monolithic("1"), Some(bad), &Silent), Err(BootError::BadName { .. })),
             "{bad:?}"
         );
     }
@@ -283,7 +288,7 @@ fn what_an_interrupted_installation_left_is_swept() {
     std::fs::write(&path, bzimage("6.1.1")).unwrap();
     let kernels = kernels(directory.path());
     assert!(kernels.list().unwrap().is_empty());
-    kernels.install(&Source::Path(path), None).unwrap();
+    kernels.install(&Source::Path(path), None, &Silent).unwrap();
     assert!(!left.exists());
 }
 
@@ -293,7 +298,7 @@ fn a_record_of_a_newer_version_is_refused() {
     let path = directory.path().join("kernel");
     std::fs::write(&path, bzimage("6.1.1")).unwrap();
     let kernels = kernels(directory.path());
-    let kernel = kernels.install(&Source::Path(path), None).unwrap();
+    let kernel = kernels.install(&Source::Path(path), None, &Silent).unwrap();
     let record = kernel.directory().join("kernel.json");
     let text = std::fs::read_to_string(&record).unwrap();
     std::fs::write(&record, text.replace("\"format\": 1", "\"format\": 2")).unwrap();

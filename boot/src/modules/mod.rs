@@ -7,4 +7,4 @@ mod wanted;
 
 pub(crate) use resolve::{Resolved, resolve};
 pub(crate) use tree::{MAX_MODULE, MAX_MODULES, ModuleTree, module_name};
-pub(crate) use wanted::WANTED;
+pub(crate) use wanted::{WANTED, is_vital};

@@ -17,6 +17,11 @@ pub(crate) enum Need {
     Later,
 }
 
+/// Whether no machine can have a kernel without it.
+pub(crate) fn is_vital(wanted: &Wanted) -> bool {
+    wanted.need == Need::Always
+}
+
 const fn always(module: &'static str, config: &'static str) -> Wanted {
     Wanted { module, config, need: Need::Always }
 }
@@ -113,6 +118,4 @@ pub(crate) const WANTED: &[Wanted] = &[
     later("unix_diag", "CONFIG_UNIX_DIAG"),
     later("binfmt_misc", "CONFIG_BINFMT_MISC"),
     later("autofs4", "CONFIG_AUTOFS_FS"),
-    later("squashfs", "CONFIG_SQUASHFS"),
-    later("isofs", "CONFIG_ISO9660_FS"),
 ];

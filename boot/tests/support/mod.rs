@@ -178,3 +178,54 @@ pub(crate) fn read_cpio(mut archive: &[u8]) -> Vec<Member> {
         archive = &archive[(begin + length).next_multiple_of(4)..];
     }
 }
+
+/// An uncompressed kernel: one segment of `code` and zeros behind it, a note inside of it that tells PVH's entry, and
+/// something behind that is in no segment.
+pub(crate) fn vmlinux(code: &[u8], pvh: bool) -> Vec<u8> {
+    const AT: usize = 0x2000;
+    let kind: u32 = if pvh { 18 } else { 6 };
+    let mut note = Vec::new();
+    for value in [4_u32, 4, kind] {
+        note.extend_from_slice(&value.to_le_bytes()); // length of name, length of description, type
+    }
+    note.extend_from_slice(b"Xen\0");
+    note.extend_from_slice(&0x0100_0000_u32.to_le_bytes());
+    let mut elf = Vec::new();
+    elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    elf.extend_from_slice(&2_u16.to_le_bytes()); // executable
+    elf.extend_from_slice(&62_u16.to_le_bytes()); // x86-64
+    elf.extend_from_slice(&1_u32.to_le_bytes());
+    for value in [0x0100_0000_u64, 64, 0] {
+        elf.extend_from_slice(&value.to_le_bytes()); // entry, program headers, section headers
+    }
+    elf.extend_from_slice(&0_u32.to_le_bytes());
+    for value in [64_u16, 56, 2, 64, 0, 0] {
+        elf.extend_from_slice(&value.to_le_bytes());
+    }
+    let mut segment = note.clone();
+    segment.extend_from_slice(code);
+    let zeros = 0x5000;
+    for (kind, align, size) in [(1_u32, 0x20_0000_u64, segment.len() + zeros), (4, 4, note.len())] {
+        elf.extend_from_slice(&kind.to_le_bytes());
+        elf.extend_from_slice(&7_u32.to_le_bytes());
+        for value in [AT as u64, 0xffff_ffff_8100_0000, 0x0100_0000, size as u64, size as u64, align] {
+            elf.extend_from_slice(&value.to_le_bytes());
+        }
+    }
+    elf.resize(AT, 0);
+    elf.extend_from_slice(&segment);
+    elf.resize(elf.len() + zeros, 0);
+    elf.extend_from_slice(b"symbols and the like");
+    elf
+}
+
+/// A `bzImage` whose payload is `payload`, at a place where the setup header says that it is.
+pub(crate) fn bzimage_with(payload: &[u8]) -> Vec<u8> {
+    let mut image = bzimage(VERSION);
+    image[0x248..0x24c].copy_from_slice(&0x800_u32.to_le_bytes());
+    image[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
+    image.resize(5 * 512 + 0x800, 0);
+    image.extend_from_slice(payload);
+    image.extend_from_slice(b"what follows");
+    image
+}
