@@ -17,7 +17,7 @@ use kiln_contract::{Attachment, Home, InstanceId, NetworkRequest, PublishSpec};
 
 use super::namespace::Namespace;
 use super::netlink::{self, Netlink};
-use super::ports::{self, BoundPort};
+use crate::ports::{self, BoundPort};
 use super::proxy::Proxy;
 use super::responder::{Responder, Upstreams, Zone};
 use super::{name_files, nft};

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
-use super::ports::{BoundPort, Held};
+use crate::ports::{BoundPort, Held};
 use super::worker::{Stop, Worker};
 
 /// More connections wait in the sockets' queues. Each takes two descriptors, and a process usually has 1024: clients
