@@ -161,9 +161,7 @@ impl Policy {
         granted: bool,
     ) -> Result<(), Denied> {
         let address = canonical(address);
-        let closed = closed(address).or_else(|| {
-            is_own(address).then(|| (IpNet::from(address), OWN))
-        });
+        let closed = closed(address).or_else(|| is_own(address).then(|| (IpNet::from(address), OWN)));
         let named = |rule: &Rule| match (&rule.what, closed) {
             (What::Network(network), Some((range, _))) => {
                 range.contains(network) && network.contains(&address)
@@ -248,7 +246,9 @@ impl FromStr for Rule {
         let (what, ports) = split_ports(rule).map_err(wrong)?;
         let what = parse_what(what).map_err(wrong)?;
         if what == What::Any && ports != Ports::All {
-            return Err(wrong("`any` has no port; `0.0.0.0/0:PORT` and `[::/0]:PORT` open one everywhere".into()));
+            return Err(wrong(
+                "`any` has no port; `0.0.0.0/0:PORT` and `[::/0]:PORT` open one everywhere".into(),
+            ));
         }
         Ok(Self { what, ports })
     }
@@ -300,13 +300,16 @@ fn parse_what(text: &str) -> Result<What, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
         let address = canonical(address);
         if address.is_unspecified() {
-            return Err("it is no destination; the host's loopback is `host-loopback`, everything is `any`".into());
+            return Err(
+                "it is no destination; the host's loopback is `host-loopback`, everything is `any`".into()
+            );
         }
         return Ok(What::Network(address.into()));
     }
     if text.contains('/') {
-        let network: IpNet =
-            text.parse().map_err(|_| "it is neither an address nor a network such as 10.0.0.0/8".to_owned())?;
+        let network: IpNet = text
+            .parse()
+            .map_err(|_| "it is neither an address nor a network such as 10.0.0.0/8".to_owned())?;
         if network.addr() != network.network() {
             return Err(format!("the network is {}", network.trunc()));
         }
@@ -552,10 +555,15 @@ mod tests {
         ] {
             let address: IpAddr = address.parse().unwrap();
             assert!(matches!(wide.check(address, Some(80)), Err(Denied::Closed(_))), "{address}");
-            assert!(matches!(wide.check_granted(address, Some(80), true), Err(Denied::Closed(_))), "{address}");
+            assert!(
+                matches!(wide.check_granted(address, Some(80), true), Err(Denied::Closed(_))),
+                "{address}"
+            );
             assert!(wide.check(address, None).is_err(), "{address}");
         }
-        for open in ["192.0.2.1", "10.0.0.1", "100.100.100.201", "2001:db8::1", "64:ff9b::192.0.2.1", "fd00::1"] {
+        for open in
+            ["192.0.2.1", "10.0.0.1", "100.100.100.201", "2001:db8::1", "64:ff9b::192.0.2.1", "fd00::1"]
+        {
             let open = open.parse().unwrap();
             assert_eq!(Policy::open().check(open, Some(80)), Ok(()), "{open}");
             assert_eq!(Policy::open().check(open, None), Ok(()), "{open}");

@@ -207,6 +207,18 @@ where
     stream.flush().await
 }
 
+/// Tells a client that its request will not be carried out, without reading it.
+///
+/// # Errors
+/// What the stream says.
+pub async fn refuse<S>(stream: &mut S, reply: Reply) -> io::Result<()>
+where
+    S: AsyncWrite + Unpin,
+{
+    stream.write_all(&[VERSION, NO_AUTHENTICATION]).await?;
+    answer(stream, reply).await
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -302,6 +314,16 @@ mod tests {
         assert!(matches!(ask(b"\x05\xff"), Err(SocksError::Wire(WireError::Authentication))));
         assert!(matches!(ask(b"\x04\x00"), Err(SocksError::Wire(WireError::Version(4)))));
         assert!(matches!(ask(b"\x05\x00\x05\x00\x00\x03\xff"), Err(SocksError::Stream(_))));
+    }
+
+    #[test]
+    fn a_client_that_is_refused_unheard_understands_it() {
+        block_on(async {
+            let (mut client, mut server) = duplex(4096);
+            refuse(&mut server, Reply::Failed).await.unwrap();
+            let error = connect(&mut client, &"example.org:80".parse().unwrap()).await.unwrap_err();
+            assert_eq!(error.reply(), Some(Reply::Failed));
+        });
     }
 
     proptest! {

@@ -56,7 +56,7 @@ impl Gateway {
     {
         // Before anything is read: a guest that opens streams and says nothing has its limit too.
         let Some(_permit) = self.take_connection() else {
-            let _ = socks::answer(&mut stream, Reply::Failed).await;
+            let _ = socks::refuse(&mut stream, Reply::Failed).await;
             return;
         };
         let guest = self.options.guest.as_str();
@@ -127,9 +127,10 @@ impl Gateway {
                 let target = Target::Address(SocketAddr::from(([127, 0, 0, 1], port)));
                 match socks::connect(&mut stream, &target).await {
                     Ok(()) => Ok(Server::Machine(stream)),
-                    Err(error) => {
-                        Err(Failure::Failed(error.reply().unwrap_or(Reply::HostUnreachable), error.to_string()))
-                    }
+                    Err(error) => Err(Failure::Failed(
+                        error.reply().unwrap_or(Reply::HostUnreachable),
+                        error.to_string(),
+                    )),
                 }
             }
         }

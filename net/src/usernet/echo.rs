@@ -11,11 +11,8 @@ const HEADER: usize = 8;
 /// A socket that sends echo requests and receives the answers to them (icmp(7), `ping_group_range`). The kernel chooses the
 /// identifier, and computes checksums.
 pub(super) fn socket(ipv4: bool) -> io::Result<UdpSocket> {
-    let (family, protocol) = if ipv4 {
-        (AddressFamily::INET, ipproto::ICMP)
-    } else {
-        (AddressFamily::INET6, ipproto::ICMPV6)
-    };
+    let (family, protocol) =
+        if ipv4 { (AddressFamily::INET, ipproto::ICMP) } else { (AddressFamily::INET6, ipproto::ICMPV6) };
     let socket = rustix::net::socket(family, SocketType::DGRAM, Some(protocol))?;
     rustix::io::ioctl_fioclex(&socket)?;
     rustix::io::ioctl_fionbio(&socket, true)?;

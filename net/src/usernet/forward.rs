@@ -59,7 +59,8 @@ impl Upstreams {
         let own = (getrandom::u32().ok()? as u16).to_be_bytes();
         let asked = [own.as_slice(), rest].concat();
         let servers = self.now();
-        for server in servers.iter().take(MOST_SERVERS).cycle().take(servers.len().min(MOST_SERVERS) * TURNS) {
+        for server in servers.iter().take(MOST_SERVERS).cycle().take(servers.len().min(MOST_SERVERS) * TURNS)
+        {
             let answer = async {
                 match transport {
                     Transport::Udp => ask_over_udp(&asked, *server).await,
@@ -142,10 +143,7 @@ pub(super) async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> io::R
     Ok(Some(message))
 }
 
-pub(super) async fn write_message(
-    stream: &mut (impl AsyncWrite + Unpin),
-    message: &[u8],
-) -> io::Result<()> {
+pub(super) async fn write_message(stream: &mut (impl AsyncWrite + Unpin), message: &[u8]) -> io::Result<()> {
     let length = u16::try_from(message.len()).map_err(|_| io::ErrorKind::InvalidData)?;
     let framed = [&length.to_be_bytes(), message].concat();
     stream.write_all(&framed).await?;
@@ -169,7 +167,14 @@ mod tests {
         assert!(with(|_| ()));
         assert!(with(|answer| answer[13] = b'w'), "the case of a name is no matter");
         assert!(with(|answer| answer.extend_from_slice(b"records")));
-        assert!(with(|answer| { answer.truncate(12); answer[5] = 0; answer[3] = 1 }), "a format error");
+        assert!(
+            with(|answer| {
+                answer.truncate(12);
+                answer[5] = 0;
+                answer[3] = 1
+            }),
+            "a format error"
+        );
         for no in [
             (|answer| answer[0] = 0) as fn(&mut Vec<u8>),
             |answer| answer[2] = 1,

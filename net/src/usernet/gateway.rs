@@ -174,7 +174,13 @@ impl Gateway {
         permit
     }
 
-    pub(super) fn deny(&self, counter: &AtomicU64, what: &str, target: impl fmt::Display, reason: impl fmt::Display) {
+    pub(super) fn deny(
+        &self,
+        counter: &AtomicU64,
+        what: &str,
+        target: impl fmt::Display,
+        reason: impl fmt::Display,
+    ) {
         self.tally.deny(counter, &self.options.guest, what, target, reason);
     }
 

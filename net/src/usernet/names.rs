@@ -95,7 +95,10 @@ impl NameTable {
 
     /// Takes a neighbour out.
     pub fn remove(&self, address: IpAddr) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|neighbour| neighbour.address != address);
+        self.0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|neighbour| neighbour.address != address);
     }
 
     fn find<T>(&self, address: IpAddr, get: impl FnOnce(&Neighbour) -> T) -> Option<T> {

@@ -62,7 +62,12 @@ impl Gateway {
             return answer.to_vec().ok();
         }
         if !self.may_ask(&asked, question.name(), kind) {
-            self.deny(&self.tally.denied_names, "a name", format_args!("{asked} ({kind})"), "no rule allows it");
+            self.deny(
+                &self.tally.denied_names,
+                "a name",
+                format_args!("{asked} ({kind})"),
+                "no rule allows it",
+            );
             return prohibited(&message).to_vec().ok();
         }
         if self.options.upstreams == Upstreams::Nobody {
@@ -135,7 +140,8 @@ impl Gateway {
             return;
         }
         let Ok(answer) = Message::from_vec(answer) else { return };
-        let same = |name: &Name, other: &str| name.to_ascii().trim_end_matches('.').eq_ignore_ascii_case(other);
+        let same =
+            |name: &Name, other: &str| name.to_ascii().trim_end_matches('.').eq_ignore_ascii_case(other);
         // Only what the name leads to: anything else in an answer is not about it.
         let mut names = vec![(asked.to_owned(), u32::MAX)];
         while let Some((last, ttl)) = names.last()

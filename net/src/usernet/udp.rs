@@ -11,7 +11,7 @@ use kiln_usernet::{RESOLVER, Target, UDP};
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, consume_budget};
 use tokio::time::{Instant, sleep_until};
 
 use super::forward::Transport;
@@ -131,6 +131,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relay<S> {
                 self.receive(kind);
             }
             deadline = Instant::now() + IDLE;
+            // Sockets that always have something to tell count for nothing otherwise.
+            consume_budget().await;
         }
     }
 
@@ -166,7 +168,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relay<S> {
             None => match self.gateway.place(peer.ip(), (!echo).then_some(peer.port())) {
                 Ok(Place::Address(address)) => SocketAddr::new(canonical(address), seen.port()),
                 Ok(Place::Loopback) => Gateway::loopback(seen.port())[0],
-                Ok(Place::Machine(machine)) if !echo => return self.send_to_neighbour(peer, &machine, payload),
+                Ok(Place::Machine(machine)) if !echo => {
+                    return self.send_to_neighbour(peer, &machine, payload);
+                }
                 // Neighbours are there, but have no address at which they would answer.
                 Ok(Place::Machine(_)) => return self.refuse(peer, Unreachable::Prohibited),
                 Err(denied) => {
@@ -178,11 +182,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relay<S> {
         };
         self.peers.note(seen, real, echo, peer.port());
         let kind = Kind::of(real.ip(), echo);
+        // Not by way of the runtime, which does not know yet that a new socket can send.
+        let send = |socket: &UdpSocket, payload: &[u8]| {
+            rustix::net::sendto(socket, payload, rustix::net::SendFlags::DONTWAIT, &real)
+                .map_err(io::Error::from)
+        };
         let sent = self.socket(kind).and_then(|socket| {
             if echo {
-                socket.try_send_to(&echo::request(real.ip(), peer.port(), payload), real)
+                send(socket, &echo::request(real.ip(), peer.port(), payload))
             } else {
-                socket.try_send_to(payload, real)
+                send(socket, payload)
             }
         });
         match sent {
@@ -219,16 +228,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Relay<S> {
         let Some(socket) = &self.sockets[kind as usize] else { return };
         let mut piece = [0; LARGEST];
         for _ in 0..BATCH {
-            // Answers and errors are two kinds of readiness; looking for both leaves neither unseen.
-            let received = socket.try_io(Interest::READABLE | Interest::ERROR, || {
+            let mut receive = || {
                 if let Some(error) = errors::next(socket) {
                     return Ok(Err(error));
                 }
                 let (length, _, peer) =
                     rustix::net::recvfrom(socket, piece.as_mut_slice(), rustix::net::RecvFlags::DONTWAIT)?;
-                let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-                Ok(Ok((length, peer)))
-            });
+                Ok(Ok((length, peer.and_then(|peer| SocketAddr::try_from(peer).ok()))))
+            };
+            // The runtime looks for one kind of readiness at a time.
+            let received = match socket.try_io(Interest::READABLE, &mut receive) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    socket.try_io(Interest::ERROR, receive)
+                }
+                other => other,
+            };
             match received {
                 Ok(Ok((length, Some(peer)))) => {
                     self.peers.answered(kind, peer, &piece[..length], &mut self.frames);

@@ -61,7 +61,11 @@ impl Default for TunConfig {
 impl TunConfig {
     /// The gateways: one of each family that is there.
     pub fn gateways(&self) -> Vec<IpAddr> {
-        self.ipv4.map(|v4| v4.gateway.into()).into_iter().chain(self.ipv6.map(|v6| v6.gateway.into())).collect()
+        self.ipv4
+            .map(|v4| v4.gateway.into())
+            .into_iter()
+            .chain(self.ipv6.map(|v6| v6.gateway.into()))
+            .collect()
     }
 
     /// A `resolv.conf(5)` that names the gateway.

@@ -203,7 +203,12 @@ fn deliver(source: Source, frame: &Frame, tun: &Tun) {
     match (source, &frame.content) {
         (Source::Port(program), Content::Datagram(payload)) => packet::send_udp(tun, peer, program, payload),
         (Source::Port(program), Content::Unreachable(why)) => {
-            packet::send_unreachable(tun, reporter(*why, peer, gateway), &packet::udp_start(program, peer), *why);
+            packet::send_unreachable(
+                tun,
+                reporter(*why, peer, gateway),
+                &packet::udp_start(program, peer),
+                *why,
+            );
         }
         (Source::Echo(program, identifier), Content::Echo(data)) => {
             packet::send_echo(tun, peer.ip(), program, identifier, peer.port(), data);

@@ -34,7 +34,12 @@ impl Fragments {
     /// Takes a fragment; the protocol and the payload of the packet that it completes, if it does.
     ///
     /// Fragments that overlap are an attack or a fault: the whole packet is forgotten (RFC 5722 has it so for IPv6).
-    pub(super) fn take(&mut self, packet: &Packet<'_>, part: &Fragment<'_>, now: Instant) -> Option<(u8, Vec<u8>)> {
+    pub(super) fn take(
+        &mut self,
+        packet: &Packet<'_>,
+        part: &Fragment<'_>,
+        now: Instant,
+    ) -> Option<(u8, Vec<u8>)> {
         self.0.retain(|partial| now.duration_since(partial.since) < PATIENCE);
         let same = |partial: &Partial| {
             (partial.source, partial.destination) == (packet.source, packet.destination)

@@ -4,8 +4,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::task::consume_budget;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::TunConfig;
@@ -19,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// After which a UDP client is forgotten.
 const IDLE: Duration = Duration::from_secs(120);
 const BATCH: usize = 32;
+/// A port at which nobody listens is reported as an error, and is no reason to be readable.
+const NEWS: Interest = Interest::READABLE.add(Interest::ERROR);
 
 /// Serves one stream of service [`TCP`](crate::TCP) that the host has opened: SOCKS5 `CONNECT` to a port of `127.0.0.1`.
 /// A server that does not listen there is looked for on the guest's other addresses. Ends with the connection.
@@ -94,7 +98,7 @@ where
     loop {
         let readable = async {
             match &server {
-                Some(server) => server.socket.readable().await,
+                Some(server) => server.socket.ready(NEWS).await,
                 None => std::future::pending().await,
             }
         };
@@ -110,8 +114,7 @@ where
                     continue;
                 };
                 server.last.clone_from(payload);
-                // What the system says about it comes with the next answer.
-                let _ = server.socket.try_send(payload);
+                server.send();
             }
             ready = readable => {
                 ready?;
@@ -122,6 +125,8 @@ where
             () = sleep_until(deadline) => return Ok(()),
         }
         deadline = Instant::now() + IDLE;
+        // Sockets that always have something to tell count for nothing otherwise.
+        consume_budget().await;
     }
 }
 
@@ -146,6 +151,11 @@ impl Server {
         Ok(Some(Self { target: target.clone(), places, further, socket, last: Vec::new() }))
     }
 
+    /// Sends the client's last datagram. What the system says about it comes with the next answer.
+    fn send(&self) {
+        let _ = send(&self.socket, &self.last, SendFlags::DONTWAIT);
+    }
+
     /// Sends the host what the server answered.
     async fn answer<S>(&mut self, frames: &mut Frames<S>) -> io::Result<()>
     where
@@ -153,7 +163,15 @@ impl Server {
     {
         for _ in 0..BATCH {
             let received = with_piece(|piece| {
-                let length = self.socket.try_recv(piece)?;
+                let mut receive = || Ok(recv(&self.socket, &mut *piece, RecvFlags::DONTWAIT)?.0);
+                // The runtime looks for one kind of readiness at a time.
+                let received = self.socket.try_io(Interest::READABLE, &mut receive);
+                let length = match received {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.socket.try_io(Interest::ERROR, receive)?
+                    }
+                    other => other?,
+                };
                 Ok::<_, io::Error>(piece[..length].to_vec())
             });
             match received {
@@ -177,7 +195,7 @@ impl Server {
         for place in self.further.by_ref() {
             if let Ok(socket) = connected(place).await {
                 self.socket = socket;
-                let _ = self.socket.try_send(&self.last);
+                self.send();
                 return Ok(());
             }
         }
@@ -190,8 +208,7 @@ impl Server {
 }
 
 async fn connected(to: SocketAddr) -> io::Result<UdpSocket> {
-    let any: IpAddr =
-        if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).await?;
     socket.connect(to).await?;
     Ok(socket)

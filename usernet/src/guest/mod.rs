@@ -20,11 +20,11 @@
 //! none and routers may not.
 
 mod config;
+mod flows;
 mod fragments;
 mod inward;
 mod netlink;
 mod packet;
-mod flows;
 mod stack;
 mod tcp;
 mod tun;

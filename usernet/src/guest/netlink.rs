@@ -39,7 +39,8 @@ const QUEUE: u32 = 4096;
 /// Gives the device with this index its MTU, addresses and routes, and puts it up.
 pub(super) fn configure(index: u32, config: &TunConfig) -> Result<(), GuestError> {
     let name = &config.name;
-    let mut netlink = Netlink::open().map_err(GuestError::doing("opening a socket to the kernel's network"))?;
+    let mut netlink =
+        Netlink::open().map_err(GuestError::doing("opening a socket to the kernel's network"))?;
     let mut link = Message::new(RTM_NEWLINK, 0);
     link.bytes(&[0, 0, 0, 0]).word(index).word(IFF_UP).word(IFF_UP);
     link.attribute(IFLA_MTU, &u32::from(config.mtu).to_ne_bytes());

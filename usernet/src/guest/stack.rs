@@ -39,7 +39,8 @@ const GLANCE: Duration = Duration::from_secs(3);
 /// [`GuestError::System`] if the device cannot be read any more.
 pub async fn run<O: Open>(tun: Tun, mut sessions: watch::Receiver<Arc<O>>) -> Result<(), GuestError> {
     let device = Arc::new(tun);
-    let failed = |source: io::Error| GuestError::System { doing: "reading from the TUN device".into(), source };
+    let failed =
+        |source: io::Error| GuestError::System { doing: "reading from the TUN device".into(), source };
     // SAFETY: the `Arc` keeps the device, and with it its one descriptor, open and the same until after `readable` is gone.
     let readable = unsafe { AsyncFd::register_with_interest(Arc::clone(&device), Interest::READABLE) }
         .map_err(|error| failed(error.into()))?;
@@ -117,7 +118,11 @@ struct Entry {
 
 enum Stage {
     /// The host dials; this is the SYN that will be answered.
-    Dialling { syn: Vec<u8>, heard: Instant, times: u32 },
+    Dialling {
+        syn: Vec<u8>,
+        heard: Instant,
+        times: u32,
+    },
     Open(Arc<Connection>),
 }
 
@@ -205,7 +210,14 @@ impl<O: Open> Stack<O> {
                 self.flows.send(source, Frame::datagram(peer, payload), &self.opener, &mut self.tasks);
             }
             Body::Echo { identifier, sequence, data } if at_gateway => {
-                packet::send_echo(&self.device, packet.destination, packet.source, identifier, sequence, data);
+                packet::send_echo(
+                    &self.device,
+                    packet.destination,
+                    packet.source,
+                    identifier,
+                    sequence,
+                    data,
+                );
             }
             Body::Echo { identifier, sequence, data } => {
                 let peer = SocketAddr::new(packet.destination, sequence);

@@ -106,18 +106,23 @@ impl Connection {
         let prefix = if remote.is_ipv4() { 32 } else { 128 };
         interface.update_ip_addrs(|addresses| addresses.extend([IpCidr::new(address, prefix)]));
 
-        let mut socket = Socket::new(
-            SocketBuffer::new(vec![0; buffers.size]),
-            SocketBuffer::new(vec![0; buffers.size]),
-        );
+        let mut socket =
+            Socket::new(SocketBuffer::new(vec![0; buffers.size]), SocketBuffer::new(vec![0; buffers.size]));
         socket.listen(IpListenEndpoint { addr: Some(address), port: remote.port() }).ok()?;
         // Each segment is as long as it can be, and costs nothing to send: nothing is gained by waiting.
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
-        let mut machine =
-            Machine { tun: Arc::clone(tun), clock, interface, sockets, handle, waker: None, _buffers: buffers };
+        let mut machine = Machine {
+            tun: Arc::clone(tun),
+            clock,
+            interface,
+            sockets,
+            handle,
+            waker: None,
+            _buffers: buffers,
+        };
         machine.receive(syn);
         machine.send();
         (machine.socket().state() == State::SynReceived).then(|| Self { machine: Mutex::new(machine) })
@@ -146,7 +151,8 @@ impl Connection {
     pub(super) async fn carry<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) {
         let mut ends = Ends::default();
         let mut timer = std::pin::pin!(tokio::time::sleep(NEVER));
-        std::future::poll_fn(|cx| self.lock().poll(cx, Pin::new(&mut stream), &mut ends, timer.as_mut())).await;
+        std::future::poll_fn(|cx| self.lock().poll(cx, Pin::new(&mut stream), &mut ends, timer.as_mut()))
+            .await;
     }
 }
 
