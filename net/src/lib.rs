@@ -3,6 +3,8 @@
 //! - [`Networks`] are the networks of a home, as `kiln network` shows and changes them.
 //! - [`ContainerNetwork`] connects the containers of one supervisor: it is the
 //!   [`NetworkBackend`](kiln_contract::NetworkBackend) of this room.
+//! - [`Policy`] is what a workload may reach.
+//! - [`usernet`] is the host's half of the network of machines.
 //! - [`traffic`] counts bytes; [`doctor`] tells what works on this host.
 //!
 //! A *bridge* is an interface of the host's to which the containers of a network are wired. It needs root's rights
@@ -33,11 +35,15 @@
 )]
 
 mod claims;
+mod dns;
 mod error;
 mod network;
 mod networks;
+mod policy;
 mod pool;
+mod ports;
 mod traffic;
+pub mod usernet;
 
 #[cfg(not(target_os = "linux"))]
 mod elsewhere;
@@ -53,6 +59,7 @@ pub use error::NetError;
 pub use leaf::{ContainerNetwork, doctor};
 pub use network::{DEFAULT_NETWORK, Lease, Network, NetworkOptions};
 pub use networks::Networks;
+pub use policy::{Denied, Policy, Rule, RuleError};
 pub use traffic::traffic;
 
 /// Whether a container of this network mode has a network namespace of its own: `host` and `container:…` do not.

@@ -12,6 +12,7 @@ use super::namespace::Namespace;
 use super::pasta::{self, Pasta};
 use super::{bridge, can_bridge, name_files};
 use crate::NetError;
+use crate::dns::host_name_servers;
 use crate::network::DEFAULT_NETWORK;
 use crate::networks::{Networks, holder};
 
@@ -149,7 +150,7 @@ fn host(request: &NetworkRequest) -> Result<Attachment, NetError> {
     }
     hosts.push_str(&name_files::added(request, loopback)?);
     let servers = match request.network.dns.as_slice() {
-        [] => name_files::host_name_servers(),
+        [] => host_name_servers(),
         asked => asked.to_vec(),
     };
     Ok(Attachment {

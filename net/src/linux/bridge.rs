@@ -17,12 +17,12 @@ use kiln_contract::{Attachment, Home, InstanceId, NetworkRequest, PublishSpec};
 
 use super::namespace::Namespace;
 use super::netlink::{self, Netlink};
-use super::ports::{self, BoundPort};
 use super::proxy::Proxy;
 use super::responder::{Responder, Upstreams, Zone};
 use super::{name_files, nft};
 use crate::network::DEFAULT_NETWORK;
 use crate::networks::{Locked, Networks, holder};
+use crate::ports::{self, BoundPort};
 use crate::{Lease, NetError, Network, NetworkOptions};
 
 /// Where the name responder listens inside a container.

@@ -8,7 +8,6 @@ mod namespace;
 mod netlink;
 mod nft;
 mod pasta;
-mod ports;
 mod program;
 mod proxy;
 mod responder;

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use kiln_contract::{NetworkRequest, NetworkSpec};
 
 use crate::NetError;
+use crate::dns::{host_name_servers, parse_name_servers};
 
 const LOCALHOST: &str = "127.0.0.1\tlocalhost
 ::1\tlocalhost ip6-localhost ip6-loopback
@@ -95,11 +96,6 @@ fn render(spec: &NetworkSpec, name_servers: &[IpAddr], host: &str) -> String {
     text
 }
 
-/// The host's name servers, in its order.
-pub(super) fn host_name_servers() -> Vec<IpAddr> {
-    parse_name_servers(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default())
-}
-
 /// The host's name servers that can be asked from elsewhere. A resolver on loopback knows better ones: where
 /// systemd-resolved is at work, it writes them down.
 pub(super) fn reachable_name_servers() -> Vec<IpAddr> {
@@ -112,14 +108,6 @@ pub(super) fn reachable_name_servers() -> Vec<IpAddr> {
         return reachable(parse_name_servers(&text));
     }
     servers
-}
-
-fn parse_name_servers(text: &str) -> Vec<IpAddr> {
-    text.lines()
-        .filter_map(|line| line.trim().strip_prefix("nameserver")?.split_whitespace().next())
-        // A scope (`fe80::1%eth0`) names an interface of the host's.
-        .filter_map(|address| address.parse().ok())
-        .collect()
 }
 
 #[cfg(test)]

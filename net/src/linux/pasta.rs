@@ -25,8 +25,8 @@ use serde::{Deserialize, Serialize};
 
 use super::namespace::Namespace;
 use super::netlink::Netlink;
-use super::{bridge, name_files, ports, program};
-use crate::NetError;
+use super::{bridge, name_files, program};
+use crate::{NetError, ports};
 
 /// Queries to this link-local address are forwarded to the host's first name server.
 const FORWARDER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with};
 
-use super::ports::{BoundPort, Held};
 use super::worker::{Stop, Worker};
+use crate::ports::{BoundPort, Held};
 
 /// More connections wait in the sockets' queues. Each takes two descriptors, and a process usually has 1024: clients
 /// from outside must not take them all from the supervisor. (Most traffic never comes here: the rules carry it.)

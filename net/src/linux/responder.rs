@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use hickory_proto::op::ResponseCode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::name_files::host_name_servers;
 use super::worker::{Stop, Worker};
+use super::zone::Reply;
 pub(super) use super::zone::Zone;
-use super::zone::{Reply, refusal};
+use crate::dns::{host_name_servers, refusal};
 
 /// Each takes a descriptor of the supervisor's.
 const MOST_PENDING: usize = 64;

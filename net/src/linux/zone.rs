@@ -10,10 +10,9 @@ use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, PTR};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 
+use crate::dns::{DOMAIN, response};
 use crate::networks::read_file;
 
-/// Names may also be asked for with this behind them: `web.kiln.internal`.
-const DOMAIN: &str = ".kiln.internal";
 /// Seconds: a container may be replaced by another at any time.
 const TTL: u32 = 1;
 
@@ -105,26 +104,10 @@ impl Zone {
     }
 }
 
-/// An answer to `query` that says `code` and nothing else.
-pub(super) fn refusal(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
-    let mut answer = response(&Message::from_vec(query).ok()?);
-    answer.metadata.authoritative = false;
-    answer.metadata.response_code = code;
-    answer.to_vec().ok()
-}
-
-fn response(query: &Message) -> Message {
-    let mut answer = Message::response(query.metadata.id, query.metadata.op_code);
-    answer.metadata.recursion_desired = query.metadata.recursion_desired;
-    answer.metadata.recursion_available = true;
-    answer.metadata.authoritative = true;
-    answer.add_queries(query.queries.clone());
-    answer
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dns::refusal;
     use crate::{Lease, Network};
     use hickory_proto::op::Query;
     use kiln_contract::InstanceId;

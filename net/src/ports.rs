@@ -8,26 +8,26 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use kiln_contract::{Protocol, PublishSpec};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind as bind_to, listen, socket_with, sockopt};
+use rustix::net::{AddressFamily, SocketType, bind as bind_to, listen, sockopt};
 
 use crate::NetError;
 
 /// A published port and the sockets that hold it, one for each address family.
 #[derive(Debug)]
-pub(super) struct BoundPort {
+pub(crate) struct BoundPort {
     /// As asked for, with the port chosen.
-    pub(super) spec: PublishSpec,
-    pub(super) sockets: Vec<Held>,
+    pub(crate) spec: PublishSpec,
+    pub(crate) sockets: Vec<Held>,
 }
 
 #[derive(Debug)]
-pub(super) enum Held {
+pub(crate) enum Held {
     Tcp(TcpListener),
     Udp(UdpSocket),
 }
 
 /// Binds all ports, or none.
-pub(super) fn bind(ports: &[PublishSpec]) -> Result<Vec<BoundPort>, NetError> {
+pub(crate) fn bind(ports: &[PublishSpec]) -> Result<Vec<BoundPort>, NetError> {
     ports.iter().map(bind_one).collect()
 }
 
@@ -79,7 +79,7 @@ fn hold(address: SocketAddr, protocol: Protocol) -> io::Result<(Held, SocketAddr
         Protocol::Tcp => SocketType::STREAM,
         Protocol::Udp => SocketType::DGRAM,
     };
-    let socket: OwnedFd = socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    let socket = unconnected(family, kind)?;
     if address.is_ipv6() {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
@@ -101,4 +101,20 @@ fn hold(address: SocketAddr, protocol: Protocol) -> io::Result<(Held, SocketAddr
             (Held::Udp(socket), at)
         }
     })
+}
+
+/// A socket that does not block, and that no child inherits.
+#[cfg(target_os = "linux")]
+fn unconnected(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
+    use rustix::net::{SocketFlags, socket_with};
+    Ok(socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?)
+}
+
+/// A socket that does not block, and that no child inherits.
+#[cfg(not(target_os = "linux"))]
+fn unconnected(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
+    let socket = rustix::net::socket(family, kind, None)?;
+    rustix::io::ioctl_fioclex(&socket)?;
+    rustix::io::ioctl_fionbio(&socket, true)?;
+    Ok(socket)
 }
