@@ -92,8 +92,16 @@ fn a_machine_keeps_its_disk_and_has_the_verbs_of_containers() {
     assert!(top.contains("sleep 600"), "{top}");
     home.ok(["commit", "verbs", "localhost/verbs:1"]);
     let image = "localhost/verbs:1";
-    let committed =
-        home.ok(["run", "--rm", "--network", "none", image, "sh", "-c", "cat /kept; ls /etc/group 2>&1; true"]);
+    let committed = home.ok([
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        image,
+        "sh",
+        "-c",
+        "cat /kept; ls /etc/group 2>&1; true",
+    ]);
     assert!(committed.starts_with("kept\n") && committed.contains("No such file"), "{committed}");
 
     home.ok(["pause", "verbs"]);

@@ -72,9 +72,30 @@ const BENCHES: &[Needed] = &[
     needed("fuse-overlayfs", "fuse-overlayfs", "storage of rootless podman"),
 ];
 
+/// The compiler of the macOS check. The distribution keeps an older one beside the newest, which lists that are a little old do
+/// not show.
+const COMPILER: &str = "/usr/bin/rustc";
+
+/// Major and minor version of [`COMPILER`]; `None` if it is not there.
+fn compiler_version() -> Option<(u32, u32)> {
+    let output = Command::new(COMPILER).arg("--version").output().ok()?;
+    version_in(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// The version that the workspace needs.
+fn our_version() -> (u32, u32) {
+    version_in(concat!("rustc ", env!("CARGO_PKG_RUST_VERSION"))).unwrap_or_default()
+}
+
+/// Reads `rustc 1.95.0 (…)`.
+fn version_in(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split_whitespace().nth(1)?.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 /// What only the macOS check uses: a compiler with the source of its library, and pip for a C compiler.
 const MACOS: &[Needed] = &[
-    needed("/usr/bin/rustc", "rustc-web", "a compiler whose library's source is packaged"),
+    needed(COMPILER, "rustc-web", "a compiler whose library's source is packaged"),
     needed("/usr/lib/rustlib/src/rust/library/Cargo.lock", "rust-web-src", "that source"),
     needed("pip3", "python3-pip", "installs the C compiler that knows macOS"),
 ];
@@ -100,6 +121,9 @@ pub(crate) fn for_macos() -> Outcome {
 }
 
 fn is_there(needed: &Needed) -> bool {
+    if needed.program == COMPILER {
+        return compiler_version().is_some_and(|version| version >= our_version());
+    }
     if needed.program.starts_with('/') {
         return std::path::Path::new(needed.program).exists();
     }
@@ -132,8 +156,9 @@ fn install(purpose: &str, groups: &[&[Needed]]) -> Outcome {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .args(["install", "-y", "--no-install-recommends"])
         .args(&packages);
-    // Lists may be absent or too old; both show as a failure.
-    if run(&mut install).is_err() {
+    // Lists may be absent or too old: then it fails, or what it installs is too old.
+    let installed = run(&mut install);
+    if installed.is_err() || missing.iter().any(|needed| !is_there(needed)) {
         run(Command::new(&apt).arg("update"))?;
         run(&mut install)?;
     }
@@ -164,6 +189,17 @@ mod tests {
         let listing = listing.expect("the sources can be searched");
         let names = listing.lines().filter_map(|line| line.split('"').nth(1));
         names.filter(|name| name.is_ascii()).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn versions_are_read_and_compared_as_numbers() {
+        assert_eq!(
+            version_in("rustc 1.96.0 (ac68faa20 2026-05-25) (built from a source tarball)"),
+            Some((1, 96))
+        );
+        assert!(version_in("rustc 1.100.0").unwrap() > (1, 95));
+        assert_eq!(version_in("what"), None);
+        assert!(our_version() >= (1, 95));
     }
 
     #[test]
