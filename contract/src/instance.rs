@@ -212,6 +212,9 @@ pub struct NetworkSpec {
     pub dns_search: Vec<String>,
     /// Resolver options.
     pub dns_options: Vec<String>,
+    /// What may be reached: rules of a policy; empty is all that is not closed.
+    #[serde(default)]
+    pub allow: Vec<String>,
 }
 
 impl Default for NetworkSpec {
@@ -224,6 +227,7 @@ impl Default for NetworkSpec {
             dns: Vec::new(),
             dns_search: Vec::new(),
             dns_options: Vec::new(),
+            allow: Vec::new(),
         }
     }
 }

@@ -24,6 +24,8 @@ pub(crate) struct Machine {
     pub(crate) workload: Arc<Workload>,
     /// Processes that were started over the link, by number: where to send who wants to attach, and their pids.
     pub(crate) processes: Mutex<HashMap<u32, Entry>>,
+    /// The network, once there is one.
+    pub(crate) network: Mutex<Option<crate::network::Network>>,
     /// What to look after in the root, once there is one.
     pub(crate) root: Mutex<Option<crate::root::Root>>,
 }
@@ -72,8 +74,13 @@ async fn run() -> Result<(), Failure> {
         uptime: crate::identity::uptime_millis(),
     };
     let mut link = GuestLink::holding(port, hello, Arc::new(Freeze(Arc::clone(&workload))));
-    let machine =
-        Arc::new(Machine { pid_one, workload, processes: Mutex::default(), root: Mutex::default() });
+    let machine = Arc::new(Machine {
+        pid_one,
+        workload,
+        processes: Mutex::default(),
+        network: Mutex::default(),
+        root: Mutex::default(),
+    });
     loop {
         let session = link.next_session().await.doing("speak to the host")?;
         tokio::spawn(serve(Arc::clone(&machine), session));
@@ -122,6 +129,14 @@ async fn dispatch(
             None => Ok(()),
         },
         service::PROCESS => process::serve(&machine, stream).await,
+        service::TCP => {
+            kiln_usernet::guest::serve_tcp(stream, &kiln_usernet::guest::TunConfig::default()).await;
+            Ok(())
+        }
+        service::UDP => {
+            kiln_usernet::guest::serve_udp(stream, &kiln_usernet::guest::TunConfig::default()).await;
+            Ok(())
+        }
         // A stream that is dropped is reset: the host sees that nobody is there.
         _ => Ok(()),
     }

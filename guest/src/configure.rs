@@ -5,6 +5,7 @@ use kiln_link::message::Configure;
 
 use crate::agent::Machine;
 use crate::failure::{Doing as _, Failure, invalid};
+use crate::network::Network;
 use crate::{identity, mounts, root};
 
 /// Makes this machine what `configure` says. In a live fork the root is there already; only what must differ is changed, and
@@ -16,12 +17,19 @@ pub(crate) async fn configure(machine: &Machine, wanted: &Configure, opener: &Op
     for (name, value) in &wanted.sysctls {
         set_sysctl(name, value)?;
     }
+    if wanted.network {
+        let mut network = machine.network.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &*network {
+            Some(network) => network.go_on(opener),
+            None => *network = Some(Network::start(opener)?),
+        }
+    }
     let has_root = machine.root().is_some();
     match (&wanted.root, has_root) {
         (Some(new), false) => {
             let made = root::make(new)?;
             mounts::host_files(&made, &wanted.files)?;
-            mounts::all(&wanted.mounts, opener).await?;
+            mounts::all(&wanted.mounts, opener, root::MOUNT).await?;
             machine.pid_one.switch_root()?;
             *machine.root() = Some(made);
         }
@@ -29,6 +37,7 @@ pub(crate) async fn configure(machine: &Machine, wanted: &Configure, opener: &Op
             if let Some(root) = &*machine.root() {
                 mounts::rewrite_host_files(root, &wanted.files)?;
             }
+            mounts::again(&wanted.mounts, opener).await?;
             machine.workload.thaw()?;
         }
         (Some(_), true) => return Err(invalid("this machine has a root already")),

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use kiln_link::message::{HostFile, Mount, MountSource};
 use kiln_link::{Opener, service};
 use rustix::fs::{Mode, OFlags, openat};
-use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::AsyncWriteExt as _;
 
@@ -23,7 +23,7 @@ const MESSAGE: usize = 512 << 10;
 /// Lays the host's files over the image's. A file that the image has not got is left out: no change of the root is made for it.
 pub(crate) fn host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
     for file in files {
-        let Ok(target) = place(&file.path, false) else { continue };
+        let Ok(target) = place(crate::root::MOUNT, &file.path, false) else { continue };
         let name = name_of(file);
         write(root, file)?;
         mount_bind(format!("{FILES}/{name}").as_str(), descriptor(&target).as_str())
@@ -54,18 +54,31 @@ fn name_of(file: &HostFile) -> String {
     file.path.trim_start_matches('/').replace('/', "-")
 }
 
-/// Mounts what the host asks for, in order.
-pub(crate) async fn all(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
+/// Mounts the shares again, over another link: what they were mounted over is gone. Files that were open in them stay broken.
+pub(crate) async fn again(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
+    for wanted in mounts {
+        if let MountSource::Share { number, file } = wanted.source {
+            let target = place("/", &wanted.target, false)?;
+            rustix::mount::unmount(descriptor(&target).as_str(), UnmountFlags::DETACH)
+                .doing(format_args!("take away {}", wanted.target))?;
+            share(wanted, number, file, opener, "/").await?;
+        }
+    }
+    Ok(())
+}
+
+/// Mounts what the host asks for, in order, in the root at `root`.
+pub(crate) async fn all(mounts: &[Mount], opener: &Opener, root: &'static str) -> Result<(), Failure> {
     for wanted in mounts {
         match &wanted.source {
             MountSource::Tmpfs { options } => {
-                let target = place(&wanted.target, true)?;
+                let target = place(root, &wanted.target, true)?;
                 let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only(wanted);
                 let options = CString::new(options.as_str()).doing("say how it is mounted")?;
                 mount("tmpfs", descriptor(&target).as_str(), "tmpfs", flags, Some(options.as_c_str()))
                     .doing(format_args!("mount memory at {}", wanted.target))?;
             }
-            MountSource::Share { number, file } => share(wanted, *number, *file, opener).await?,
+            MountSource::Share { number, file } => share(wanted, *number, *file, opener, root).await?,
         }
     }
     Ok(())
@@ -76,7 +89,13 @@ fn read_only(wanted: &Mount) -> MountFlags {
 }
 
 /// Mounts a share of the host's: the kernel speaks 9P over a socket, and the agent carries it over the link.
-async fn share(wanted: &Mount, number: u16, file: bool, opener: &Opener) -> Result<(), Failure> {
+async fn share(
+    wanted: &Mount,
+    number: u16,
+    file: bool,
+    opener: &Opener,
+    root: &'static str,
+) -> Result<(), Failure> {
     let doing = format!("mount the share at {}", wanted.target);
     let mut stream = opener.open(service::SHARE).await.doing(&doing)?;
     stream.write_u16_le(number).await.doing(&doing)?;
@@ -95,10 +114,10 @@ async fn share(wanted: &Mount, number: u16, file: bool, opener: &Opener) -> Resu
     });
     let (target, flags) = (wanted.target.clone(), read_only(wanted));
     // The kernel greets the server before the call returns, which takes this thread to carry.
-    tokio::task::spawn_blocking(move || attach(&kernel, &target, flags, file)).await.doing(&doing)?
+    tokio::task::spawn_blocking(move || attach(&kernel, root, &target, flags, file)).await.doing(&doing)?
 }
 
-fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, file: bool) -> Result<(), Failure> {
+fn attach(kernel: &OwnedFd, root: &str, target: &str, flags: MountFlags, file: bool) -> Result<(), Failure> {
     let number = kernel.as_raw_fd();
     let options = format!(
         "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=mmap,msize={MESSAGE}"
@@ -106,7 +125,7 @@ fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, file: bool) -> Resu
     let options = CString::new(options).doing("say how it is mounted")?;
     let doing = || format!("mount the share at {target}");
     if !file {
-        let place = place(target, true)?;
+        let place = place(root, target, true)?;
         return mount("kiln", descriptor(&place).as_str(), "9p", flags, Some(options.as_c_str()))
             .doing(doing());
     }
@@ -117,13 +136,13 @@ fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, file: bool) -> Resu
     let entry = std::fs::read_dir(&aside).doing(doing())?.flatten().next();
     let entry = entry.ok_or_else(|| crate::failure::failed(doing(), "the share is empty"))?;
     let (parent, _) = target.rsplit_once('/').unwrap_or(("", target));
-    drop(place(if parent.is_empty() { "/" } else { parent }, true)?);
-    let place = place(target, false).or_else(|_| {
+    drop(place(root, if parent.is_empty() { "/" } else { parent }, true)?);
+    let place = place(root, target, false).or_else(|_| {
         create_below(
-            place(if parent.is_empty() { "/" } else { parent }, false)?.as_fd(),
+            place(root, if parent.is_empty() { "/" } else { parent }, false)?.as_fd(),
             target.rsplit('/').next().unwrap_or_default(),
         )?;
-        place(target, false)
+        place(root, target, false)
     })?;
     let descriptor = descriptor(&place);
     mount_bind(entry.path(), descriptor.as_str()).doing(doing())?;

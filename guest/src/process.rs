@@ -322,7 +322,7 @@ async fn carry(
                 None => { listens = false; if status.is_none() { break Came::Alone; } }
             },
             ended = child.wait(), if status.is_none() => {
-                *status = Some(code_of(ended));
+                *status = Some(code_of(&ended));
                 // What its descendants keep open is theirs: a moment for what it wrote itself is enough.
                 settle(ends, &mut writer, &mut out).await?;
             }
@@ -380,7 +380,7 @@ async fn listen<R: AsyncRead + Unpin>(mut reader: R, inputs: mpsc::Sender<Input>
     }
 }
 
-fn code_of(ended: io::Result<std::process::ExitStatus>) -> u8 {
+fn code_of(ended: &io::Result<std::process::ExitStatus>) -> u8 {
     match ended {
         Ok(status) => match (status.code(), status.signal()) {
             (Some(code), _) => code.to_le_bytes()[0],

@@ -33,8 +33,6 @@ pub(crate) struct Root {
     pub(crate) disk: OwnedFd,
     /// What the workload changed.
     pub(crate) upper: OwnedFd,
-    /// The image alone.
-    pub(crate) image: OwnedFd,
     /// Files that the host decides.
     pub(crate) files: OwnedFd,
 }
@@ -63,7 +61,6 @@ pub(crate) fn make(wanted: &Wanted) -> Result<Root, Failure> {
     let root = Root {
         disk: directory(DISK)?,
         upper: directory(&format!("{DISK}/upper"))?,
-        image: directory(IMAGE)?,
         files: directory(crate::mounts::FILES)?,
     };
     disks::grow(&root.disk, wanted.disk_size)?;
@@ -109,7 +106,7 @@ fn system_mounts(wanted: &Wanted) -> Result<(), Failure> {
         if target == "/run" && !wanted.system {
             continue;
         }
-        let place = place(target, true)?;
+        let place = place(MOUNT, target, true)?;
         let options = std::ffi::CString::new(options).doing("say how it is mounted")?;
         match mount(kind, descriptor(&place).as_str(), kind, flags, Some(options.as_c_str())) {
             // Kernels without message queues are rare, but exist.
@@ -139,7 +136,7 @@ fn system_mounts(wanted: &Wanted) -> Result<(), Failure> {
 fn keep_engines_off_the_overlay(wanted: &Wanted) -> Result<(), Failure> {
     for engine in ["docker", "containerd"] {
         let target = format!("/var/lib/{engine}");
-        let Ok(place) = place(&target, wanted.system) else { continue };
+        let Ok(place) = place(MOUNT, &target, wanted.system) else { continue };
         let source = format!("{DISK}/{engine}");
         std::fs::create_dir_all(&source).doing(format_args!("make {source}"))?;
         mount_bind(source.as_str(), descriptor(&place).as_str()).doing(format_args!("mount {target}"))?;
@@ -147,13 +144,9 @@ fn keep_engines_off_the_overlay(wanted: &Wanted) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Opens `path` in the root at [`MOUNT`], through the image's links but not out of it. With `make`, missing directories are made.
-pub(crate) fn place(path: &str, make: bool) -> Result<OwnedFd, Failure> {
-    let root = directory(MOUNT)?;
-    place_in(&root, path, make)
-}
-
-fn place_in(root: &OwnedFd, path: &str, make: bool) -> Result<OwnedFd, Failure> {
+/// Opens `path` in the root at `root`, through the image's links but not out of it. With `make`, missing directories are made.
+pub(crate) fn place(root: &str, path: &str, make: bool) -> Result<OwnedFd, Failure> {
+    let root = &directory(root)?;
     if !path.starts_with('/') {
         return Err(invalid(format!("`{path}` is not absolute")));
     }

@@ -18,7 +18,7 @@ static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
     let package = kiln_fixtures::debian_kernel()?;
     let home = Home::with_busybox()?;
     let kernels = Kernels::open(&kiln_contract::Home::at(home.path()));
-    kernels.install(&Source::Packages(vec![package]), None).unwrap();
+    kernels.install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();
     let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
     assert_eq!(ended.code, 0, "{ended:?}");
     Some(home)
@@ -203,4 +203,68 @@ fn what_a_machine_cannot_have_is_refused_before_anything_is_made() {
     }
     let ended = home.kiln(["run", "--kernel", "x", IMAGE, "true"]);
     assert!(ended.code == 125 && ended.stderr.contains("--vm"), "{ended:?}");
+}
+
+/// A server on a free port of the host's loopback, which says `words` to whoever comes.
+fn server(words: &'static str) -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.unwrap().write_all(words.as_bytes());
+        }
+    });
+    port
+}
+
+#[test]
+fn the_network_lets_through_what_its_policy_says_and_ports_are_published() {
+    let Some(home) = &*HOME else { return };
+    let (open, shut) = (server("open sesame\n"), server("never\n"));
+    let rule = format!("host-loopback:{open}");
+    let words = run(
+        &["-d", "--name", "net", "--allow", &rule, "-p", "127.0.0.1:0:8080"],
+        &["sh", "-c", "mkdir /www; echo published > /www/index.html; httpd -f -p 8080 -h /www"],
+    );
+    home.ok(words);
+    let fetch =
+        |port: u16| home.kiln(["exec", "net", "sh", "-c", &format!("nc -w 10 192.0.0.1 {port} < /dev/null")]);
+    assert_eq!(fetch(open).stdout, "open sesame\n");
+    let refused = fetch(shut);
+    assert!(refused.code != 0 && refused.stdout.is_empty(), "{refused:?}");
+    let port = home.ok(["port", "net"]);
+    let address = port.rsplit(' ').next().unwrap().to_owned();
+    until("the port answers", || {
+        let answer =
+            std::process::Command::new("curl").args(["-s", &format!("http://{address}/")]).output().unwrap();
+        answer.stdout == b"published\n"
+    });
+    // A fork has ways out of its own, by the same rules; the port is the original's, so it cannot have that.
+    home.ok(["rm", "-f", "net"]);
+    let none = home.kiln(run(
+        &["--rm", "--network", "none"],
+        &["sh", "-c", "ip -o link | wc -l; nc -w 2 192.0.0.1 53 < /dev/null"],
+    ));
+    assert!(none.code != 0 && none.stdout == "1\n", "{none:?}");
+}
+
+#[test]
+fn directories_of_the_host_are_shared_and_read_only_ones_cannot_be_written_to() {
+    let Some(home) = &*HOME else { return };
+    let shared = home.beside("shared");
+    fs::create_dir_all(shared.join("below")).unwrap();
+    fs::write(shared.join("below/file"), "of the host\n").unwrap();
+    let file = home.beside("single");
+    fs::write(&file, "one file\n").unwrap();
+    let flags = [
+        format!("{}:/shared", shared.display()),
+        format!("{}:/frozen:ro", shared.display()),
+        format!("{}:/etc/single", file.display()),
+    ];
+    let script = "cat /shared/below/file /etc/single; echo written > /shared/new; mv /shared/new /shared/moved; \
+                  echo no > /frozen/new || echo refused; cat /frozen/moved; touch /frozen/below/file || echo refused";
+    let flags = ["--rm", "-v", &flags[0], "-v", &flags[1], "-v", &flags[2]];
+    let ended = home.kiln(run(&flags, &["sh", "-c", script]));
+    assert_eq!(ended.stdout, "of the host\none file\nrefused\nwritten\nrefused\n", "{ended:?}");
+    assert_eq!(fs::read_to_string(shared.join("moved")).unwrap(), "written\n");
 }

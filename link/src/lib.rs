@@ -44,7 +44,7 @@ pub mod service;
 
 pub use carrier::{GuestLink, Hold, HostLink, HostSession, Parked, Parker};
 pub use error::LinkError;
-pub use mux::{Opener, Session, Stream};
+pub use mux::{Inbound, Opener, Session, Stream};
 
 /// The version of this protocol. Both ends must have the same: a guest is built together with its host, and a template
 /// made by another version is rebuilt.

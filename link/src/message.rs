@@ -59,9 +59,9 @@ pub struct Configure {
     /// Files that the host decides, such as `/etc/hosts`: seen at their paths, and no part of the root's changes.
     #[n(6)]
     pub files: Vec<HostFile>,
-    /// The network; `None` is only loopback.
+    /// It reaches others over [`TCP`](crate::service::TCP) and [`UDP`](crate::service::UDP); otherwise only itself.
     #[n(7)]
-    pub network: Option<Network>,
+    pub network: bool,
     /// Kernel parameters, as `sysctl` names them.
     #[n(8)]
     pub sysctls: Vec<(String, String)>,
@@ -129,17 +129,6 @@ pub struct HostFile {
     /// What is in it.
     #[cbor(n(1), with = "minicbor::bytes")]
     pub content: Vec<u8>,
-}
-
-/// The guest's side of its network.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Network {
-    /// Its addresses with prefix lengths, `10.0.2.15/24`.
-    #[n(0)]
-    pub addresses: Vec<String>,
-    /// Where everything else goes.
-    #[n(1)]
-    pub gateways: Vec<String>,
 }
 
 /// A process to start.

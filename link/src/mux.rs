@@ -33,8 +33,12 @@ type Opening = oneshot::Sender<Result<yamux::Stream, LinkError>>;
 #[derive(Debug)]
 pub struct Session {
     openings: mpsc::Sender<Opening>,
-    inbound: mpsc::Receiver<yamux::Stream>,
+    inbound: Inbound,
 }
+
+/// The streams of a [`Session`] that the other end opens.
+#[derive(Debug)]
+pub struct Inbound(mpsc::Receiver<yamux::Stream>);
 
 /// Opens streams of a [`Session`]; can be cloned and kept by who only opens.
 #[derive(Debug, Clone)]
@@ -62,7 +66,7 @@ impl Session {
         let (openings, asked) = mpsc::channel(BACKLOG);
         let (arrived, inbound) = mpsc::channel(BACKLOG);
         tokio::spawn(drive(connection, asked, arrived));
-        Self { openings, inbound }
+        Self { openings, inbound: Inbound(inbound) }
     }
 
     /// Opens a stream to a [`service`](crate::service) of the other end.
@@ -73,21 +77,33 @@ impl Session {
         self.opener().open(service).await
     }
 
-    /// The next stream that the other end opens, and the service that it wants; `None` when the session has ended.
-    /// A stream that ends before it has named its service is passed over; one that says nothing keeps those behind it
-    /// waiting, which harms nobody but the end that opened it.
+    /// As [`Inbound::accept`].
     pub async fn accept(&mut self) -> Option<(u16, Stream)> {
-        loop {
-            let mut stream = Stream(self.inbound.recv().await?.compat());
-            if let Ok(service) = stream.read_u16_le().await {
-                return Some((service, stream));
-            }
-        }
+        self.inbound.accept().await
+    }
+
+    /// Takes what accepts streams away, for another task. The session accepts none from then on.
+    pub fn take_inbound(&mut self) -> Inbound {
+        std::mem::replace(&mut self.inbound, Inbound(mpsc::channel(1).1))
     }
 
     /// What opens streams of this session.
     pub fn opener(&self) -> Opener {
         Opener { openings: self.openings.clone() }
+    }
+}
+
+impl Inbound {
+    /// The next stream that the other end opens, and the service that it wants; `None` when the session has ended.
+    /// A stream that ends before it has named its service is passed over; one that says nothing keeps those behind it
+    /// waiting, which harms nobody but the end that opened it.
+    pub async fn accept(&mut self) -> Option<(u16, Stream)> {
+        loop {
+            let mut stream = Stream(self.0.recv().await?.compat());
+            if let Ok(service) = stream.read_u16_le().await {
+                return Some((service, stream));
+            }
+        }
     }
 }
 

@@ -136,6 +136,7 @@ impl RuntimeBackend for Machines {
         }
         signals::parse(&spec.stop.signal)?;
         plan::check(spec)?;
+        crate::services::policy(spec)?;
         self.instances().create(spec, Vec::new())
     }
 

@@ -157,10 +157,11 @@ impl MachineGround {
         process: ProcessId,
         monitor: &mut BufReader<UnixStream>,
     ) -> Result<(), BackendError> {
-        match news(monitor)? {
+        let published = match news(monitor)? {
             News::Failed(failure) => return Err(failure.into()),
-            News::Ready | News::Started => {}
-        }
+            News::Ready { ports } => ports,
+            News::Started => Vec::new(),
+        };
         let health = record.spec.health.as_ref().map(|_| HealthStatus {
             state: HealthState::Starting,
             failing: 0,
@@ -171,6 +172,7 @@ impl MachineGround {
             record.started = Some(Timestamp::now());
             record.exit = None;
             record.process = Some(process);
+            record.ports = published;
             record.health = health;
             Ok(())
         })?;
@@ -180,7 +182,7 @@ impl MachineGround {
             .map_err(|error| BackendError::caused("cannot talk to the machine's monitor", error))?;
         match news(monitor)? {
             News::Failed(failure) => Err(failure.into()),
-            News::Ready | News::Started => Ok(()),
+            News::Ready { .. } | News::Started => Ok(()),
         }
     }
 }

@@ -22,6 +22,8 @@ mod life;
 #[cfg(target_os = "linux")]
 mod monitor;
 mod plan;
+#[cfg(target_os = "linux")]
+mod services;
 mod stream;
 pub mod template;
 

@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 
 use kiln_boot::Kernels;
 use kiln_contract::{
-    BackendError, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, Silent,
-    Stdio,
+    BackendError, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, PublishSpec,
+    Silent, Stdio,
 };
 use kiln_instance::signals::Signals;
 use kiln_instance::{DetachKeys, Failure, Instances, terminal};
@@ -39,6 +39,7 @@ use tokio::sync::{Mutex, mpsc};
 use crate::carry::{End, Event, carry};
 use crate::door::{self, Ask, Reply};
 use crate::life::{Life, Paths, ask, start};
+use crate::services::Services;
 use crate::template::{Template, Templates};
 use crate::{plan, stream};
 
@@ -52,7 +53,10 @@ const TO_POWER_OFF: Duration = Duration::from_secs(20);
 #[serde(rename_all = "snake_case")]
 pub(crate) enum News {
     /// The machine runs and is who it should be.
-    Ready,
+    Ready {
+        /// Published ports, with the host's chosen.
+        ports: Vec<PublishSpec>,
+    },
     /// The workload runs.
     Started,
     /// Neither.
@@ -171,20 +175,24 @@ async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, 
         image: image(home, &record, &Silent)?,
         disk: disks.path(&disk)?,
     };
+    let services = Services::prepare(&record.spec)?;
     let life = Life::restore(&qemu, &template, saved.as_deref(), &paths).await?;
     let ground = Ground { record, dir, disks, disk, template, saved };
-    let outcome = live(&ground, life, supervisor, &signals).await;
+    let outcome = live(&ground, life, services, supervisor, &signals).await;
     door::close(&ground.dir);
     outcome
 }
 
 async fn live(
     ground: &Ground,
-    life: Life,
+    mut life: Life,
+    mut services: Services,
     supervisor: &Blocking,
     signals: &Signals,
 ) -> Result<u8, BackendError> {
     let spec = &ground.record.spec;
+    let inbound = life.session().session.take_inbound();
+    services.serve(life.opener(), inbound)?;
     life.configure(plan::configure(&ground.record, ground.saved.is_some())?).await?;
     if let Some(saved) = &ground.saved {
         // From here on its disk is another: what was saved fits it no more.
@@ -192,7 +200,7 @@ async fn live(
             .map_err(|error| BackendError::caused(format!("cannot remove {}", saved.display()), error))?;
     }
     let listener = door::listen(&ground.dir)?;
-    tell(supervisor, &News::Ready);
+    tell(supervisor, &News::Ready { ports: services.ports().to_vec() });
     wait_for_go(supervisor)?;
     let opener = life.opener();
     let stdio = own_streams(&ground.dir)?;

@@ -1,11 +1,13 @@
 //! From an instance's specification to what hypervisor and guest are told.
 
 use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use jiff::Timestamp;
 use kiln_contract::{
-    BackendError, Digest, ErrorKind, InstanceRecord, InstanceSpec, MachineSpec, MountKind, Resources,
+    BackendError, Digest, ErrorKind, InstanceRecord, InstanceSpec, MachineSpec, MountKind, MountSpec,
+    Resources,
 };
 use kiln_link::message::{Configure, HostFile, Mount, MountSource, Process, Root, TerminalSize};
 
@@ -13,6 +15,8 @@ use crate::Shape;
 
 /// `/dev/shm` if nothing is said, in bytes: Docker's figure.
 const SHM: u64 = 64 << 20;
+/// The guest's gateway, as `kiln-usernet` has it unless told otherwise.
+const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 1));
 /// Bytes of randomness for a guest's generator.
 const ENTROPY: usize = 64;
 
@@ -55,15 +59,15 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     if !spec.security.devices.is_empty() {
         return refuse("devices of the host (--device)");
     }
-    if !matches!(spec.network.mode.as_str(), "default" | "none") {
+    if !matches!(spec.network.mode.as_str(), "default" | "usernet" | "none") {
         return refuse(&format!("the network `{}`", spec.network.mode));
     }
-    if !spec.ports.is_empty() {
-        return refuse("published ports yet");
+    if !spec.ports.is_empty() && spec.network.mode == "none" {
+        return refuse("published ports without a network");
     }
     for mount in &spec.mounts {
-        if !matches!(mount.kind, MountKind::Tmpfs(_)) {
-            return refuse(&format!("a volume or a directory of the host at {} yet", mount.target));
+        if matches!(mount.kind, MountKind::Volume { .. }) {
+            return refuse(&format!("the named volume at {} yet: share a directory", mount.target));
         }
     }
     Ok(())
@@ -101,9 +105,9 @@ pub(crate) fn configure(record: &InstanceRecord, has_root: bool) -> Result<Confi
         clock: now(),
         entropy,
         root: (!has_root).then_some(root),
-        mounts: if has_root { Vec::new() } else { mounts(spec) },
+        mounts: mounts(spec),
         files,
-        network: None,
+        network: spec.network.mode != "none",
         sysctls: spec.security.sysctls.clone().into_iter().collect(),
     })
 }
@@ -126,7 +130,9 @@ fn hosts(spec: &InstanceSpec, hostname: &str) -> String {
 
 fn resolv_conf(spec: &InstanceSpec) -> String {
     let mut text = String::new();
-    for server in &spec.network.dns {
+    // The gateway answers names: those of the host's neighbours, and all others as the host finds them.
+    let gateway = spec.network.dns.is_empty() && spec.network.mode != "none";
+    for server in gateway.then_some(&GATEWAY).into_iter().chain(&spec.network.dns) {
         let _ = writeln!(text, "nameserver {server}");
     }
     if !spec.network.dns_search.is_empty() {
@@ -136,22 +142,28 @@ fn resolv_conf(spec: &InstanceSpec) -> String {
 }
 
 fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
-    let memory = |mount: &kiln_contract::MountSpec| match &mount.kind {
-        MountKind::Tmpfs(wanted) => {
-            let mut options = vec![format!("mode={:o}", wanted.mode.unwrap_or(0o1777))];
-            options.extend(wanted.size.map(|size| format!("size={}", size.bytes())));
-            // Flags of the mount are not options of the filesystem.
-            let of_filesystem = |option: &&String| option.contains('=');
-            options.extend(wanted.options.iter().filter(of_filesystem).cloned());
-            Some(Mount {
-                target: mount.target.clone(),
-                source: MountSource::Tmpfs { options: options.join(",") },
-                read_only: mount.read_only,
-            })
-        }
-        _ => None,
+    let mut shares = 0;
+    let mount = |mount: &MountSpec| {
+        let source = match &mount.kind {
+            MountKind::Tmpfs(wanted) => {
+                let mut options = vec![format!("mode={:o}", wanted.mode.unwrap_or(0o1777))];
+                options.extend(wanted.size.map(|size| format!("size={}", size.bytes())));
+                // Flags of the mount are not options of the filesystem.
+                let of_filesystem = |option: &&String| option.contains('=');
+                options.extend(wanted.options.iter().filter(of_filesystem).cloned());
+                MountSource::Tmpfs { options: options.join(",") }
+            }
+            // Shares are numbered in the order in which they stand.
+            MountKind::Bind { source, .. } => {
+                let number = shares;
+                shares += 1;
+                MountSource::Share { number, file: !source.is_dir() }
+            }
+            MountKind::Volume { .. } => return None,
+        };
+        Some(Mount { target: mount.target.clone(), source, read_only: mount.read_only })
     };
-    spec.mounts.iter().filter_map(memory).collect()
+    spec.mounts.iter().filter_map(mount).collect()
 }
 
 /// The workload's first process.

@@ -27,7 +27,8 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let rootfs = kiln_fixtures::busybox_rootfs()?;
     let directory = tempfile::tempdir().unwrap();
     let home = Home::at(directory.path());
-    let kernel = Kernels::open(&home).install(&Source::Packages(vec![package]), None).unwrap();
+    let kernel =
+        Kernels::open(&home).install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();
     let store = Store::open(&home).unwrap();
     let tar = std::process::Command::new("tar").arg("-C").arg(&rootfs).args(["-c", "."]).output().unwrap();
     let layer = store.import_tar(&tar.stdout[..], None, ImportLimits::default()).unwrap().layer;

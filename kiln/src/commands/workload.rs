@@ -172,9 +172,12 @@ pub(crate) struct FileArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct NetworkArgs {
-    /// none, host, pasta, container:NAME, or the name of a bridge network
+    /// none, host, pasta, container:NAME, or the name of a bridge network; for machines none or usernet
     #[arg(long, visible_alias = "net", value_name = "NETWORK", add = ArgValueCompleter::new(complete::networks))]
     pub(crate) network: Option<String>,
+    /// Let it reach only this, and what other --allow say (`host[:port]`, `*.domain`, `CIDR[:port]`, `host-loopback`); for machines
+    #[arg(long, value_name = "RULE", requires = "vm")]
+    pub(crate) allow: Vec<String>,
     /// A further name by which others on the network find it
     #[arg(long, visible_alias = "net-alias", value_name = "NAME")]
     pub(crate) network_alias: Vec<String>,

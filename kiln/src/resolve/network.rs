@@ -47,6 +47,7 @@ pub(crate) fn network(typed: Typed<'_>) -> Result<NetworkSpec> {
         dns: typed.dns.to_vec(),
         dns_search: typed.dns_search.to_vec(),
         dns_options: typed.dns_options.to_vec(),
+        allow: Vec::new(),
     })
 }
 

@@ -1,8 +1,8 @@
 //! The whole specification of a workload.
 
 use kiln_contract::{
-    Digest, InstanceSpec, Isolation, MachineSpec, ProcessSpec, Resources, RestartPolicy, RuntimeChoice,
-    SecuritySpec, StopSpec,
+    Digest, InstanceSpec, Isolation, MachineSpec, NetworkSpec, ProcessSpec, Resources, RestartPolicy,
+    RuntimeChoice, SecuritySpec, StopSpec,
 };
 
 use super::{Host, ImageSettings, Map, ResolveError, Result};
@@ -44,7 +44,7 @@ pub(crate) fn instance_spec(
         layers: image.layers.clone(),
         hostname: args.network.hostname.clone(),
         mounts: mounts::mounts(settings, mount_words(args), host)?,
-        network: network::network(network_words(args))?,
+        network: NetworkSpec { allow: args.network.allow.clone(), ..network::network(network_words(args))? },
         ports: ports::ports(settings, &args.network.publish, args.network.publish_all, &args.network.expose)?,
         resources: limits(args)?,
         security: security(args, host)?,

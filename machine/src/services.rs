@@ -1,0 +1,141 @@
+//! What the guest asks of its host: ways out, and the files that it was given.
+
+use std::io;
+use std::sync::Arc;
+
+use kiln_contract::{BackendError, InstanceSpec, MountKind, PublishSpec};
+use kiln_link::{Inbound, Opener, Stream, service};
+use kiln_net::Policy;
+use kiln_net::usernet::{Gateway, GatewayOptions, Published};
+use kiln_share::{Options, Share};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::watch;
+
+/// Opens streams to the guest.
+#[derive(Debug)]
+struct ToGuest(Opener);
+
+impl kiln_usernet::Open for ToGuest {
+    type Stream = Stream;
+
+    async fn open(&self, service: u16) -> io::Result<Stream> {
+        self.0.open(service).await.map_err(io::Error::other)
+    }
+}
+
+/// Whether a machine has a network.
+pub(crate) fn is_connected(spec: &InstanceSpec) -> bool {
+    spec.network.mode != "none"
+}
+
+/// The rules of a machine's network.
+///
+/// # Errors
+/// The first that cannot be understood.
+pub(crate) fn policy(spec: &InstanceSpec) -> Result<Policy, BackendError> {
+    Policy::parse(&spec.network.allow).map_err(|error| {
+        BackendError::new(kiln_contract::ErrorKind::Invalid, error.to_string())
+            .hint("rules are host[:port], *.domain[:port], CIDR[:port] and host-loopback[:port]")
+    })
+}
+
+/// What serves one machine. Dropping it frees its ports.
+#[derive(Debug)]
+pub(crate) struct Services {
+    gateway: Option<Arc<Gateway>>,
+    shares: Vec<Arc<Share>>,
+    published: Published,
+    /// Kept, so that those who watch it go on.
+    sessions: Option<watch::Sender<Arc<ToGuest>>>,
+}
+
+impl Services {
+    /// Takes ports and opens what is shared. Nothing is served yet.
+    ///
+    /// # Errors
+    /// A port is taken; a directory of the host is not there; a rule makes no sense.
+    pub(crate) fn prepare(spec: &InstanceSpec) -> Result<Self, BackendError> {
+        let gateway = if is_connected(spec) {
+            let options = GatewayOptions {
+                guest: spec.name.clone(),
+                policy: policy(spec)?,
+                ..GatewayOptions::default()
+            };
+            Some(Arc::new(Gateway::new(options)))
+        } else {
+            None
+        };
+        kiln_share::raise_descriptor_limit();
+        let shares = spec.mounts.iter().filter_map(|mount| match &mount.kind {
+            MountKind::Bind { source, create, .. } => {
+                let options = Options { read_only: mount.read_only, ..Options::default() };
+                if *create && !source.exists() {
+                    let made = std::fs::create_dir_all(source);
+                    if let Err(error) = made {
+                        let what = format!("cannot make {}", source.display());
+                        return Some(Err(BackendError::caused(what, error)));
+                    }
+                }
+                let share = if source.is_dir() {
+                    Share::directory(source, options)
+                } else {
+                    Share::file(source, options)
+                };
+                let what = || format!("cannot share {}", source.display());
+                Some(share.map(Arc::new).map_err(|error| BackendError::caused(what(), error)))
+            }
+            _ => None,
+        });
+        let published = Published::bind(&spec.ports)?;
+        Ok(Self { gateway, shares: shares.collect::<Result<_, _>>()?, published, sessions: None })
+    }
+
+    /// The ports as they were published, with the host's chosen.
+    pub(crate) fn ports(&self) -> &[PublishSpec] {
+        self.published.ports()
+    }
+
+    /// Serves a guest from now on, in tasks of the runtime that the caller is in.
+    ///
+    /// # Errors
+    /// If a port cannot be waited for.
+    pub(crate) fn serve(&mut self, opener: Opener, inbound: Inbound) -> Result<(), BackendError> {
+        let (sessions, watched) = watch::channel(Arc::new(ToGuest(opener)));
+        self.published.serve(&watched)?;
+        self.sessions = Some(sessions);
+        tokio::spawn(accept(inbound, self.gateway.clone(), self.shares.clone()));
+        Ok(())
+    }
+}
+
+async fn accept(mut inbound: Inbound, gateway: Option<Arc<Gateway>>, shares: Vec<Arc<Share>>) {
+    while let Some((number, stream)) = inbound.accept().await {
+        match (number, &gateway) {
+            (service::TCP, Some(gateway)) => {
+                let gateway = Arc::clone(gateway);
+                tokio::spawn(async move { gateway.serve_tcp(stream).await });
+            }
+            (service::UDP, Some(gateway)) => {
+                let gateway = Arc::clone(gateway);
+                tokio::spawn(async move { gateway.serve_udp(stream).await });
+            }
+            (service::SHARE, _) => {
+                let shares = shares.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = share(stream, &shares).await {
+                        tracing::debug!("a share has ended: {error}");
+                    }
+                });
+            }
+            // Dropped: the guest sees that nobody is there.
+            _ => tracing::debug!("the guest asks for service {number}"),
+        }
+    }
+}
+
+async fn share(mut stream: Stream, shares: &[Arc<Share>]) -> io::Result<()> {
+    let number = stream.read_u16_le().await?;
+    let share = shares.get(usize::from(number)).ok_or(io::ErrorKind::NotFound)?;
+    let (reader, writer) = tokio::io::split(stream);
+    share.serve_async(reader, writer).await.map_err(io::Error::other)
+}
