@@ -305,3 +305,70 @@ fn a_record_of_a_newer_version_is_refused() {
     let error = kernels.find("6.1.1").unwrap_err();
     assert!(error.to_string().ends_with("it has the format 2, and this version knows 1"), "{error}");
 }
+
+#[test]
+fn signatures_and_types_are_taken_out_of_modules_unless_the_kernel_insists_on_them() {
+    let plain = module(&["depends="]);
+    let mut signed = plain.clone();
+    signed.extend_from_slice(&[0x30; 64]);
+    signed.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 64]);
+    signed.extend_from_slice(b"~Module signature appended~\n");
+    for (config, kept) in [
+        (Some("CONFIG_FUSE_FS=y\nCONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\n"), &plain),
+        (Some("CONFIG_FUSE_FS=y\nCONFIG_MODULE_SIG_FORCE=y\n"), &signed),
+        (None, &signed),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut files = package_files();
+        files.iter_mut().find(|(path, _)| path.ends_with("/erofs.ko")).unwrap().1.clone_from(&signed);
+        files.retain(|(path, _)| !path.contains("boot/config"));
+        files.extend(config.map(|text| (format!("./boot/config-{VERSION}"), text.as_bytes().to_vec())));
+        unpack(directory.path(), &files);
+        let kernel =
+            kernels(directory.path()).install(&Source::Path(directory.path().into()), None, &Silent).unwrap();
+        let erofs = std::fs::read(kernel.directory().join("modules/erofs.ko")).unwrap();
+        assert_eq!(&erofs, kept, "{config:?}");
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_read_keeps_no_other_from_being_used_and_can_be_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernels = kernels(directory.path());
+    for version in ["6.1.1", "6.1.2"] {
+        let path = directory.path().join("kernel");
+        std::fs::write(&path, bzimage(version)).unwrap();
+        kernels.install(&Source::Path(path), None, &Silent).unwrap();
+    }
+    std::fs::write(directory.path().join("home/kernels/6.1.2/kernel.json"), "{").unwrap();
+    assert_eq!(kernels.list().unwrap().len(), 1);
+    assert!(matches!(kernels.find("6.1.2"), Err(BootError::Format { .. })));
+    kernels.remove("6.1.2", false).unwrap();
+    assert!(matches!(kernels.find("6.1.2"), Err(BootError::NoSuchKernel { .. })));
+}
+
+#[test]
+fn a_kernel_is_taken_with_what_lies_beside_it_even_through_a_link() {
+    let directory = tempfile::tempdir().unwrap();
+    unpack(directory.path(), &package_files());
+    let link = directory.path().join("vmlinuz");
+    std::os::unix::fs::symlink(format!("boot/vmlinuz-{VERSION}"), &link).unwrap();
+    let kernel = kernels(directory.path()).install(&Source::Path(link), None, &Silent).unwrap();
+    assert!(kernel.record().modules.iter().any(|module| module.name == "erofs"));
+    assert_eq!(kernel.record().builtin, ["fuse"]);
+}
+
+#[test]
+fn a_kernel_without_modules_is_believed_what_its_configuration_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bzImage");
+    std::fs::write(&path, bzimage(VERSION)).unwrap();
+    let install = |config: &str| {
+        std::fs::write(directory.path().join(".config"), config).unwrap();
+        kernels(directory.path()).install(&Source::Path(path.clone()), None, &Silent)
+    };
+    let error = install("CONFIG_EROFS_FS=y\n# CONFIG_EXT4_FS is not set\nCONFIG_TUN=m\n").unwrap_err();
+    let BootError::Lacks { missing, .. } = &error else { panic!("{error}") };
+    let missing: Vec<_> = missing.iter().map(|missing| missing.module).collect();
+    assert!(missing.contains(&"ext4") && missing.contains(&"tun") && !missing.contains(&"erofs"), "{error}");
+}
