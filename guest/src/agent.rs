@@ -49,6 +49,13 @@ impl Machine {
     }
 }
 
+/// Does on a thread of its own what may wait for a share of the host's: its answers are carried by the agent's thread.
+pub(crate) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.doing("do something beside the link")?
+}
+
 /// Runs until the link breaks; then PID 1 powers off.
 pub(crate) fn main() -> ExitCode {
     let ended = tokio::runtime::Builder::new_current_thread()

@@ -11,6 +11,7 @@ use kiln_link::message::{self, Answer, MAX_CHUNK};
 use kiln_link::{LinkError, Stream};
 use tokio::sync::mpsc;
 
+use crate::agent::aside;
 use crate::failure::{Failure, on_path};
 
 /// Chunks under way between the archive's thread and the link.
@@ -19,9 +20,13 @@ const DEPTH: usize = 4;
 /// Gives an archive of `path`.
 pub(crate) async fn pack(path: Vec<u8>, follow: bool, stream: &mut Stream) -> Result<(), LinkError> {
     let at = PathBuf::from(OsStr::from_bytes(&path));
-    let looked = if follow { at.metadata() } else { at.symlink_metadata() };
-    if let Err(error) = looked {
-        return message::send(stream, &Answer::Failed(on_path("read", &path, &error))).await;
+    let looking = at.clone();
+    let looked = aside(move || {
+        let looked = if follow { looking.metadata() } else { looking.symlink_metadata() };
+        looked.map(drop).map_err(|error| on_path("read", &path, &error))
+    });
+    if let Err(failure) = looked.await {
+        return message::send(stream, &Answer::Failed(failure)).await;
     }
     message::send(stream, &Answer::Done).await?;
     give(stream, move |out| {

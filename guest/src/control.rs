@@ -4,7 +4,7 @@ use kiln_link::message::{self, Answer, Request};
 use kiln_link::{LinkError, Opener, Stream};
 use rustix::system::RebootCommand;
 
-use crate::agent::Machine;
+use crate::agent::{Machine, aside};
 use crate::failure::{Doing as _, Failure};
 use crate::{archive, configure, disks, identity, layer, process, stats};
 
@@ -24,10 +24,7 @@ pub(crate) async fn answer(
         }
         Request::Stats => stats::measure(machine).map(Answer::Stats),
         Request::Processes => stats::processes().map(Answer::Processes),
-        Request::Sync => {
-            rustix::fs::sync();
-            Ok(Answer::Done)
-        }
+        Request::Sync => aside(sync).await.map(|()| Answer::Done),
         Request::PowerOff => return power_off(machine, stream).await,
         Request::Grow { size } => grow(machine, size).map(|()| Answer::Done),
         Request::Clock { now } => identity::set_clock(now).map(|()| Answer::Done),
@@ -36,6 +33,11 @@ pub(crate) async fn answer(
         Request::Layer => return layer::give(machine, stream).await,
     };
     message::send(stream, &outcome.unwrap_or_else(Answer::Failed)).await
+}
+
+fn sync() -> Result<(), Failure> {
+    rustix::fs::sync();
+    Ok(())
 }
 
 fn grow(machine: &Machine, size: u64) -> Result<(), Failure> {
@@ -51,7 +53,9 @@ async fn power_off(machine: &Machine, stream: &mut Stream) -> Result<(), LinkErr
     if let Err(failure) = machine.workload.kill() {
         crate::failure::say(failure);
     }
-    rustix::fs::sync();
+    if let Err(failure) = aside(sync).await {
+        crate::failure::say(failure);
+    }
     message::send(stream, &Answer::Done).await?;
     let ended = rustix::system::reboot(RebootCommand::PowerOff).doing("power off");
     message::send(stream, &ended.map_or_else(Answer::Failed, |()| Answer::Done)).await

@@ -26,7 +26,6 @@ pub(crate) async fn give(machine: &Machine, stream: &mut Stream) -> Result<(), L
         let failure = crate::failure::invalid("this machine has no root yet");
         return message::send(stream, &Answer::Failed(failure)).await;
     };
-    rustix::fs::sync();
     message::send(stream, &Answer::Done).await?;
     archive::give(stream, move |out| write(Path::new(&upper), out)).await
 }

@@ -12,6 +12,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::AsyncWriteExt as _;
 
+use crate::agent::aside;
 use crate::failure::{Doing as _, Failure, say};
 use crate::root::{Root, create_below, descriptor, place};
 
@@ -58,9 +59,12 @@ fn name_of(file: &HostFile) -> String {
 pub(crate) async fn again(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
     for wanted in mounts {
         if let MountSource::Share { number, file } = wanted.source {
-            let target = place("/", &wanted.target, false)?;
-            rustix::mount::unmount(descriptor(&target).as_str(), UnmountFlags::DETACH)
-                .doing(format_args!("take away {}", wanted.target))?;
+            let target = wanted.target.clone();
+            aside(move || {
+                rustix::mount::unmount(target.as_str(), UnmountFlags::DETACH)
+                    .doing(format_args!("take away {target}"))
+            })
+            .await?;
             share(wanted, number, file, opener, "/").await?;
         }
     }
@@ -72,11 +76,16 @@ pub(crate) async fn all(mounts: &[Mount], opener: &Opener, root: &'static str) -
     for wanted in mounts {
         match &wanted.source {
             MountSource::Tmpfs { options } => {
-                let target = place(root, &wanted.target, true)?;
                 let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only(wanted);
                 let options = CString::new(options.as_str()).doing("say how it is mounted")?;
-                mount("tmpfs", descriptor(&target).as_str(), "tmpfs", flags, Some(options.as_c_str()))
-                    .doing(format_args!("mount memory at {}", wanted.target))?;
+                let target = wanted.target.clone();
+                // It may lie in a share.
+                aside(move || {
+                    let place = place(root, &target, true)?;
+                    mount("tmpfs", descriptor(&place).as_str(), "tmpfs", flags, Some(options.as_c_str()))
+                        .doing(format_args!("mount memory at {target}"))
+                })
+                .await?;
             }
             MountSource::Share { number, file } => share(wanted, *number, *file, opener, root).await?,
         }

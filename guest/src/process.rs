@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 
 use kiln_link::message::{self, Input, MAX_CHUNK, Output, Process, TerminalSize};
 use kiln_link::{LinkError, Stream};
@@ -20,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, Writ
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
-use crate::agent::{Entry, Machine};
+use crate::agent::{Entry, Machine, aside};
 use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
 
 /// Somebody who takes a process's output and gives it input.
@@ -31,11 +32,11 @@ pub(crate) struct Attachment {
 }
 
 /// Serves one stream to the process service.
-pub(crate) async fn serve(machine: &Machine, stream: Stream) -> Result<(), LinkError> {
+pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), LinkError> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let Some(first) = message::receive(&mut reader).await? else { return Ok(()) };
     let outcome = match first {
-        Input::Start { number, process } => match start(machine, number, &process) {
+        Input::Start { number, process } => match start(machine, number, process).await {
             Ok(attach) => {
                 message::send(&mut writer, &Output::Started).await?;
                 Ok(attach)
@@ -88,17 +89,34 @@ fn name_of(input: &Input) -> &'static str {
 }
 
 /// Starts a process and the task that owns it.
-fn start(machine: &Machine, number: u32, process: &Process) -> Result<mpsc::Sender<Attachment>, Failure> {
-    let mut processes = machine.processes();
-    if processes.contains_key(&number) {
-        return Err(invalid(format!("there is a process {number} already")));
-    }
-    let (child, ends) = spawn(machine, process)?;
+async fn start(
+    machine: &Arc<Machine>,
+    number: u32,
+    process: Box<Process>,
+) -> Result<mpsc::Sender<Attachment>, Failure> {
     let (attach, attachments) = mpsc::channel(1);
-    let pid = child.id().unwrap_or(0);
-    processes.insert(number, Entry { pid, attach: attach.clone() });
-    tokio::spawn(own(child, ends, attachments));
-    Ok(attach)
+    // Taken before the process is there: nobody else gets the number meanwhile.
+    let taken = Entry { pid: 0, attach: attach.clone() };
+    match machine.processes().entry(number) {
+        std::collections::hash_map::Entry::Occupied(_) => {
+            return Err(invalid(format!("there is a process {number} already")));
+        }
+        std::collections::hash_map::Entry::Vacant(place) => drop(place.insert(taken)),
+    }
+    let asking = Arc::clone(machine);
+    // Its directory and its program may be on a share.
+    match aside(move || spawn(&asking, &process)).await {
+        Ok((child, ends)) => {
+            let pid = child.id().unwrap_or(0);
+            machine.processes().insert(number, Entry { pid, attach: attach.clone() });
+            tokio::spawn(own(child, ends, attachments));
+            Ok(attach)
+        }
+        Err(failure) => {
+            machine.processes().remove(&number);
+            Err(failure)
+        }
+    }
 }
 
 /// This end of a process's streams.
