@@ -4,6 +4,7 @@
 mod client;
 mod confinement;
 mod hostile;
+mod linux;
 mod locks;
 mod messages;
 mod ownership;
