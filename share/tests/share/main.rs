@@ -7,5 +7,6 @@ mod hostile;
 mod linux;
 mod locks;
 mod messages;
+mod names;
 mod ownership;
 mod streams;
