@@ -305,7 +305,8 @@ impl Session {
     ) -> Result<(), Errno> {
         let wanted = match kind {
             READ => libc::F_RDLCK,
-            WRITE => libc::F_WRLCK,
+            // Linux's client asks about unlocking, whatever it was asked about (`v9fs_file_getlock`): it gets any lock.
+            WRITE | UNLOCK => libc::F_WRLCK,
             _ => return Err(Errno::INVAL),
         };
         let fid = self.fids.get(fid)?;

@@ -55,6 +55,7 @@ impl Default for Options {
 }
 
 impl Options {
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "nothing can be shared there yet"))]
     pub(crate) fn check(&self) -> Result<(), ShareError> {
         let limits = [
             ("message_size", self.message_size as usize, 4096..=1 << 20, "4096 to 1048576"),

@@ -114,6 +114,7 @@ impl Session {
             return Ok((message::UNKNOWN_VERSION, size));
         }
         self.message_size.store(size, Ordering::Release);
+        tracing::debug!(share = self.tree.name, message_size = size, "a guest begins");
         Ok((message::VERSION, size))
     }
 

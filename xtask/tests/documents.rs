@@ -219,6 +219,7 @@ documents! {
     the_page_on_the_store_does_what_it_says: "docs/concepts/store.md",
     the_page_on_layers_does_what_it_says: "docs/concepts/layers-and-trees.md",
     the_page_on_supervisors_does_what_it_says: "docs/concepts/supervisor.md",
+    the_page_on_volumes_of_machines_does_what_it_says: "docs/concepts/volumes-of-machines.md",
 }
 
 #[test]

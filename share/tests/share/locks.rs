@@ -83,6 +83,7 @@ fn what_others_have_locked_is_told() {
     for (kind, start, length, expected) in [
         (SHARED, 0, 0, (EXCLUSIVE, 5, 5, 0, &b"host"[..])),
         (EXCLUSIVE, 7, 1, (EXCLUSIVE, 5, 5, 0, b"host")),
+        (UNLOCK, 0, 0, (EXCLUSIVE, 5, 5, 0, b"host")),
         (EXCLUSIVE, 0, 5, (UNLOCK, 0, 5, 77, b"guest")),
         (EXCLUSIVE, 10, 0, (UNLOCK, 10, 0, 77, b"guest")),
     ] {

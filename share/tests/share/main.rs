@@ -4,7 +4,9 @@
 mod client;
 mod confinement;
 mod hostile;
+mod linux;
 mod locks;
 mod messages;
+mod names;
 mod ownership;
 mod streams;
