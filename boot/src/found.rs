@@ -1,6 +1,5 @@
 //! Where the parts of a kernel are that is to be installed: in a package, on this host, or beside a file.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -8,13 +7,11 @@ use std::path::{Path, PathBuf};
 use kiln_contract::Progress;
 
 use crate::arch::Arch;
+use crate::config::{Config, MAX_CONFIG};
 use crate::error::{BootError, Result};
 use crate::kernel::{Source, read_file};
-use crate::modules::{ModuleTree, WANTED};
+use crate::modules::ModuleTree;
 use crate::{apt, build, deb, version};
-
-/// The largest configuration of a kernel.
-const MAX_CONFIG: u64 = 16 << 20;
 
 /// A kernel to be installed.
 #[derive(Debug)]
@@ -24,8 +21,7 @@ pub(crate) struct Found {
     /// The file that errors should name.
     pub(crate) named: PathBuf,
     pub(crate) modules: ModuleTree,
-    /// The text of its configuration.
-    pub(crate) config: Option<Vec<u8>>,
+    pub(crate) config: Option<Config>,
 }
 
 /// Finds what `source` names. `staging` is a directory for what has to be unpacked.
@@ -102,6 +98,8 @@ fn at(path: &Path, staging: &Path, progress: &dyn Progress) -> Result<Found> {
     if path.is_dir() {
         return host(path);
     }
+    // `/vmlinuz` is a symbolic link to what lies beside its modules and its configuration.
+    let path = &path.canonicalize().map_err(BootError::doing("find", path))?;
     let mut head = Vec::new();
     let file = File::open(path).map_err(BootError::doing("read", path))?;
     file.take(deb::MAGIC.len() as u64).read_to_end(&mut head).map_err(BootError::doing("read", path))?;
@@ -121,27 +119,10 @@ fn at(path: &Path, staging: &Path, progress: &dyn Progress) -> Result<Found> {
 }
 
 fn found(kernel: PathBuf, named: PathBuf, modules: Option<&Path>, config: Option<&Path>) -> Result<Found> {
-    let mut tree = modules.map_or_else(|| Ok(ModuleTree::default()), ModuleTree::read)?;
+    let modules = modules.map_or_else(|| Ok(ModuleTree::default()), ModuleTree::read)?;
     let config = match config.map(|path| read_file(path, MAX_CONFIG)) {
         Some(Err(BootError::System { source, .. })) if source.kind() == io::ErrorKind::NotFound => None,
-        other => other.transpose()?,
+        other => other.transpose()?.map(Config::new),
     };
-    match &config {
-        Some(config) => tree.add_builtin(built_in(config)),
-        // A kernel alone, of which nothing is known: it is taken for a monolithic one.
-        None if modules.is_none() => {
-            tracing::warn!(kernel = %named.display(), "no modules and no configuration: not checked");
-            tree.add_builtin(WANTED.iter().map(|wanted| wanted.module.to_owned()));
-        }
-        None => {}
-    }
-    Ok(Found { kernel, named, modules: tree, config })
-}
-
-/// The wanted parts that are built in, by the configuration (`CONFIG_EROFS_FS=y`).
-fn built_in(config: &[u8]) -> Vec<String> {
-    let config = String::from_utf8_lossy(config);
-    let set: BTreeSet<&str> = config.lines().filter_map(|line| line.trim_end().strip_suffix("=y")).collect();
-    let built_in = WANTED.iter().filter(|wanted| set.contains(wanted.config));
-    built_in.map(|wanted| wanted.module.to_owned()).collect()
+    Ok(Found { kernel, named, modules, config })
 }

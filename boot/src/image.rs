@@ -6,10 +6,12 @@
 
 use std::path::Path;
 
+use memchr::memmem;
 use serde::{Deserialize, Serialize};
 
 use crate::arch::Arch;
 use crate::compression::{self, Compression};
+use crate::config::Config;
 use crate::error::{BootError, Result};
 use crate::vmlinux::{self, Vmlinux};
 
@@ -74,6 +76,13 @@ impl Image {
     }
 }
 
+impl Image {
+    /// The configuration that is kept in it, if it is.
+    pub(crate) fn config(&self) -> Option<Config> {
+        Config::embedded(self.vmlinux.as_ref().map_or(&self.content, |vmlinux| &vmlinux.elf))
+    }
+}
+
 /// What `kernel` is when decompressed, if it is compressed.
 fn unpacked(kernel: Vec<u8>) -> std::io::Result<Vec<u8>> {
     let mut packed = &kernel[..];
@@ -100,9 +109,8 @@ fn setup_version(kernel: &[u8]) -> Option<String> {
 /// The version in the text that every kernel greets with. The format string `Linux version %s` is in it too.
 fn text_version(kernel: &[u8]) -> Option<String> {
     const GREETING: &[u8] = b"Linux version ";
-    let is_greeting = |window: &[u8]| window.starts_with(GREETING) && window[GREETING.len()].is_ascii_digit();
-    let at = kernel.windows(GREETING.len() + 1).position(is_greeting)?;
-    word(&kernel[at + GREETING.len()..])
+    let mut greeted = memmem::find_iter(kernel, GREETING).map(|at| &kernel[at + GREETING.len()..]);
+    word(greeted.find(|rest| rest.first().is_some_and(u8::is_ascii_digit))?)
 }
 
 /// The printable word that `bytes` begin with: a version, so at most 100 characters.

@@ -11,13 +11,14 @@ use jiff::Timestamp;
 use kiln_contract::{Digest, Home, Progress};
 
 use crate::arch::Arch;
+use crate::config::Config;
 use crate::error::{BootError, Result};
-use crate::found::{self, Found};
+use crate::found;
 use crate::image::{Image, MAX_KERNEL};
 use crate::kernel::{
     FORMAT, IMAGE, Kernel, KernelRecord, ModuleRecord, Source, VMLINUX, module_file, read_file,
 };
-use crate::modules::{self, Resolved, WANTED};
+use crate::modules::{self, ModuleTree, Resolved, WANTED};
 use crate::staging::{self, Staging};
 use crate::version;
 
@@ -51,13 +52,20 @@ impl Kernels {
         let kernel = read_file(&found.kernel, MAX_KERNEL)?;
         let of_kernel = Digest::of(&kernel);
         let image = Image::read(kernel, &found.named)?;
-        let resolved = modules::resolve(&found.modules, &image.version, WANTED)?;
+        let config = found.config.or_else(|| image.config());
+        let tree = built_in(found.modules, config.as_ref(), progress);
+        let mut resolved = modules::resolve(&tree, &image.version, WANTED)?;
+        // A kernel that insists on signatures is left all it has, and so is one of which it is not known.
+        if config.as_ref().is_some_and(|config| !config.has("CONFIG_MODULE_SIG_FORCE")) {
+            resolved.modules.iter_mut().for_each(|module| modules::slim(&mut module.content));
+        }
         let name = name.unwrap_or(&image.version);
         check_name(name)?;
         let digest = digest(of_kernel, &resolved);
         let made = staging.path().join("made");
         let record = record(name, source, digest, &image, &resolved);
-        write(&made, &record, &image, &resolved, &found)?;
+        write(&made, &record, &image, &resolved, config.as_ref())?;
+        staging.settle()?;
         let target = self.directory.join(name);
         let lock = staging::lock(&self.directory)?;
         if target.exists() {
@@ -70,10 +78,33 @@ impl Kernels {
         Kernel::load(&target)
     }
 
+    /// Installs from the first of `sources` that has a kernel for machines, as [`Self::install`] does. Why the others
+    /// have none is told as notes.
+    ///
+    /// # Errors
+    /// As for the last of `sources`.
+    pub fn install_first(
+        &self,
+        sources: &[Source],
+        name: Option<&str>,
+        progress: &dyn Progress,
+    ) -> Result<Kernel> {
+        let (last, others) = sources.split_last().ok_or(BootError::NoneInstalled)?;
+        for source in others {
+            match self.install(source, name, progress) {
+                Err(
+                    error @ (BootError::NoKernel { .. } | BootError::Lacks { .. } | BootError::System { .. }),
+                ) => progress.note(&error.to_string()),
+                other => return other,
+            }
+        }
+        self.install(last, name, progress)
+    }
+
     /// All kernels, the newest version first.
     ///
     /// # Errors
-    /// If the directory cannot be read, or a kernel's record cannot.
+    /// If the directory cannot be read. Kernels whose record cannot be read are left out.
     pub fn list(&self) -> Result<Vec<Kernel>> {
         let entries = match fs::read_dir(&self.directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -83,7 +114,11 @@ impl Kernels {
         for entry in entries {
             let name = entry.map_err(BootError::doing("list", &self.directory))?.file_name();
             if let Some(name) = name.to_str().filter(|name| check_name(name).is_ok()) {
-                kernels.push(Kernel::load(&self.directory.join(name))?);
+                // One that cannot be read must not keep the others from being used, nor itself from being removed.
+                match Kernel::load(&self.directory.join(name)) {
+                    Ok(kernel) => kernels.push(kernel),
+                    Err(error) => tracing::warn!("{error}"),
+                }
             }
         }
         kernels
@@ -146,7 +181,11 @@ impl Kernels {
     /// # Errors
     /// [`BootError::NoSuchKernel`], [`BootError::IsDefault`].
     pub fn remove(&self, name: &str, force: bool) -> Result<()> {
-        self.find(name)?;
+        check_name(name)?;
+        let directory = self.directory.join(name);
+        if !directory.exists() {
+            return Err(BootError::NoSuchKernel { name: name.into() });
+        }
         let is_default = self.default().is_ok_and(|default| default.name() == name);
         if is_default && !force {
             return Err(BootError::IsDefault { name: name.into() });
@@ -154,7 +193,6 @@ impl Kernels {
         let lock = staging::lock(&self.directory)?;
         // Renamed first: a kernel is there whole, or not at all.
         let doomed = staging::name_for(&self.directory, "removed");
-        let directory = self.directory.join(name);
         fs::rename(&directory, &doomed).map_err(BootError::doing("remove", &directory))?;
         if self.chosen().as_deref() == Some(name) {
             let link = self.directory.join(DEFAULT);
@@ -170,6 +208,20 @@ impl Kernels {
         let target = fs::read_link(self.directory.join(DEFAULT)).ok()?;
         target.to_str().filter(|name| check_name(name).is_ok()).map(str::to_owned)
     }
+}
+
+/// `modules`, with what is built in by the configuration.
+fn built_in(mut modules: ModuleTree, config: Option<&Config>, progress: &dyn Progress) -> ModuleTree {
+    match config {
+        Some(config) => modules.add_builtin(WANTED.iter().filter(|wanted| config.has(wanted.config))),
+        // A kernel alone, of which nothing is known: it is taken for a monolithic one.
+        None if modules.is_empty() => {
+            progress.note("the kernel does not say what is in it: it may lack what machines need");
+            modules.add_builtin(WANTED);
+        }
+        None => {}
+    }
+    modules
 }
 
 fn record(name: &str, source: &Source, digest: Digest, image: &Image, resolved: &Resolved) -> KernelRecord {
@@ -214,7 +266,7 @@ fn write(
     record: &KernelRecord,
     image: &Image,
     resolved: &Resolved,
-    found: &Found,
+    config: Option<&Config>,
 ) -> Result<()> {
     let modules = directory.join("modules");
     fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
@@ -229,8 +281,8 @@ fn write(
     for module in &resolved.modules {
         put(module_file(directory, &module.name), &module.content)?;
     }
-    if let Some(config) = &found.config {
-        put(directory.join("config"), config)?;
+    if let Some(config) = config {
+        put(directory.join("config"), config.text())?;
     }
     let path = directory.join("kernel.json");
     let mut json = serde_json::to_vec_pretty(record)

@@ -21,6 +21,7 @@ mod apt;
 mod arch;
 mod build;
 mod compression;
+mod config;
 mod counted;
 mod cpio;
 mod deb;

@@ -18,7 +18,7 @@ const PREFIX: &str = ".making-";
 pub(crate) struct Staging {
     directory: TempDir,
     /// Held, so that others leave the directory alone.
-    _held: File,
+    held: File,
 }
 
 impl Staging {
@@ -30,11 +30,20 @@ impl Staging {
         let held = File::open(directory.path()).map_err(BootError::doing("open", directory.path()))?;
         held.lock().map_err(BootError::doing("lock", directory.path()))?;
         drop(lock);
-        Ok(Self { directory, _held: held })
+        Ok(Self { directory, held })
     }
 
     pub(crate) fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Brings what is in it to the disk, so that a name which is given to it then never names half of it.
+    pub(crate) fn settle(&self) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        let settled = rustix::fs::syncfs(&self.held).map_err(std::io::Error::from);
+        #[cfg(not(target_os = "linux"))]
+        let settled = self.held.sync_all();
+        settled.map_err(BootError::doing("write out", self.path()))
     }
 }
 

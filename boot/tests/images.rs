@@ -185,3 +185,18 @@ fn what_is_no_kernel_is_refused() {
         }
     }
 }
+
+#[test]
+fn a_kernel_that_carries_its_configuration_is_checked_by_it() {
+    let mut code = b"Linux version 6.6.6 (someone)".to_vec();
+    code.extend_from_slice(b"IKCFG_ST is named in its code, too\0IKCFG_ST");
+    code.extend_from_slice(&gzip(b"CONFIG_EROFS_FS=y\nCONFIG_EXT4_FS=m\n"));
+    code.extend_from_slice(b"IKCFG_ED");
+    match install(&vmlinux(&code, true), |kernel| panic!("installed as {kernel:?}")) {
+        Err(BootError::Lacks { missing, .. }) => {
+            let has = |name: &str| missing.iter().any(|missing| missing.module == name);
+            assert!(has("ext4") && has("overlay") && !has("erofs"), "{missing:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -5,7 +5,7 @@ mod support;
 use std::io::Write as _;
 use std::path::Path;
 
-use kiln_boot::{BootError, Kernel, Kernels, Source, initramfs};
+use kiln_boot::{Arch, BootError, Form, Kernel, Kernels, Source, initramfs};
 use kiln_contract::{Home, Silent};
 use support::{VERSION, ar, bzimage, deb, module, package_files, read_cpio, tar, unpack};
 
@@ -304,4 +304,100 @@ fn a_record_of_a_newer_version_is_refused() {
     std::fs::write(&record, text.replace("\"format\": 1", "\"format\": 2")).unwrap();
     let error = kernels.find("6.1.1").unwrap_err();
     assert!(error.to_string().ends_with("it has the format 2, and this version knows 1"), "{error}");
+}
+
+#[test]
+fn signatures_and_types_are_taken_out_of_modules_unless_the_kernel_insists_on_them() {
+    let plain = module(&["depends="]);
+    let mut signed = plain.clone();
+    signed.extend_from_slice(&[0x30; 64]);
+    signed.extend_from_slice(&[0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 64]);
+    signed.extend_from_slice(b"~Module signature appended~\n");
+    for (config, kept) in [
+        (Some("CONFIG_FUSE_FS=y\nCONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\n"), &plain),
+        (Some("CONFIG_FUSE_FS=y\nCONFIG_MODULE_SIG_FORCE=y\n"), &signed),
+        (None, &signed),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut files = package_files();
+        files.iter_mut().find(|(path, _)| path.ends_with("/erofs.ko")).unwrap().1.clone_from(&signed);
+        files.retain(|(path, _)| !path.contains("boot/config"));
+        files.extend(config.map(|text| (format!("./boot/config-{VERSION}"), text.as_bytes().to_vec())));
+        unpack(directory.path(), &files);
+        let kernel =
+            kernels(directory.path()).install(&Source::Path(directory.path().into()), None, &Silent).unwrap();
+        let erofs = std::fs::read(kernel.directory().join("modules/erofs.ko")).unwrap();
+        assert_eq!(&erofs, kept, "{config:?}");
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_read_keeps_no_other_from_being_used_and_can_be_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let kernels = kernels(directory.path());
+    for version in ["6.1.1", "6.1.2"] {
+        let path = directory.path().join("kernel");
+        std::fs::write(&path, bzimage(version)).unwrap();
+        kernels.install(&Source::Path(path), None, &Silent).unwrap();
+    }
+    std::fs::write(directory.path().join("home/kernels/6.1.2/kernel.json"), "{").unwrap();
+    assert_eq!(kernels.list().unwrap().len(), 1);
+    assert!(matches!(kernels.find("6.1.2"), Err(BootError::Format { .. })));
+    kernels.remove("6.1.2", false).unwrap();
+    assert!(matches!(kernels.find("6.1.2"), Err(BootError::NoSuchKernel { .. })));
+}
+
+#[test]
+fn a_kernel_is_taken_with_what_lies_beside_it_even_through_a_link() {
+    let directory = tempfile::tempdir().unwrap();
+    unpack(directory.path(), &package_files());
+    let link = directory.path().join("vmlinuz");
+    std::os::unix::fs::symlink(format!("boot/vmlinuz-{VERSION}"), &link).unwrap();
+    let kernel = kernels(directory.path()).install(&Source::Path(link), None, &Silent).unwrap();
+    assert!(kernel.record().modules.iter().any(|module| module.name == "erofs"));
+    assert_eq!(kernel.record().builtin, ["fuse"]);
+}
+
+#[test]
+fn a_kernel_without_modules_is_believed_what_its_configuration_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("bzImage");
+    std::fs::write(&path, bzimage(VERSION)).unwrap();
+    let install = |config: &str| {
+        std::fs::write(directory.path().join(".config"), config).unwrap();
+        kernels(directory.path()).install(&Source::Path(path.clone()), None, &Silent)
+    };
+    let error = install("CONFIG_EROFS_FS=y\n# CONFIG_EXT4_FS is not set\nCONFIG_TUN=m\n").unwrap_err();
+    let BootError::Lacks { missing, .. } = &error else { panic!("{error}") };
+    let missing: Vec<_> = missing.iter().map(|missing| missing.module).collect();
+    assert!(missing.contains(&"ext4") && missing.contains(&"tun") && !missing.contains(&"erofs"), "{error}");
+}
+
+#[test]
+fn a_record_of_format_1_is_read_as_it_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("kernel.json"), include_str!("samples/kernel-1.json")).unwrap();
+    let kernel = Kernel::load(directory.path()).unwrap();
+    assert_eq!((kernel.name(), kernel.version(), kernel.arch()), ("debian", "6.1.0-47-amd64", Arch::X86_64));
+    let record = kernel.record();
+    assert!(matches!(&record.source, Source::Packages(paths) if paths.len() == 1));
+    assert_eq!((record.form, record.vmlinux, record.pvh), (Form::BzImage, true, true));
+    assert_eq!(record.digest.short(), "5d5b09f6dcb2");
+    let modules: Vec<_> = record.modules.iter().map(|module| (&module.name[..], module.at_boot)).collect();
+    assert_eq!(modules, [("virtio", true), ("stp", false), ("bridge", false)]);
+    assert_eq!((&record.modules[1].needs[..], record.modules[1].aliases.len()), (&["llc".to_owned()][..], 0));
+    assert_eq!((&record.builtin[0][..], &record.absent[0][..]), ("fuse", "CONFIG_IP_VS"));
+    assert_eq!(kernel.for_qemu(), directory.path().join("vmlinux"));
+}
+
+#[test]
+fn a_record_with_a_module_that_would_be_a_path_is_refused() {
+    let sample = include_str!("samples/kernel-1.json");
+    for name in ["../../../etc/shadow", "", "a/b", &"x".repeat(80)] {
+        let directory = tempfile::tempdir().unwrap();
+        let record = sample.replace("\"bridge\"", &format!("{name:?}"));
+        std::fs::write(directory.path().join("kernel.json"), record).unwrap();
+        let error = Kernel::load(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("cannot name a module"), "{name}: {error}");
+    }
 }

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::CompleteEnv;
 use kiln_contract::Home;
 
-use crate::commands::{self, image, network, system, volume};
+use crate::commands::{self, image, kernel, network, system, volume};
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit, Owner};
@@ -98,6 +98,9 @@ enum Command {
     /// Work with networks
     #[command(subcommand, arg_required_else_help = true)]
     Network(network::Command),
+    /// Work with the kernels that machines boot
+    #[command(subcommand, arg_required_else_help = true)]
+    Kernel(kernel::Command),
     /// Look at and care for the whole
     #[command(subcommand, arg_required_else_help = true)]
     System(system::Command),
@@ -262,6 +265,7 @@ impl Command {
             Self::Load(args) => args.run(context),
             Self::Volume(command) => command.run(context),
             Self::Network(command) => command.run(context),
+            Self::Kernel(command) => command.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
             Self::Completion(_) | Self::Man(_) => Ok(Exit::SUCCESS),

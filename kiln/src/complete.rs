@@ -1,4 +1,4 @@
-//! Names that shells complete: instances, images, volumes, networks. They are read from the home's own files, so
+//! Names that shells complete: instances, images, volumes, networks, kernels. They are read from the home's own files, so
 //! that a key press neither waits for a lock nor sets anything right.
 
 use std::ffi::OsStr;
@@ -55,6 +55,12 @@ pub(crate) fn volumes(current: &OsStr) -> Vec<CompletionCandidate> {
 /// Names of volumes, followed by a colon, for `--volume`.
 pub(crate) fn mount_sources(current: &OsStr) -> Vec<CompletionCandidate> {
     beginning(current, files(Home::volumes, "").into_iter().map(|name| format!("{name}:")))
+}
+
+/// Names of kernels.
+pub(crate) fn kernels(current: &OsStr) -> Vec<CompletionCandidate> {
+    let names = files(Home::kernels, "").into_iter();
+    beginning(current, names.filter(|name| !name.starts_with('.') && name != "default"))
 }
 
 /// Names of networks.

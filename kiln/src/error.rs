@@ -2,6 +2,7 @@
 
 use std::io;
 
+use kiln_boot::BootError;
 use kiln_contract::{BackendError, ErrorKind};
 use kiln_registry::RegistryError;
 use kiln_store::StoreError;
@@ -80,6 +81,12 @@ impl std::fmt::Display for Flattened {
 impl std::error::Error for Flattened {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         std::error::Error::source(&*self.0)
+    }
+}
+
+impl From<BootError> for CliError {
+    fn from(error: BootError) -> Self {
+        Self::Backend(error.into())
     }
 }
 

@@ -16,7 +16,7 @@ const TARGET: &str = "aarch64-apple-darwin";
 
 /// Everything but the tools of this repository itself, whose place is Linux.
 const PACKAGES: &[&str] =
-    &["kiln-contract", "kiln-erofs", "kiln-store", "kiln-registry", "kiln-view", "kiln-net"];
+    &["kiln-contract", "kiln-erofs", "kiln-store", "kiln-registry", "kiln-view", "kiln-net", "kiln-boot"];
 
 /// Type-checks [`PACKAGES`] in a target directory of its own.
 pub(crate) fn check() -> Outcome {

@@ -2,9 +2,11 @@
 
 mod modinfo;
 mod resolve;
+mod slim;
 mod tree;
 mod wanted;
 
 pub(crate) use resolve::{Resolved, resolve};
+pub(crate) use slim::slim;
 pub(crate) use tree::{MAX_MODULE, MAX_MODULES, ModuleTree, module_name};
 pub(crate) use wanted::{WANTED, is_vital};

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use super::modinfo::normal;
+use super::wanted::Wanted;
 use crate::compression;
 use crate::error::{BootError, Result};
 
@@ -64,9 +65,14 @@ impl ModuleTree {
         }
     }
 
-    /// Names more that are built in.
-    pub(crate) fn add_builtin(&mut self, names: impl IntoIterator<Item = String>) {
-        self.builtin.extend(names);
+    /// Whether nothing is known of it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.builtin.is_empty()
+    }
+
+    /// Names parts more that are built in.
+    pub(crate) fn add_builtin<'a>(&mut self, parts: impl IntoIterator<Item = &'a Wanted>) {
+        self.builtin.extend(parts.into_iter().map(|part| part.module.to_owned()));
     }
 
     pub(crate) fn is_builtin(&self, name: &str) -> bool {

@@ -30,14 +30,14 @@ const fn later(module: &'static str, config: &'static str) -> Wanted {
     Wanted { module, config, need: Need::Later }
 }
 
-/// What machines need, in the order in which it is loaded: devices first, so that they settle while the rest loads.
+/// What machines need, in the order in which it is loaded: first the one device that a guest talks to its host by.
 /// What these depend on is found by [`super::resolve`].
 pub(crate) const WANTED: &[Wanted] = &[
     always("virtio", "CONFIG_VIRTIO"),
     always("virtio_ring", "CONFIG_VIRTIO"),
     always("virtio_mmio", "CONFIG_VIRTIO_MMIO"),
-    always("virtio_pci", "CONFIG_VIRTIO_PCI"),
     always("virtio_console", "CONFIG_VIRTIO_CONSOLE"),
+    always("virtio_pci", "CONFIG_VIRTIO_PCI"),
     always("virtio_blk", "CONFIG_VIRTIO_BLK"),
     always("virtio_rng", "CONFIG_HW_RANDOM_VIRTIO"),
     always("virtio_balloon", "CONFIG_VIRTIO_BALLOON"),

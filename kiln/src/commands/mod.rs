@@ -9,6 +9,7 @@ pub(crate) mod diff;
 pub(crate) mod exec;
 pub(crate) mod image;
 pub(crate) mod inspect;
+pub(crate) mod kernel;
 pub(crate) mod kill;
 pub(crate) mod login;
 pub(crate) mod logout;
