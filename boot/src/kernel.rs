@@ -94,8 +94,10 @@ pub struct KernelRecord {
     /// Its modules in the order of loading: those of the boot first, each after what it needs.
     pub modules: Vec<ModuleRecord>,
     /// Names of wanted modules that it has built in.
+    #[serde(default)]
     pub builtin: Vec<String>,
     /// Options of the kernel's configuration whose parts machines with it do without.
+    #[serde(default)]
     pub absent: Vec<String>,
 }
 

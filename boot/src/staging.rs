@@ -42,10 +42,7 @@ impl Staging {
         #[cfg(target_os = "linux")]
         let settled = rustix::fs::syncfs(&self.held).map_err(std::io::Error::from);
         #[cfg(not(target_os = "linux"))]
-        let settled = {
-            rustix::fs::sync();
-            Ok(())
-        };
+        let settled = self.held.sync_all();
         settled.map_err(BootError::doing("write out", self.path()))
     }
 }

@@ -60,7 +60,7 @@ fn debians_kernel_boots_with_all_its_modules() {
     let archive = directory.path().join("initramfs");
     std::fs::write(&archive, initramfs(&kernel, &std::fs::read(guest).unwrap()).unwrap()).unwrap();
     let output = Command::new("timeout")
-        .arg("120")
+        .arg("400")
         .arg(qemu)
         .args([
             "-M",

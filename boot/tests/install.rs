@@ -5,7 +5,7 @@ mod support;
 use std::io::Write as _;
 use std::path::Path;
 
-use kiln_boot::{BootError, Kernel, Kernels, Source, initramfs};
+use kiln_boot::{Arch, BootError, Form, Kernel, Kernels, Source, initramfs};
 use kiln_contract::{Home, Silent};
 use support::{VERSION, ar, bzimage, deb, module, package_files, read_cpio, tar, unpack};
 
@@ -371,4 +371,33 @@ fn a_kernel_without_modules_is_believed_what_its_configuration_says() {
     let BootError::Lacks { missing, .. } = &error else { panic!("{error}") };
     let missing: Vec<_> = missing.iter().map(|missing| missing.module).collect();
     assert!(missing.contains(&"ext4") && missing.contains(&"tun") && !missing.contains(&"erofs"), "{error}");
+}
+
+#[test]
+fn a_record_of_format_1_is_read_as_it_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("kernel.json"), include_str!("samples/kernel-1.json")).unwrap();
+    let kernel = Kernel::load(directory.path()).unwrap();
+    assert_eq!((kernel.name(), kernel.version(), kernel.arch()), ("debian", "6.1.0-47-amd64", Arch::X86_64));
+    let record = kernel.record();
+    assert!(matches!(&record.source, Source::Packages(paths) if paths.len() == 1));
+    assert_eq!((record.form, record.vmlinux, record.pvh), (Form::BzImage, true, true));
+    assert_eq!(record.digest.short(), "5d5b09f6dcb2");
+    let modules: Vec<_> = record.modules.iter().map(|module| (&module.name[..], module.at_boot)).collect();
+    assert_eq!(modules, [("virtio", true), ("stp", false), ("bridge", false)]);
+    assert_eq!((&record.modules[1].needs[..], record.modules[1].aliases.len()), (&["llc".to_owned()][..], 0));
+    assert_eq!((&record.builtin[0][..], &record.absent[0][..]), ("fuse", "CONFIG_IP_VS"));
+    assert_eq!(kernel.for_qemu(), directory.path().join("vmlinux"));
+}
+
+#[test]
+fn a_record_with_a_module_that_would_be_a_path_is_refused() {
+    let sample = include_str!("samples/kernel-1.json");
+    for name in ["../../../etc/shadow", "", "a/b", &"x".repeat(80)] {
+        let directory = tempfile::tempdir().unwrap();
+        let record = sample.replace("\"bridge\"", &format!("{name:?}"));
+        std::fs::write(directory.path().join("kernel.json"), record).unwrap();
+        let error = Kernel::load(directory.path()).unwrap_err();
+        assert!(error.to_string().contains("cannot name a module"), "{name}: {error}");
+    }
 }
