@@ -18,6 +18,8 @@
 //! ZFS charges a block to the volume that wrote it first: what clones share counts as their original's own while that is there.
 
 mod listing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
