@@ -1,5 +1,6 @@
 //! The template grows in a real machine: by the kernel of a distribution, under emulation, as a guest would do it.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::print_stderr, reason = "`--nocapture` shows how long growth took")]
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -172,7 +173,6 @@ fn grow_in_a_machine(disk: &Path, sizes: &[u64]) -> Option<Vec<(u64, u64)>> {
     for line in lines {
         let Some(numbers) = line.strip_prefix("grown ") else { continue };
         let numbers: Vec<u64> = numbers.split(' ').map(|number| number.parse().unwrap()).collect();
-        // Shown by `--nocapture`.
         eprintln!("to {} MiB in {} ms", numbers[0] / MIB, numbers[3] / 1000);
         grown.push((numbers[1], numbers[2]));
     }
