@@ -149,7 +149,7 @@ pub trait DiskBackend: Send + Sync {
     /// all that the disk holds.
     fn copies_on_write(&self) -> bool;
 
-    /// Makes a disk of `size` bytes, rounded up to 4 KiB, with an empty ext4 that its machine grows to that size.
+    /// Makes a disk of `size` bytes, rounded up to whole blocks (4 or 16 KiB), with an empty ext4 that its machine grows to that size.
     /// Returns the path to give to a hypervisor: a file or a block device, in raw format.
     ///
     /// # Errors
@@ -245,7 +245,7 @@ pub trait DiskBackend: Send + Sync {
     /// There is no such disk.
     fn size(&self, id: &DiskId) -> Result<u64, BackendError>;
 
-    /// Grows a disk to `size` bytes, rounded up to 4 KiB. Its machine may be running: hypervisor and guest then have to
+    /// Grows a disk to `size` bytes, rounded up to whole blocks (4 or 16 KiB). Its machine may be running: hypervisor and guest then have to
     /// be told.
     ///
     /// # Errors

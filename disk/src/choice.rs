@@ -31,7 +31,7 @@ pub enum Choice {
     Btrfs,
     /// Volumes of a ZFS dataset.
     Zfs {
-        /// The dataset.
+        /// The dataset, which no other home uses.
         dataset: String,
     },
     /// Files that are copied whole.
@@ -115,6 +115,7 @@ impl Choice {
     pub fn save(&self, home: &Home) -> Result<()> {
         let path = home.disk_settings();
         let record = serde_json::json!(Record { format: FORMAT, disks: self.to_string() });
+        fs::create_dir_all(home.path()).doing("create", home.path())?;
         let mut file = tempfile::NamedTempFile::new_in(home.path()).doing("create a file in", home.path())?;
         writeln!(file, "{record}").and_then(|()| file.as_file().sync_all()).doing("write", file.path())?;
         file.persist(&path).map_err(|error| error.error).doing("replace", &path)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 #[cfg(target_os = "macos")]
 use crate::apfs as leaf;
-use crate::error::Context as _;
+use crate::error::{Context as _, is_full};
 #[cfg(not(target_os = "macos"))]
 use crate::reflink as leaf;
 use crate::{DiskError, Result, room, sparse};
@@ -21,12 +21,15 @@ pub enum Copying {
     Sparse,
 }
 
-/// Whether files in `directory` can share blocks.
+/// Whether files in `directory` can share blocks. Where there is no room to try it, the file system's name decides.
 ///
 /// # Errors
 /// [`DiskError::NoReflinks`], with what the system said.
 pub(crate) fn probe_reflink(directory: &Path) -> Result<()> {
-    leaf::probe(directory).map_err(|source| no_reflinks(directory, source))
+    match leaf::probe(directory) {
+        Err(error) if is_full(&error) && room::usually_shares(directory) => Ok(()),
+        probed => probed.map_err(|source| no_reflinks(directory, source)),
+    }
 }
 
 fn no_reflinks(path: &Path, source: io::Error) -> DiskError {
@@ -41,10 +44,7 @@ pub(crate) fn copy(how: Copying, from: &File, to: &Path) -> Result<File> {
         Copying::Reflink => reflink(from, to, directory),
         Copying::Sparse => sparse_copy(from, to, directory),
     };
-    copied.map_err(|error| {
-        let _ = fs::remove_file(to);
-        explain(error, how, from, directory)
-    })
+    copied.map_err(|error| explain(error, how, from, directory))
 }
 
 #[cfg(target_os = "macos")]
@@ -55,9 +55,7 @@ fn reflink(from: &File, to: &Path, directory: &Path) -> Result<File> {
 
 #[cfg(not(target_os = "macos"))]
 fn reflink(from: &File, to: &Path, directory: &Path) -> Result<File> {
-    let file = create(to)?;
-    leaf::copy(from, &file).map_err(|source| no_reflinks_or(source, to, directory))?;
-    Ok(file)
+    create(to, |file| leaf::copy(from, file).map_err(|source| no_reflinks_or(source, to, directory)))
 }
 
 /// What a file system says that cannot share blocks, or not between these two files; everything else is another failure.
@@ -80,13 +78,15 @@ fn sparse_copy(from: &File, to: &Path, directory: &Path) -> Result<File> {
             return Err(DiskError::DiskFull { path: directory.to_owned(), needed, available });
         }
     }
-    let file = create(to)?;
-    sparse::copy(from, &file).doing("write the copy", to)?;
-    Ok(file)
+    create(to, |file| sparse::copy(from, file).doing("write the copy", to))
 }
 
-fn create(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).doing("create", path)
+/// Makes a new file and lets `fill` fill it. If that fails, the file goes.
+fn create(path: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<File> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    let file = file.doing("create", path)?;
+    fill(&file).inspect_err(|_| drop(fs::remove_file(path)))?;
+    Ok(file)
 }
 
 /// A lack of room with its numbers, measured when what was written in vain is gone; other errors as they are.
@@ -103,7 +103,8 @@ pub(crate) fn explain(error: DiskError, how: Copying, from: &File, directory: &P
 }
 
 /// Copies a file: by sharing blocks where the file system can, otherwise by copying what is in it. `to` appears at once and
-/// whole, readable and writable by its owner only, but may not yet be on the storage.
+/// whole, readable and writable by its owner only, but may not yet be on the storage. A process that is
+/// killed meanwhile leaves a file beside it whose name begins with `.copy-`.
 ///
 /// # Errors
 /// `to` exists; `from` cannot be read; no room, with how much was missing.

@@ -210,7 +210,7 @@ impl From<DiskError> for BackendError {
 }
 
 /// Whether an error says that a disk or a quota is full.
-fn is_full(error: &io::Error) -> bool {
+pub(crate) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 

@@ -52,6 +52,9 @@ impl FileDisks {
     /// The directory cannot be made or read.
     pub(crate) fn open(root: PathBuf, name: &'static str, how: Copying) -> Result<Self> {
         let tmp = root.join(TMP);
+        if let Some(home) = root.parent() {
+            fs::create_dir_all(home).doing("create", home)?;
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(&tmp).doing("create", &tmp)?;
         sweep(&tmp)?;
         Ok(Self { root, name, how })

@@ -1,7 +1,7 @@
 //! The lock of a home's disks: who holds it may mount, make or remove what keeps them.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use kiln_contract::Home;
 use rustix::fs::{FlockOperation, flock};
@@ -11,7 +11,7 @@ use crate::error::Context as _;
 
 /// Waits until nobody else holds it. It ends when the result is dropped.
 pub(crate) fn lock(home: &Home) -> Result<File> {
-    DirBuilder::new().recursive(true).mode(0o755).create(home.path()).doing("create", home.path())?;
+    std::fs::create_dir_all(home.path()).doing("create", home.path())?;
     let path = home.disk_lock();
     let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let file = file.doing("open", &path)?;

@@ -123,8 +123,14 @@ pub fn doctor(home: &Home) -> Vec<(String, bool, String)> {
             let path = home.disk_pool();
             vec![line(false, format!("btrfs was chosen, and there is no pool `{}`", path.display()))]
         }
-        Choice::Zfs { dataset } => {
-            vec![line(true, format!("zfs: in the dataset `{dataset}`, as `kiln init` chose"))]
+        #[cfg(target_os = "linux")]
+        Choice::Zfs { dataset } => match crate::zfs::ZfsDisks::examine(home, &dataset) {
+            Ok(()) => vec![line(true, format!("zfs: copies share blocks in the dataset `{dataset}`"))],
+            Err(error) => vec![line(false, format!("zfs: {error}"))],
+        },
+        #[cfg(not(target_os = "linux"))]
+        Choice::Zfs { .. } => {
+            vec![line(false, "zfs was chosen, and disks cannot be kept there on this system".into())]
         }
         Choice::Sparse => {
             vec![line(true, "sparse: copies take the room of what they hold, as `kiln init` chose".into())]

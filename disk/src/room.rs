@@ -47,6 +47,11 @@ pub(crate) fn file_system(path: &Path) -> String {
     known(path).map_or("the file system", |(name, _)| name).to_owned()
 }
 
+/// Whether files usually can share blocks on the file system of `path`.
+pub(crate) fn usually_shares(path: &Path) -> bool {
+    cfg!(target_os = "macos") || ["btrfs", "XFS", "bcachefs"].contains(&file_system(path).as_str())
+}
+
 /// Whether a copy may fit for which there seems to be no room.
 pub(crate) fn may_take_less(path: &Path) -> bool {
     known(path).is_none_or(|(_, may_take_less)| may_take_less)

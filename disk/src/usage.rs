@@ -22,6 +22,7 @@ pub(crate) struct Mapping {
 
 impl Mapping {
     /// Adds an extent; `physical` is where it is, if it is shared. Neighbours on the device become one.
+    #[cfg(any(target_os = "linux", test))]
     pub(crate) fn add(&mut self, length: u64, physical: Option<u64>) {
         let Some(start) = physical else {
             self.own = self.own.saturating_add(length);
@@ -97,13 +98,15 @@ pub(crate) fn of_owners<'f>(
     Ok((owners.map(usage).collect(), taken))
 }
 
+/// Where a shared range begins on its device, where it ends, and whose reference to it this is.
+type Reference = (u64, u64, usize);
+
 /// Collects where the files of several owners are.
 #[derive(Debug, Default)]
 struct Sum {
     own: BTreeMap<usize, u64>,
-    /// By device, and whether its file system says of whole extents only that they are shared: start, end and owner of what
-    /// is shared.
-    shared: BTreeMap<(u64, bool), Vec<(u64, u64, usize)>>,
+    /// What is shared, by device, and by whether its file system says only of whole extents that they are.
+    shared: BTreeMap<(u64, bool), Vec<Reference>>,
 }
 
 impl Sum {
@@ -155,7 +158,7 @@ struct Run {
 /// single reference means that the other one is outside of what was asked for, unless the file system says `by_extent`
 /// that something is shared: then it may be about another part of the same extent. Where that part touches and is
 /// the owner's own, so is this.
-fn divide(ranges: &[(u64, u64, usize)], by_extent: bool, each: &mut [(u64, u64)]) -> u64 {
+fn divide(ranges: &[Reference], by_extent: bool, each: &mut [(u64, u64)]) -> u64 {
     let ranges = || ranges.iter().filter(|(start, end, _)| start < end);
     let mut starts: Vec<(u64, usize)> = ranges().map(|(start, _, owner)| (*start, *owner)).collect();
     let mut ends: Vec<(u64, usize)> = ranges().map(|(_, end, owner)| (*end, *owner)).collect();

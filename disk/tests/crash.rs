@@ -3,8 +3,10 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{Bed, Place, disk, has_scribble, in_places, scribble, snapshot};
 use kiln_contract::Home;
@@ -24,6 +26,8 @@ fn work_on_disks_for_another_process() {
     let (web, new, fork) = (disk("web"), disk("new"), disk("fork"));
     let passing = snapshot("passing");
     loop {
+        // Past the runner's capture, for the test that listens.
+        std::io::stdout().write_all(b"round\n").unwrap();
         disks.create(&new, GIB).unwrap();
         disks.clone_disk(&web, None, &fork).unwrap();
         disks.snapshot(&fork, &passing).unwrap();
@@ -36,30 +40,40 @@ fn work_on_disks_for_another_process() {
     }
 }
 
-fn worker(home: &Home) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "work_on_disks_for_another_process"])
+/// Starts such a process and waits until it begins its first round.
+fn worker(home: &Home) -> (Child, impl Iterator<Item = Instant>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", "work_on_disks_for_another_process"])
         .env("KILN_TEST_HOME", home.path())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let mut rounds = lines.filter(|line| line.ends_with("round")).map(|_| Instant::now());
+    rounds.next().expect("it begins");
+    (child, rounds)
 }
 
 #[test]
 fn killed_at_any_instant_they_leave_whole_disks_or_none() {
+    const KILLS: u32 = 16;
     in_places(&[Place::Ext4, Place::Xfs, Place::Btrfs], |bed| {
         let web = disk("web");
         let path = bed.disks.create(&web, GIB).unwrap();
         scribble(&path, AT, LENGTH, 1);
         bed.disks.snapshot(&web, &snapshot("before")).unwrap();
-        let mut seen = std::collections::BTreeSet::new();
-        for attempt in 0..40_u32 {
-            let mut child = worker(&bed.home);
-            // Spread over what a round takes, in an order that has no pattern.
-            std::thread::sleep(
-                Duration::from_millis(20) + Duration::from_micros(u64::from(attempt * 7 % 40) * 1900),
-            );
+        // How long a round takes, so that the instants fall into it.
+        let (mut child, mut rounds) = worker(&bed.home);
+        let begun = rounds.next().unwrap();
+        let round = rounds.next().unwrap() - begun;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let mut seen = BTreeSet::from([examine(bed)]);
+        for attempt in 0..KILLS {
+            let (mut child, _rounds) = worker(&bed.home);
+            // Spread over the whole time, in an order that has no pattern.
+            std::thread::sleep(round * (attempt * 7 % KILLS) / KILLS);
             child.kill().unwrap();
             assert!(!child.wait().unwrap().success(), "it failed before it was killed");
             seen.insert(examine(bed));
@@ -112,27 +126,19 @@ fn a_copy_by_a_living_process_is_not_swept_by_another() {
         let web = disk("web");
         let path = bed.disks.create(&web, GIB).unwrap();
         scribble(&path, AT, LENGTH, 1);
-        let mut child = worker_that_needs(bed);
-        let begun = Instant::now();
-        let mut copies = 0;
-        while copies < 20 && begun.elapsed() < Duration::from_secs(60) {
+        bed.disks.snapshot(&web, &snapshot("before")).unwrap();
+        let (mut child, mut rounds) = worker(&bed.home);
+        for copies in 0..20 {
             // Each opening sweeps.
             let disks = open(&bed.home, &Choice::Auto).unwrap().backend;
             let id = disk(&format!("copy{copies}"));
             let copy = disks.clone_disk(&web, None, &id).unwrap();
             assert!(has_scribble(&copy, AT, LENGTH, 1));
             disks.remove(&id).unwrap();
-            copies += 1;
             assert!(child.try_wait().unwrap().is_none(), "the other process failed");
         }
+        assert!(rounds.next().is_some(), "the other process failed");
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(copies, 20);
     });
-}
-
-/// A process that works on the same disks all the while.
-fn worker_that_needs(bed: &Bed) -> Child {
-    bed.disks.snapshot(&disk("web"), &snapshot("before")).unwrap();
-    worker(&bed.home)
 }

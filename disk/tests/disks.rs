@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -171,7 +171,7 @@ fn a_copy_is_of_the_instant_at_which_it_was_begun_and_is_not_seen_before_it_is_f
         let clone = bed.disks.start_clone(&web, None, &fork).unwrap();
         let save = bed.disks.start_snapshot(&web, &snapshot("now")).unwrap();
         scribble(&path, 100 << 20, MIB, 2);
-        assert_eq!(bed.disks.list().unwrap(), [web.clone()]);
+        assert_eq!(bed.disks.list().unwrap(), std::slice::from_ref(&web));
         assert_eq!(bed.disks.snapshots(&web).unwrap(), []);
         // Somebody opens the same disks meanwhile, and sweeps.
         open(&bed.home, &Choice::Auto).unwrap();
@@ -313,16 +313,7 @@ fn a_full_disk_says_how_much_was_missing_and_leaves_nothing() {
             assert_eq!(bed.leavings(), ["web"]);
             assert!(has_scribble(&path, 100 << 20, 40 * MIB, 1));
 
-            // Full to the last block.
-            let filler = fs::File::create(mount.join("filler")).unwrap();
-            let mut left = 64 * MIB;
-            while left > 0 {
-                use std::os::unix::fs::FileExt as _;
-                let at = filler.metadata().unwrap().len();
-                if filler.write_all_at(&vec![1; left], at).is_err() {
-                    left /= 2;
-                }
-            }
+            fill(mount);
             let error = bed.disks.create(&disk("new"), GIB).unwrap_err().to_string();
             assert!(error.contains("no space left in"), "{error}");
             assert_eq!(bed.leavings(), ["web"]);
@@ -331,6 +322,44 @@ fn a_full_disk_says_how_much_was_missing_and_leaves_nothing() {
             assert_eq!(bed.leavings(), [""; 0]);
             bed.disks.create(&disk("new"), GIB).unwrap();
         });
+    }
+}
+
+#[test]
+fn a_full_disk_that_shares_blocks_still_does_and_lets_disks_be_removed() {
+    in_places(&[Place::Xfs, Place::Btrfs], |bed| {
+        let (web, fork) = (disk("web"), disk("fork"));
+        let path = bed.disks.create(&web, GIB).unwrap();
+        scribble(&path, 100 << 20, MIB, 1);
+        fill(bed.home.path().parent().unwrap());
+        // No room to try whether blocks can be shared.
+        let disks = open(&bed.home, &Choice::Auto).unwrap().backend;
+        assert_eq!(disks.name(), "reflink");
+        match disks.clone_disk(&web, None, &fork) {
+            Ok(copy) => assert!(has_scribble(&copy, 100 << 20, MIB, 1)),
+            Err(error) => {
+                assert!(error.to_string().contains("no space left in"), "{error}");
+                assert_eq!(bed.leavings(), ["web"]);
+            }
+        }
+        for id in [&web, &fork] {
+            disks.remove(id).unwrap();
+        }
+        assert_eq!(bed.leavings(), [""; 0]);
+    });
+}
+
+/// Fills a file system to the last block that a file can have.
+fn fill(mount: &Path) {
+    let filler = fs::File::create(mount.join("filler")).unwrap();
+    let (mut at, mut step) = (0, 16 * MIB);
+    while step >= 4096 {
+        let written = filler.write_all_at(&vec![1; step], at).and_then(|()| filler.sync_data());
+        if written.is_ok() {
+            at += step as u64;
+        } else {
+            step /= 2;
+        }
     }
 }
 

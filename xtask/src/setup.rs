@@ -51,7 +51,6 @@ const TESTS: &[Needed] = &[
     needed("mkfs.xfs", "xfsprogs", "a filesystem with reflinks"),
     needed("mke2fs", "e2fsprogs", "makes the template of machines' disks"),
     needed("e2fsck", "e2fsprogs", "checks machines' disks"),
-    needed("qemu-system-x86_64", "qemu-system-x86", "a machine that grows its disk"),
     needed("newuidmap", "uidmap", "rootless containers"),
     needed("fusermount3", "fuse3", "rootless containers"),
     needed("pasta", "passt", "rootless networks"),

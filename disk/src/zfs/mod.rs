@@ -18,6 +18,9 @@
 //! ZFS charges a block to the volume that wrote it first: what clones share counts as their original's own while that is there.
 
 mod listing;
+mod pending;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -35,6 +38,7 @@ use kiln_contract::{
 };
 
 use self::listing::{COLUMNS, Listing, Role, Volume};
+use self::pending::{PendingVolume, Rest};
 use crate::error::Context as _;
 use crate::programs::{HostPrograms, Programs};
 use crate::staging::{Staging, remove_at_once, sweep};
@@ -47,7 +51,7 @@ const BLOCK: u64 = 16 << 10;
 /// How long udev may take to make a device's name.
 const DEVICE_WAIT: Duration = Duration::from_secs(10);
 
-/// Volumes whose clones go with them make others go: a chain of that many is taken down at once.
+/// A volume that goes may let the one go that it was cloned from: a chain of that many is taken down at once.
 const SWEEPS: usize = 64;
 
 /// Disks that are volumes of a ZFS dataset.
@@ -68,11 +72,26 @@ impl ZfsDisks {
         Self::with(home.disks(), dataset, "/dev/zvol".into(), Arc::new(HostPrograms))
     }
 
-    fn with(root: PathBuf, dataset: &str, devices: PathBuf, programs: Arc<dyn Programs>) -> Result<Self> {
+    /// Whether there could be disks below `dataset`.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub(crate) fn examine(home: &Home, dataset: &str) -> Result<()> {
+        Self::below(home.disks(), dataset, "/dev/zvol".into(), Arc::new(HostPrograms)).map(drop)
+    }
+
+    fn below(root: PathBuf, dataset: &str, devices: PathBuf, programs: Arc<dyn Programs>) -> Result<Self> {
         check_dataset(dataset)?;
         let disks = Self { dataset: dataset.to_owned(), root, devices, programs };
-        disks.look_at_dataset()?;
+        disks.look_at_dataset().map(|()| disks)
+    }
+
+    fn with(root: PathBuf, dataset: &str, devices: PathBuf, programs: Arc<dyn Programs>) -> Result<Self> {
+        let disks = Self::below(root, dataset, devices, programs)?;
         let tmp = disks.tmp();
+        if let Some(home) = disks.root.parent() {
+            fs::create_dir_all(home).doing("create", home)?;
+        }
         DirBuilder::new().recursive(true).mode(0o700).create(&tmp).doing("create", &tmp)?;
         sweep(&tmp)?;
         disks.recover()?;
@@ -363,62 +382,6 @@ fn check_dataset(name: &str) -> Result<()> {
     }
     let what = format!("`{name}` cannot be the name of a ZFS dataset for disks");
     Err(DiskError::place(Kind::Invalid, what, "a pool and a path in it, such as tank/kiln"))
-}
-
-/// What is left to do for a copy.
-#[derive(Debug)]
-enum Rest {
-    Clone { snapshot: String, id: DiskId },
-    Name { base: String, id: DiskId, name: SnapshotName },
-}
-
-/// A copy of which there is a snapshot that nobody sees.
-#[derive(Debug)]
-struct PendingVolume {
-    disks: ZfsDisks,
-    /// Its token is the snapshot's. `None` when it is finished.
-    staging: Option<Staging>,
-    rest: Rest,
-}
-
-impl PendingVolume {
-    fn finish_copy(&self) -> Result<()> {
-        let disks = &self.disks;
-        match &self.rest {
-            Rest::Clone { snapshot, id } => {
-                disks.refuse_taken(&disks.listing()?, id)?;
-                let purpose = format!("create the disk `{id}`");
-                disks.clone_volume(&purpose, snapshot, id, &disks.volume(id))?;
-                disks.wait_for_device(&disks.volume(id)).map(drop)
-            }
-            Rest::Name { base, id, name } => {
-                let listing = disks.listing()?;
-                if listing.snapshots_of(id).iter().any(|(_, has)| *has == name) {
-                    return Err(DiskError::SnapshotExists { disk: id.clone(), snapshot: name.clone() });
-                }
-                let named = format!("{}@snap-{name}", disks.volume(id));
-                disks.zfs(&format!("save `{name}` of `{id}`"), &["rename", base, &named]).map(drop)
-            }
-        }
-    }
-}
-
-impl PendingDisk for PendingVolume {
-    fn finish(mut self: Box<Self>) -> std::result::Result<(), BackendError> {
-        let finished = self.finish_copy();
-        if finished.is_ok() {
-            self.staging = None;
-        }
-        Ok(finished?)
-    }
-}
-
-impl Drop for PendingVolume {
-    fn drop(&mut self) {
-        if self.staging.take().is_some() {
-            self.disks.take_away_unneeded();
-        }
-    }
 }
 
 impl DiskBackend for ZfsDisks {
