@@ -33,6 +33,23 @@
 //! `write` with `O_APPEND`. A last line without its newline was torn by a power cut and is ignored.
 //!
 //! Sparse files become sparse objects; the digest is that of all their bytes.
+//!
+//! # What a layer says of its directories
+//!
+//! A layer's tree takes away in overlayfs's forms: a character device 0:0 for a name that is gone,
+//! `trusted.overlay.opaque` = `y` on a directory that hides what lower layers have in it.
+//!
+//! A tar need not have an entry for every directory in it, and most have none for the root, while a tree has to give
+//! each of them some attributes. Those that no entry stated are marked with `trusted.kiln.implied` (empty), **the root
+//! among them**: mode 0755, owner 0:0, of 1970. Where layers are merged, a marked directory leaves the one below it its
+//! attributes, and only where there is none the guess stands. A stack so gives what unpacking its tars into one
+//! directory gives, and what containers-storage does for overlayfs, which itself knows no such mark (the root of
+//! an overlay is always its uppermost one's): there a new layer's root begins with its parent's owner and mode, and
+//! the tar may change them. A layer from a directory or an overlay's upper directory states all of its directories.
+//!
+//! The mark is a part of the tree and so of the layer's digest; merged trees have neither it nor overlayfs's marks.
+//! (Stores of development versions that never marked the root know tars without an entry for it by other digests. They
+//! stay readable; such a layer states a root of the guessed attributes until its tar is imported again.)
 
 use std::path::{Path, PathBuf};
 

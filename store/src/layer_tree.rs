@@ -7,10 +7,11 @@
 //!   to the text first, as Docker does, and must not lead above the root.
 //! - A symbolic link on the way to an entry is followed *inside the tree*, as containerd does (`fs.RootPath`):
 //!   absolute targets begin at the tree's root, `..` stops there, at most 40 links.
-//! - Missing directories on the way are made, mode 0755, owned by root, and marked ([`overlay::IMPLIED`]).
+//! - Missing directories on the way are made, mode 0755, owned by root, and marked ([`overlay::IMPLIED`]). So is the root
+//!   until an entry states it.
 //! - The last of several entries with one name wins; a directory over a directory only changes attributes.
 
-use kiln_erofs::{Attributes, Content, NodeId, Tree, Xattrs};
+use kiln_erofs::{Attributes, Content, NodeId, Tree};
 
 use crate::overlay;
 use crate::{Result, StoreError};
@@ -45,7 +46,7 @@ pub(crate) enum Name {
 
 impl LayerTree {
     pub(crate) fn new() -> Self {
-        Self { tree: Tree::new(Attributes { mode: 0o755, ..Attributes::default() }), last: None }
+        Self { tree: Tree::new(implied()), last: None }
     }
 
     pub(crate) fn into_tree(self) -> Tree {
@@ -237,13 +238,11 @@ impl LayerTree {
                     if removed {
                         self.tree.remove(here, component);
                     }
-                    let mut xattrs = Xattrs::new();
+                    let mut attributes = implied();
                     if removed {
-                        xattrs.insert(overlay::OPAQUE.to_vec(), b"y".to_vec());
-                    } else {
-                        xattrs.insert(overlay::IMPLIED.to_vec(), Vec::new());
+                        // Removed and made again: nothing of lower layers shows, their directory's attributes neither.
+                        attributes.xattrs = [(overlay::OPAQUE.to_vec(), b"y".to_vec())].into();
                     }
-                    let attributes = Attributes { mode: 0o755, xattrs, ..Attributes::default() };
                     self.insert(path, here, component, Content::Directory, attributes)?
                 }
                 _ => return Ok(None),
@@ -270,6 +269,12 @@ impl LayerTree {
             }
         }
     }
+}
+
+/// What a directory gets that the tar has no entry for.
+fn implied() -> Attributes {
+    let xattrs = [(overlay::IMPLIED.to_vec(), Vec::new())].into();
+    Attributes { mode: 0o755, xattrs, ..Attributes::default() }
 }
 
 fn is_directory(tree: &Tree, node: NodeId) -> bool {
@@ -318,7 +323,7 @@ mod tests {
                     Content::Directory if overlay::is_opaque(&here.attributes.xattrs) => {
                         format!("{path} opaque")
                     }
-                    Content::Directory if here.attributes.xattrs.contains_key(overlay::IMPLIED) => {
+                    Content::Directory if overlay::is_implied(&here.attributes.xattrs) => {
                         format!("{path} implied")
                     }
                     content if overlay::is_whiteout(content) => format!("{path} removed"),

@@ -114,14 +114,7 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
     // Files with several names, by inode: links across layers go by name, those inside one by this.
     let mut linked: HashMap<Nid, NodeId> = HashMap::new();
     let root = image.root()?;
-    let attributes = root.attributes()?;
-    if overlay::is_opaque(&attributes.xattrs) {
-        let hidden: Vec<Vec<u8>> = tree.children(NodeId::ROOT).map(|(name, _)| name.to_vec()).collect();
-        hidden.iter().for_each(|name| {
-            tree.remove(NodeId::ROOT, name);
-        });
-    }
-    put_attributes(tree, NodeId::ROOT, attributes, true);
+    put_directory(tree, NodeId::ROOT, root.attributes()?);
     let mut stack = vec![(root, NodeId::ROOT)];
     while let Some((directory, here)) = stack.pop() {
         for entry in directory.entries(0) {
@@ -134,17 +127,17 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
             }
             if inode.file_type() == FileType::Directory {
                 let attributes = inode.attributes()?;
-                let opaque = overlay::is_opaque(&attributes.xattrs);
-                let kept = below.filter(|below| !opaque && *tree.node(*below).content == Content::Directory);
-                let node = match kept {
-                    Some(node) => node,
+                let node = match below.filter(|below| *tree.node(*below).content == Content::Directory) {
+                    Some(node) => {
+                        put_directory(tree, node, attributes);
+                        node
+                    }
                     None => {
                         tree.remove(here, entry.name);
-                        tree.add(here, entry.name, Content::Directory, Attributes::default())
+                        tree.add(here, entry.name, Content::Directory, without_marks(attributes))
                             .map_err(refused(entry.nid))?
                     }
                 };
-                put_attributes(tree, node, attributes, kept.is_some());
                 stack.push((inode, node));
                 continue;
             }
@@ -164,14 +157,25 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
     Ok(())
 }
 
-/// Gives a directory a layer's attributes, without the layer's marks. Those of a directory that the layer only implied
-/// give way to what is there.
-fn put_attributes(tree: &mut Tree, node: NodeId, mut attributes: Attributes, is_there: bool) {
-    attributes.xattrs.remove(overlay::OPAQUE);
-    let implied = attributes.xattrs.remove(overlay::IMPLIED).is_some();
-    if !(implied && is_there) {
-        tree.set_attributes(node, attributes);
+/// Puts a layer's directory over one that is there, the root among them. An opaque one hides what that holds; one that
+/// the layer only implied leaves it its attributes.
+fn put_directory(tree: &mut Tree, node: NodeId, attributes: Attributes) {
+    if overlay::is_opaque(&attributes.xattrs) {
+        let hidden: Vec<Vec<u8>> = tree.children(node).map(|(name, _)| name.to_vec()).collect();
+        hidden.iter().for_each(|name| {
+            tree.remove(node, name);
+        });
     }
+    if !overlay::is_implied(&attributes.xattrs) {
+        tree.set_attributes(node, without_marks(attributes));
+    }
+}
+
+/// Attributes without the layer's marks, which a merged tree has not.
+fn without_marks(mut attributes: Attributes) -> Attributes {
+    attributes.xattrs.remove(overlay::OPAQUE);
+    attributes.xattrs.remove(overlay::IMPLIED);
+    attributes
 }
 
 /// What an inode is, for a tree. The entries of a directory are not looked at.

@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
 
-use common::{Fixture, Tar, fixture};
+use common::{Fixture, Tar, fixture, header, seal};
 use kiln_contract::{ChangeKind, Digest};
 use kiln_erofs::{Content, Data, NodeId, Tree};
 use kiln_store::{GcOptions, Image, ImageName, ImportLimits, Repair, Store, StoreError};
@@ -120,6 +120,62 @@ fn layers_are_merged_as_an_overlay_would() {
     let alone = Tar::new().file(".wh..wh..opq", b"").entry("./", b'5', "").file("only", b"4");
     let four = merged(&fixture, &[layers[0], layers[1], fixture.round_trip(&alone.end()).layer]);
     assert_eq!(four.into_iter().collect::<Vec<_>>(), [("/only".to_owned(), "4 x1".to_owned())]);
+}
+
+/// An entry for a directory with a mode and an owner of its own.
+fn directory(tar: Tar, name: &str, mode: u32, owner: u32) -> Tar {
+    let mut block = header(name.as_bytes(), b'5', 0, b"");
+    block[100..108].copy_from_slice(format!("{mode:07o}\0").as_bytes());
+    block[108..116].copy_from_slice(format!("{owner:07o}\0").as_bytes());
+    block[116..124].copy_from_slice(format!("{owner:07o}\0").as_bytes());
+    seal(&mut block);
+    tar.raw(&block)
+}
+
+#[test]
+fn only_a_layer_with_an_entry_for_a_directory_changes_that_directory() {
+    type Attributes = (u32, u32);
+    const GUESS: Attributes = (0o755, 0);
+    const BELOW: Attributes = (0o750, 7);
+    const ABOVE: Attributes = (0o1777, 8);
+    let stating =
+        |tar: Tar, (mode, owner): Attributes| directory(directory(tar, "./", mode, owner), "d/", mode, owner);
+    let silent = || Tar::new().file("d/x", b"2");
+    let opaque = || Tar::new().file("d/.wh..wh..opq", b"").file("d/y", b"3");
+    let opaque_root = || Tar::new().file(".wh..wh..opq", b"").file("d/y", b"3");
+    let below = || stating(silent(), BELOW);
+    // Of the root and of `d`, and what is in `d`.
+    type Case = (Vec<Tar>, Attributes, Attributes, &'static str);
+    let cases: [Case; 9] = [
+        (vec![silent(), silent()], GUESS, GUESS, "x"),
+        (vec![below(), silent(), silent()], BELOW, BELOW, "x"),
+        (vec![silent(), below()], BELOW, BELOW, "x"),
+        (vec![below(), stating(Tar::new(), ABOVE), silent()], ABOVE, ABOVE, "x"),
+        (vec![below(), stating(silent(), ABOVE)], ABOVE, ABOVE, "x"),
+        (vec![below(), opaque()], BELOW, BELOW, "y"),
+        (vec![below(), stating(opaque(), ABOVE)], ABOVE, ABOVE, "y"),
+        // What is hidden is gone, with its attributes; the root itself is still there.
+        (vec![below(), opaque_root()], BELOW, GUESS, "y"),
+        (vec![below(), Tar::new().file(".wh.d", b""), silent()], BELOW, GUESS, "x"),
+    ];
+    for (case, (tars, root, d, file)) in cases.into_iter().enumerate() {
+        let fixture = fixture();
+        let layers: Vec<_> = tars.into_iter().map(|tar| fixture.round_trip(&tar.end()).layer).collect();
+        // Each longer stack begins with the merged tree of the one before.
+        for count in 1..layers.len() {
+            fixture.store.merged_tree(&layers[..count]).unwrap();
+        }
+        let bytes = std::fs::read(fixture.store.merged_tree(&layers).unwrap()).unwrap();
+        let tree = kiln_erofs::Image::open(&bytes).unwrap().to_tree().unwrap();
+        let node = tree.child(NodeId::ROOT, b"d").unwrap();
+        for (node, expected) in [(NodeId::ROOT, root), (node, d)] {
+            let attributes = tree.node(node).attributes;
+            assert_eq!((attributes.mode, attributes.uid), expected, "case {case}");
+            assert!(attributes.xattrs.is_empty(), "case {case}: {:?}", attributes.xattrs);
+        }
+        let names: Vec<_> = tree.children(node).map(|(name, _)| name).collect();
+        assert_eq!(names, [file.as_bytes()], "case {case}");
+    }
 }
 
 #[test]
