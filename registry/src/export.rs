@@ -1,4 +1,4 @@
-//! Images into files that other tools read: OCI layouts and archives, `docker save` archives.
+//! Images into files that other tools read: OCI layouts and archives, `docker save` archives, root filesystems.
 //!
 //! Ids stay what they are: configs are written byte for byte. A manifest stays too if its layers come out with the same
 //! digests, which is so for uncompressed ones and for those that Kiln itself packed.
@@ -23,7 +23,8 @@ use crate::{Format, RegistryError, Result};
 /// Writes images to `to` (`-` is standard output). A layout that is there already gets the images on top of those it has; an
 /// archive is replaced in one step.
 ///
-/// `compression` is for layers of OCI formats; `docker save` archives have them uncompressed.
+/// `compression` is for layers of OCI formats, and for the whole tar of a root filesystem; `docker save` archives have
+/// layers uncompressed. A root filesystem is one image's: a tar of its layers merged ([`Store::export_rootfs`]).
 ///
 /// # Errors
 /// As [`RegistryError`] tells; an archive file is then as it was.
@@ -330,7 +331,7 @@ impl Export<'_> {
         self.add("repositories", &repositories)
     }
 
-    /// The tar of an image with one layer; a stack of several is no tar that anybody could name.
+    /// The tar of an image's files: its layers merged.
     fn rootfs(self, images: &[(Option<ImageName>, Image)]) -> Result<()> {
         let [(_, image)] = images else {
             return Err(RegistryError::Unsupported {
@@ -338,25 +339,16 @@ impl Export<'_> {
                 reason: "one root filesystem is one image".into(),
             });
         };
-        let [layer] = &image.layers[..] else {
-            return Err(RegistryError::Unsupported {
-                name: image.id.to_string(),
-                reason: format!(
-                    "it has {} layers, and only an image with one can be written as a root filesystem",
-                    image.layers.len()
-                ),
-            });
-        };
         let failed = |source| RegistryError::Io { doing: "write", path: self.to.to_owned(), source };
         match self.sink {
             Sink::Output(out) => {
                 let mut compressor = Compressor::new(self.compression, out).map_err(failed)?;
-                self.store.export_tar(layer, &mut compressor)?;
+                self.store.export_rootfs(&image.layers, &mut compressor)?;
                 compressor.finish().and_then(|mut out| out.flush()).map_err(failed)
             }
             Sink::Tar(out) => {
                 let mut compressor = Compressor::new(self.compression, out).map_err(failed)?;
-                self.store.export_tar(layer, &mut compressor)?;
+                self.store.export_rootfs(&image.layers, &mut compressor)?;
                 let out = compressor.finish().map_err(failed)?;
                 let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
                 readable(file.as_file()).map_err(failed)?;

@@ -20,7 +20,7 @@ use crate::{Result, StoreError};
 const LINKS: usize = 40;
 
 /// The longest name of an entry. Linux takes paths of 4096 bytes at once; deeper trees can be walked.
-const PATH: usize = 64 << 10;
+pub(crate) const PATH: usize = 64 << 10;
 
 #[derive(Debug)]
 pub(crate) struct LayerTree {

@@ -27,8 +27,8 @@ impl Store {
         let staging = Staging::new(&self.layout)?;
         let new = staging.path("tree");
         match layers {
-            // One layer that removes nothing is its own merged tree.
-            [layer] if is_merged(&self.layer_tree(layer)?)? => {
+            // One layer without marks is its own merged tree.
+            [layer] if Marks::of(&self.layer_tree(layer)?)?.none() => {
                 let layer = self.layout.layer(layer);
                 std::fs::hard_link(&layer, &new).doing("link", &layer)?;
             }
@@ -46,7 +46,7 @@ impl Store {
     /// The digest that a stack's merged tree must have. Caches are not believed.
     pub(crate) fn merged_digest(&self, layers: &[Digest]) -> Result<Digest> {
         if let [layer] = layers
-            && is_merged(&self.layer_tree(layer)?)?
+            && Marks::of(&self.layer_tree(layer)?)?.none()
         {
             return Ok(*layer);
         }
@@ -81,27 +81,42 @@ impl Store {
     }
 }
 
-/// Whether a layer's tree has nothing that a merged tree must not have.
-fn is_merged(file: &TreeFile) -> Result<bool> {
-    let image = file.image()?;
-    let check = || {
-        let mut stack = vec![image.root()?];
-        while let Some(directory) = stack.pop() {
-            if directory.xattr(overlay::OPAQUE)?.is_some() || directory.xattr(overlay::IMPLIED)?.is_some() {
-                return Ok(false);
-            }
-            for entry in directory.entries(0) {
-                let entry = entry?;
-                match entry.file_type {
-                    FileType::Directory => stack.push(image.inode(entry.nid)?),
-                    FileType::CharDevice if is_whiteout(&image.inode(entry.nid)?) => return Ok(false),
-                    _ => {}
+/// What a layer's tree has that a merged tree has not.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Marks {
+    /// Whiteouts and opaque directories.
+    pub(crate) removes: bool,
+    /// Directories that the tar had no entry for.
+    pub(crate) implies: bool,
+}
+
+impl Marks {
+    /// Looks through a layer's tree.
+    pub(crate) fn of(file: &TreeFile) -> Result<Self> {
+        let image = file.image()?;
+        let look = || {
+            let mut marks = Self::default();
+            let mut stack = vec![image.root()?];
+            while let Some(directory) = stack.pop() {
+                marks.removes |= directory.xattr(overlay::OPAQUE)?.is_some();
+                marks.implies |= directory.xattr(overlay::IMPLIED)?.is_some();
+                for entry in directory.entries(0) {
+                    let entry = entry?;
+                    match entry.file_type {
+                        FileType::Directory => stack.push(image.inode(entry.nid)?),
+                        FileType::CharDevice => marks.removes |= is_whiteout(&image.inode(entry.nid)?),
+                        _ => {}
+                    }
                 }
             }
-        }
-        Ok(true)
-    };
-    check().map_err(|source| file.damaged(source))
+            Ok(marks)
+        };
+        look().map_err(|source| file.damaged(source))
+    }
+
+    fn none(self) -> bool {
+        !self.removes && !self.implies
+    }
 }
 
 fn is_whiteout(inode: &Inode<'_>) -> bool {
