@@ -13,7 +13,7 @@ use oci_spec::image::Descriptor;
 
 use crate::error::Context as _;
 use crate::gc::{digest_of_name, object_of_path, objects_of};
-use crate::import::ImportLimits;
+use crate::limits::ImportLimits;
 use crate::split::Split;
 use crate::tag::files_below;
 use crate::{Result, Store, lines};

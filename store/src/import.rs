@@ -22,25 +22,11 @@ use kiln_erofs::{Content, Data, Tree};
 use crate::chunk::Chunk;
 use crate::error::{Context as _, is_full};
 use crate::layer_reader::{LayerReader, ReadLayer};
+use crate::limits::ImportLimits;
 use crate::object_writer::{ObjectWriter, Queue};
 use crate::split::{self, SplitWriter};
 use crate::staging::Staging;
 use crate::{Result, Store, StoreError};
-
-/// What one layer may be. No limit by default, except that the holes of sparse files may make up no more than
-/// [`ImportLimits::HOLES`]: they cost an attacker nothing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ImportLimits {
-    /// Bytes of all files of one layer, unpacked.
-    pub max_size: Option<u64>,
-    /// Entries of its tar.
-    pub max_entries: Option<u64>,
-}
-
-impl ImportLimits {
-    /// How many bytes of zeros a layer may have in holes if there is no `max_size`: 64 GiB.
-    pub const HOLES: u64 = 64 << 30;
-}
 
 /// A layer that was brought into the store.
 #[derive(Debug, Clone, PartialEq, Eq)]

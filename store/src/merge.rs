@@ -9,16 +9,18 @@ use kiln_erofs::{Attributes, Content, Device, FileType, ImageError, Inode, Nid, 
 use crate::error::Context as _;
 use crate::format::stack_key;
 use crate::import::write_tree;
+use crate::limits::{Budget, ImportLimits};
 use crate::staging::Staging;
 use crate::tree_file::TreeFile;
-use crate::{Result, Store, overlay};
+use crate::{Result, Store, StoreError, overlay};
 
 impl Store {
     /// The merged tree of a stack (layers, bottom first): what a container's root is mounted from. It is kept, and made
     /// only if it is not there; then it begins from that of the longest part of the stack that is.
     ///
     /// # Errors
-    /// A layer is missing or damaged, or the tree cannot be written.
+    /// A layer is missing or damaged, or the tree cannot be written; [`StoreError::TooLarge`] for layers that each were
+    /// within the limits, and together are not.
     pub fn merged_tree(&self, layers: &[Digest]) -> Result<PathBuf> {
         let path = self.layout.merged_tree(&stack_key(layers));
         if path.exists() {
@@ -57,27 +59,88 @@ impl Store {
         Ok(hasher.finish())
     }
 
-    /// A stack's merged tree in memory.
+    /// A stack's merged tree in memory. It may take as much as a layer's; but a stack has many layers.
     pub(crate) fn merge(&self, layers: &[Digest]) -> Result<Tree> {
+        Ok(self.merge_within(layers, ImportLimits::default())?.0)
+    }
+
+    /// A stack's merged tree, and what it left of the limits.
+    pub(crate) fn merge_within(&self, layers: &[Digest], limits: ImportLimits) -> Result<(Tree, Budget)> {
+        let mut budget = Budget::new("stack", limits);
         for below in (2..layers.len()).rev() {
             if let Some(file) = TreeFile::open(&self.layout.merged_tree(&stack_key(&layers[..below])))?
                 && let Ok(mut tree) = file.to_tree()
             {
-                self.put_on(&mut tree, &layers[below..])?;
-                return Ok(tree);
+                charge_all(&mut budget, &tree)?;
+                self.put_on_within(&mut tree, &layers[below..], &mut budget)?;
+                return Ok((tree, budget));
             }
         }
         let mut tree = Tree::default();
-        self.put_on(&mut tree, layers)?;
-        Ok(tree)
+        self.put_on_within(&mut tree, layers, &mut budget)?;
+        Ok((tree, budget))
     }
 
-    fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
+    /// Puts layers on a tree, which may take what is usual.
+    pub(crate) fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
+        self.put_on_within(tree, layers, &mut Budget::new("stack", ImportLimits::default()))
+    }
+
+    pub(crate) fn put_on_within(
+        &self,
+        tree: &mut Tree,
+        layers: &[Digest],
+        budget: &mut Budget,
+    ) -> Result<()> {
         for layer in layers {
             let file = self.layer_tree(layer)?;
-            put_layer_on(tree, &file).map_err(|source| file.damaged(source))?;
+            put_layer_on(tree, &file, budget).map_err(|error| error.of(&file))?;
         }
         Ok(())
+    }
+}
+
+fn charge_all(budget: &mut Budget, tree: &Tree) -> Result<()> {
+    let mut stack = vec![NodeId::ROOT];
+    while let Some(directory) = stack.pop() {
+        for (name, id) in tree.children(directory) {
+            let node = tree.node(id);
+            budget.node(name, node.content, node.attributes)?;
+            if *node.content == Content::Directory {
+                stack.push(id);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Why one tree cannot be put on another.
+pub(crate) enum MergeError {
+    /// It cannot be read.
+    Image(ImageError),
+    /// Together they are too large.
+    Store(StoreError),
+}
+
+impl From<ImageError> for MergeError {
+    fn from(error: ImageError) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<StoreError> for MergeError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl MergeError {
+    /// Says of which file it is.
+    pub(crate) fn of(self, file: &TreeFile) -> StoreError {
+        match self {
+            Self::Image(source) => file.damaged(source),
+            Self::Store(error) => error,
+        }
     }
 }
 
@@ -123,7 +186,11 @@ fn is_whiteout(inode: &Inode<'_>) -> bool {
     inode.file_type() == FileType::CharDevice && inode.device() == Some(Device { major: 0, minor: 0 })
 }
 
-fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), ImageError> {
+fn put_layer_on(
+    tree: &mut Tree,
+    file: &TreeFile,
+    budget: &mut Budget,
+) -> std::result::Result<(), MergeError> {
     let image = kiln_erofs::Image::open(file.bytes())?;
     let refused = |nid| move |_| ImageError::Inode { nid, what: "it has no place in the merged tree" };
     // Files with several names, by inode: links across layers go by name, those inside one by this.
@@ -144,10 +211,12 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
                 let attributes = inode.attributes()?;
                 let node = match below.filter(|below| *tree.node(*below).content == Content::Directory) {
                     Some(node) => {
+                        budget.attributes(&attributes)?;
                         put_directory(tree, node, attributes);
                         node
                     }
                     None => {
+                        budget.node(entry.name, &Content::Directory, &attributes)?;
                         tree.remove(here, entry.name);
                         tree.add(here, entry.name, Content::Directory, without_marks(attributes))
                             .map_err(refused(entry.nid))?
@@ -158,12 +227,13 @@ fn put_layer_on(tree: &mut Tree, file: &TreeFile) -> std::result::Result<(), Ima
             }
             tree.remove(here, entry.name);
             if let Some(node) = linked.get(&entry.nid) {
+                budget.link(entry.name)?;
                 tree.link(here, entry.name, *node).map_err(refused(entry.nid))?;
                 continue;
             }
-            let content = content_of(&inode)?;
-            let node =
-                tree.add(here, entry.name, content, inode.attributes()?).map_err(refused(entry.nid))?;
+            let (content, attributes) = (content_of(&inode)?, inode.attributes()?);
+            budget.node(entry.name, &content, &attributes)?;
+            let node = tree.add(here, entry.name, content, attributes).map_err(refused(entry.nid))?;
             if inode.links() > 1 {
                 linked.insert(entry.nid, node);
             }
