@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Seek as _, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use kiln_contract::{Digest, Hasher, Progress, Step};
+use kiln_contract::{Digest, Progress, Step};
 use kiln_store::{Image, ImageName, Store};
 use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use tar_core::{EntryType, HeaderBuilder};
@@ -17,7 +17,7 @@ use tempfile::NamedTempFile;
 use crate::compression::{Compression, Compressor};
 use crate::import::{IMAGE_NAME, REF_NAME, blob_path};
 use crate::manifest::{self, MANIFEST_LIMIT, platform_of};
-use crate::unpack::scratch_file;
+use crate::pack::{self, Spooled};
 use crate::{Format, RegistryError, Result};
 
 /// Writes images to `to` (`-` is standard output). A layout that is there already gets the images on top of those it has; an
@@ -175,19 +175,7 @@ impl Export<'_> {
             return Ok(done.clone());
         }
         let step = self.progress.begin(Step { name: diff_id.short(), verb: "export", total: None });
-        let failed =
-            |source| RegistryError::Io { doing: "write below", path: self.store.path().join("tmp"), source };
-        let spool = Hashed {
-            inner: BufWriter::with_capacity(256 << 10, scratch_file(self.store)?),
-            hasher: Hasher::new(),
-            length: 0,
-        };
-        let mut compressor = Compressor::new(compression, spool).map_err(failed)?;
-        self.store.export_diff(diff_id, &mut compressor)?;
-        let Hashed { inner, hasher, length } = compressor.finish().map_err(failed)?;
-        let mut file = inner.into_inner().map_err(|error| failed(error.into_error()))?;
-        file.rewind().map_err(failed)?;
-        let digest = hasher.finish();
+        let Spooled { mut file, digest, length } = pack::into_file(self.store, diff_id, compression)?;
         let name = path(&digest);
         if self.written.insert(name.clone()) {
             let failed = |source| RegistryError::Io { doing: "write", path: self.to.join(&name), source };
@@ -367,23 +355,4 @@ fn oci_platform(image: &Image) -> oci_spec::image::Platform {
     platform.set_architecture(is.architecture.as_str().into());
     platform.set_variant(is.variant);
     platform
-}
-
-struct Hashed<W> {
-    inner: W,
-    hasher: Hasher,
-    length: u64,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..n]);
-        self.length += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }

@@ -44,6 +44,7 @@ mod layer_stream;
 mod login;
 mod manifest;
 mod origin;
+mod pack;
 mod pull;
 mod push;
 mod registries_conf;
