@@ -157,6 +157,7 @@ impl Push<'_> {
             manifest::with_layers(self.store, self.image, &descriptors, config.len() as u64)?;
         pushed.manifest = Digest::of(&bytes);
         pushed.bytes += self.put_manifest(&media_type, bytes, &pushed.manifest).await?;
+        self.store.remember_origin(&self.image.id, &self.to.repository, None)?;
         Ok(pushed)
     }
 

@@ -3,7 +3,7 @@
 //! Whoever owns such a directory may change it meanwhile. Directories are opened below the root without following any
 //! symbolic link (`openat2`), and files relative to them, so that nothing outside can be read.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -16,7 +16,7 @@ use kiln_erofs::{Attributes, Content, Data, Device, NodeId, Time, Tree, Xattrs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 
 use crate::error::Context as _;
-use crate::import::{ImportedLayer, NewLayer, StagedLayer, collect, join};
+use crate::import::{ImportedLayer, NewLayer, Replaced, StagedLayer, collect, join};
 use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{HostDirectory, Job, Queue};
 use crate::tar::write::write_tree;
@@ -61,8 +61,8 @@ impl Store {
         latest: Option<i64>,
         limits: ImportLimits,
     ) -> Result<ImportedLayer> {
-        let no_rewrite = HashSet::new();
-        let staged = StagedLayer::new(self, &no_rewrite)?;
+        let nothing = Replaced::default();
+        let staged = StagedLayer::new(self, &nothing)?;
         let queue = Queue::new();
         let (walked, worked) = thread::scope(|scope| {
             let workers = staged.spawn_workers(scope, &queue);

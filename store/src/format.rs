@@ -12,7 +12,10 @@
 //! diffs/<diff_id>.split       a second tar that became the same layer (other order, other user names)
 //! diffs/blobs/<sha256>        the diff_id of a compressed form: `sha256:…` and a newline
 //! blobs/sha256/<hex>          OCI manifests, configs, indexes, as received
-//! images/<config sha256>      an image by its id: a line `sha256:…` for each of its manifests, newest last
+//! images/<config sha256>      an image by its id, newest lines last:
+//!                               `sha256:…`             a manifest of it
+//!                               `from <repository>`    where it was pulled from or pushed to
+//!                               `index sha256:…`       an index in that repository by whose digest it was asked for
 //! tags/<repository>/:<tag>    a tag's history (`tag` module)
 //! renders/merged/<sha256>     merged trees, named by the SHA-256 of the stack's layer digests (32 bytes each)
 //! tmp/<pid>-<n>               staging of one writer: a directory or file that it holds an flock on; swept when free

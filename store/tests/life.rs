@@ -1,15 +1,13 @@
-//! Images through their lives: made, tagged, found, merged, committed, collected, checked, repaired.
+//! Images through their lives: made, tagged, found, merged, committed, collected.
 
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{Cursor, Read};
 
 use common::{Fixture, Tar, fixture, header, seal};
 use kiln_contract::{ChangeKind, Digest};
 use kiln_erofs::{Content, Data, NodeId, Tree};
-use kiln_store::{GcOptions, Image, ImageName, ImportLimits, Repair, Store, StoreError};
-use oci_spec::image::Descriptor;
+use kiln_store::{GcOptions, Image, ImageName, ImportLimits, Store, StoreError};
 
 fn name(text: &str) -> ImageName {
     ImageName::parse(text).unwrap()
@@ -337,84 +335,6 @@ fn a_collection_takes_what_nothing_needs_and_nothing_else() {
     assert_eq!(report.images, ["kept:1"]);
     let left = Store::open(&home).unwrap().usage().unwrap();
     assert_eq!((left.images, left.layers, left.objects, left.metadata_bytes), (0, 0, 0, 0));
-}
-
-struct Again(BTreeMap<Digest, Vec<u8>>);
-
-impl Repair for Again {
-    fn layer(&self, diff_id: &Digest, _: &[Descriptor]) -> std::io::Result<Box<dyn Read + Send>> {
-        match self.0.get(diff_id) {
-            Some(tar) => Ok(Box::new(Cursor::new(tar.clone()))),
-            None => Err(std::io::Error::other("nobody has it")),
-        }
-    }
-}
-
-#[test]
-fn damage_of_every_kind_is_found_and_repaired() {
-    let tar = Tar::new().file("a", &[1; 1000]).file("b", &[2; 70_000]).end();
-    let object = Digest::of(&[2; 70_000]);
-    type Damage = fn(&Store, &Image, &Digest);
-    let damages: [(&str, Damage); 7] = [
-        ("an object with a wrong byte", |store, _, object| {
-            let path = store.object_path(object);
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[69_999] ^= 1;
-            std::fs::remove_file(&path).unwrap();
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a torn object", |store, _, object| {
-            std::fs::remove_file(store.object_path(object)).unwrap();
-            std::fs::write(store.object_path(object), [2; 4096]).unwrap();
-        }),
-        ("a missing object", |store, _, object| {
-            std::fs::remove_file(store.object_path(object)).unwrap();
-        }),
-        ("a damaged tree", |store, image, _| {
-            let path = store.layer_path(&image.layers[0]);
-            let mut bytes = std::fs::read(&path).unwrap();
-            let last = bytes.len() - 1;
-            bytes[last] ^= 1;
-            std::fs::remove_file(&path).unwrap();
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a missing tree", |store, image, _| {
-            std::fs::remove_file(store.layer_path(&image.layers[0])).unwrap();
-        }),
-        ("a damaged split stream", |store, image, _| {
-            let path = store.layer_path(&image.layers[0]).with_extension("split");
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[100] ^= 1;
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a damaged merged tree", |store, image, _| {
-            let path = store.merged_tree(&[image.layers[0], image.layers[0]]).unwrap();
-            let own = store.merged_tree(&image.layers).unwrap();
-            std::fs::rename(path, &own).unwrap();
-            std::fs::write(own, b"not a tree").unwrap();
-        }),
-    ];
-    for (what, damage) in damages {
-        let fixture = fixture();
-        let image = make(&fixture, &[Tar(tar.clone())], "a:1");
-        let store = &fixture.store;
-        assert!(store.check(None).unwrap().damaged.is_empty(), "{what}");
-        damage(store, &image, &object);
-        let found = store.check(None).unwrap();
-        assert!(!found.damaged.is_empty(), "{what} was not found");
-        if what != "a damaged merged tree" {
-            let helpless = store.check(Some(&Again(BTreeMap::new()))).unwrap();
-            assert!(
-                helpless.damaged.iter().any(|line| line.contains("nobody has it")),
-                "{what}: {helpless:?}"
-            );
-        }
-        let repaired = store.check(Some(&Again([(Digest::of(&tar), tar.clone())].into()))).unwrap();
-        assert_eq!(repaired.damaged, [""; 0], "{what}");
-        assert!(!repaired.repaired.is_empty(), "{what}");
-        assert!(fixture.export(&image.layers[0]) == tar);
-        assert!(store.check(None).unwrap().damaged.is_empty());
-    }
 }
 
 #[test]
