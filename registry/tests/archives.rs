@@ -155,10 +155,9 @@ fn what_skopeo_writes_is_read_however_it_is_packed_and_wherever_it_comes_from() 
                 run(Command::new("mkfifo").arg(&fifo));
                 let (source, target) = (path(file), fifo.clone());
                 let writer = std::thread::spawn(move || {
-                    std::fs::copy(
-                        source,
-                        std::fs::File::options().write(true).open(&target).map(|_| target).unwrap(),
-                    )
+                    // Opened once: a pipe that its writer has closed is at its end.
+                    let mut out = std::fs::File::options().write(true).open(target)?;
+                    std::io::copy(&mut std::fs::File::open(source)?, &mut out)
                 });
                 let images = read(&empty, &fifo).unwrap();
                 writer.join().unwrap().unwrap();
