@@ -1,14 +1,14 @@
-//! Images into files that other tools read: OCI layouts and archives, `docker save` archives.
+//! Images into files that other tools read: OCI layouts and archives, `docker save` archives, root filesystems.
 //!
 //! Ids stay what they are: configs are written byte for byte. A manifest stays too if its layers come out with the same
 //! digests, which is so for uncompressed ones and for those that Kiln itself packed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Seek as _, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use kiln_contract::{Digest, Hasher, Progress, Step};
+use kiln_contract::{Digest, Progress, Step};
 use kiln_store::{Image, ImageName, Store};
 use oci_spec::image::{Descriptor, ImageIndex, MediaType};
 use tar_core::{EntryType, HeaderBuilder};
@@ -17,13 +17,14 @@ use tempfile::NamedTempFile;
 use crate::compression::{Compression, Compressor};
 use crate::import::{IMAGE_NAME, REF_NAME, blob_path};
 use crate::manifest::{self, MANIFEST_LIMIT, platform_of};
-use crate::unpack::scratch_file;
+use crate::pack::{self, Spooled};
 use crate::{Format, RegistryError, Result};
 
 /// Writes images to `to` (`-` is standard output). A layout that is there already gets the images on top of those it has; an
 /// archive is replaced in one step.
 ///
-/// `compression` is for layers of OCI formats; `docker save` archives have them uncompressed.
+/// `compression` is for layers of OCI formats, and for the whole tar of a root filesystem; `docker save` archives have
+/// layers uncompressed. A root filesystem is one image's: a tar of its layers merged ([`Store::export_rootfs`]).
 ///
 /// # Errors
 /// As [`RegistryError`] tells; an archive file is then as it was.
@@ -174,19 +175,7 @@ impl Export<'_> {
             return Ok(done.clone());
         }
         let step = self.progress.begin(Step { name: diff_id.short(), verb: "export", total: None });
-        let failed =
-            |source| RegistryError::Io { doing: "write below", path: self.store.path().join("tmp"), source };
-        let spool = Hashed {
-            inner: BufWriter::with_capacity(256 << 10, scratch_file(self.store)?),
-            hasher: Hasher::new(),
-            length: 0,
-        };
-        let mut compressor = Compressor::new(compression, spool).map_err(failed)?;
-        self.store.export_diff(diff_id, &mut compressor)?;
-        let Hashed { inner, hasher, length } = compressor.finish().map_err(failed)?;
-        let mut file = inner.into_inner().map_err(|error| failed(error.into_error()))?;
-        file.rewind().map_err(failed)?;
-        let digest = hasher.finish();
+        let Spooled { mut file, digest, length } = pack::into_file(self.store, diff_id, compression)?;
         let name = path(&digest);
         if self.written.insert(name.clone()) {
             let failed = |source| RegistryError::Io { doing: "write", path: self.to.join(&name), source };
@@ -330,7 +319,7 @@ impl Export<'_> {
         self.add("repositories", &repositories)
     }
 
-    /// The tar of an image with one layer; a stack of several is no tar that anybody could name.
+    /// The tar of an image's files: its layers merged.
     fn rootfs(self, images: &[(Option<ImageName>, Image)]) -> Result<()> {
         let [(_, image)] = images else {
             return Err(RegistryError::Unsupported {
@@ -338,25 +327,16 @@ impl Export<'_> {
                 reason: "one root filesystem is one image".into(),
             });
         };
-        let [layer] = &image.layers[..] else {
-            return Err(RegistryError::Unsupported {
-                name: image.id.to_string(),
-                reason: format!(
-                    "it has {} layers, and only an image with one can be written as a root filesystem",
-                    image.layers.len()
-                ),
-            });
-        };
         let failed = |source| RegistryError::Io { doing: "write", path: self.to.to_owned(), source };
         match self.sink {
             Sink::Output(out) => {
                 let mut compressor = Compressor::new(self.compression, out).map_err(failed)?;
-                self.store.export_tar(layer, &mut compressor)?;
+                self.store.export_rootfs(&image.layers, &mut compressor)?;
                 compressor.finish().and_then(|mut out| out.flush()).map_err(failed)
             }
             Sink::Tar(out) => {
                 let mut compressor = Compressor::new(self.compression, out).map_err(failed)?;
-                self.store.export_tar(layer, &mut compressor)?;
+                self.store.export_rootfs(&image.layers, &mut compressor)?;
                 let out = compressor.finish().map_err(failed)?;
                 let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
                 readable(file.as_file()).map_err(failed)?;
@@ -375,23 +355,4 @@ fn oci_platform(image: &Image) -> oci_spec::image::Platform {
     platform.set_architecture(is.architecture.as_str().into());
     platform.set_variant(is.variant);
     platform
-}
-
-struct Hashed<W> {
-    inner: W,
-    hasher: Hasher,
-    length: u64,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..n]);
-        self.length += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }

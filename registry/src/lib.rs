@@ -2,6 +2,7 @@
 //!
 //! - [`Registry::pull`] and [`Registry::push`] speak the OCI distribution protocol (distribution-spec 1.1), with the
 //!   credentials, mirrors and certificates that users already have ([`Config`]);
+//! - [`Registry::repair`] gets back what a check of the store found missing or damaged;
 //! - [`import`] and [`export`] read and write OCI layouts, `oci-archive`, `docker-archive` and plain root filesystems.
 //!
 //! Everything is synchronous outside; one small runtime inside moves the bytes. Layers stream: what comes from a connection or a
@@ -35,6 +36,7 @@ mod challenge;
 mod compression;
 mod config;
 mod credentials;
+mod document;
 mod download;
 mod endpoint;
 mod error;
@@ -44,10 +46,12 @@ mod layer_stream;
 mod login;
 mod manifest;
 mod origin;
+mod pack;
 mod pull;
 mod push;
 mod registries_conf;
 mod registry;
+mod repair;
 mod retry;
 mod saved;
 mod token;
@@ -63,6 +67,7 @@ pub use import::{Named, import};
 pub use pull::{PullOptions, PullPolicy, Pulled};
 pub use push::{PushOptions, Pushed};
 pub use registry::Registry;
+pub use repair::FromRegistries;
 
 /// How images are kept outside of registries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

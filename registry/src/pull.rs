@@ -15,17 +15,14 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use kiln_contract::{Digest, Platform, Progress, Step};
 use kiln_store::{Image, ImageName, ImportLimits, Store};
 use oci_spec::image::{Descriptor, ImageManifest};
-use reqwest::header::{ACCEPT, HeaderValue};
-use reqwest::{Method, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::challenge::Scopes;
+use crate::document;
 use crate::download::{self, Blob};
 use crate::endpoint::Endpoint;
 use crate::layer_stream::Pieces;
 use crate::manifest::{self, CONFIG_LIMIT, Document, MANIFEST_LIMIT};
 use crate::registry::{Registry, Session, full_name};
-use crate::transport::Call;
 use crate::unpack::unpack;
 use crate::{RegistryError, Result};
 
@@ -71,7 +68,7 @@ pub struct Pulled {
 
 const PARALLEL: usize = 3;
 /// Pieces between a download and its unpacking. A piece is what one read of a socket gave, at most some 400 KiB.
-const QUEUE: usize = 32;
+pub(crate) const QUEUE: usize = 32;
 
 impl Registry {
     /// Brings an image into the store and tags it with `name`, if that has a tag.
@@ -170,6 +167,14 @@ fn local_by_digest(
     }
 }
 
+/// The manifest that a reference led to.
+struct Found {
+    digest: Digest,
+    bytes: Vec<u8>,
+    /// The index that it was chosen from, if the reference was that index's digest.
+    index: Option<Digest>,
+}
+
 /// One pull from one endpoint.
 struct Pull<'a> {
     session: &'a Session,
@@ -184,14 +189,14 @@ struct Pull<'a> {
 impl Pull<'_> {
     fn run(&self) -> Result<Pulled> {
         let runtime = &self.session.runtime;
-        let (manifest_digest, manifest_bytes) = runtime.block_on(self.manifest())?;
-        if let Some(image) = self.store.image(&manifest_digest)? {
+        let found = runtime.block_on(self.manifest())?;
+        if let Some(image) = self.store.image(&found.digest)? {
             self.check_platform(&manifest::platform_of(&image.config))?;
-            self.tag(&image)?;
+            self.record(&image, &found)?;
             return Ok(self.done(image, true, 0));
         }
         let name = full_name(self.name);
-        let Document::Manifest(manifest) = Document::parse(&manifest_bytes, &name)? else {
+        let Document::Manifest(manifest) = Document::parse(&found.bytes, &name)? else {
             return Err(RegistryError::Unsupported {
                 name,
                 reason: "its index leads to another index".into(),
@@ -202,8 +207,8 @@ impl Pull<'_> {
             manifest::parse_config(&config_bytes, &manifest, self.options.platform.as_ref(), &name)?;
         self.check_platform(&manifest::platform_of(&config))?;
         let layers_pulled = self.layers(&manifest, &diff_ids)?;
-        let image = self.store.put_image(&manifest_bytes, &config_bytes)?;
-        self.tag(&image)?;
+        let image = self.store.put_image(&found.bytes, &config_bytes)?;
+        self.record(&image, &found)?;
         Ok(self.done(image, false, layers_pulled))
     }
 
@@ -230,8 +235,9 @@ impl Pull<'_> {
         }
     }
 
-    /// Only a change is written to the tag's history.
-    fn tag(&self, image: &Image) -> Result<()> {
+    /// Remembers where the image came from, and its name. Only a change is written to the tag's history.
+    fn record(&self, image: &Image, found: &Found) -> Result<()> {
+        self.store.remember_origin(&image.id, &self.name.repository, found.index.as_ref())?;
         if self.name.tag.is_none() || self.name.digest.is_some() {
             return Ok(());
         }
@@ -247,20 +253,25 @@ impl Pull<'_> {
     }
 
     /// The manifest that the reference leads to on this platform.
-    async fn manifest(&self) -> Result<(Digest, Vec<u8>)> {
+    async fn manifest(&self) -> Result<Found> {
         let name = full_name(self.name);
         let (digest, bytes) = match (&self.name.digest, &self.name.tag) {
             (Some(digest), _) => self.document_by_digest(digest, None).await?,
             (None, tag) => self.document(tag.as_deref().unwrap_or("latest"), None).await?,
         };
-        let Document::Index(index) = Document::parse(&bytes, &name)? else { return Ok((digest, bytes)) };
-        if self.name.digest.is_some() {
+        let Document::Index(index) = Document::parse(&bytes, &name)? else {
+            return Ok(Found { digest, bytes, index: None });
+        };
+        let asked_for = self.name.digest.is_some();
+        if asked_for {
             // So that the same digest is found in the store the next time.
             self.store.put_blob(&bytes)?;
         }
         let wanted = self.options.platform.clone().unwrap_or_else(Platform::host);
         let chosen = manifest::choose(&index, &wanted, &name)?;
-        self.document_by_digest(&manifest::descriptor_digest(chosen, &name)?, Some(chosen.size())).await
+        let chosen_digest = manifest::descriptor_digest(chosen, &name)?;
+        let (chosen, bytes) = self.document_by_digest(&chosen_digest, Some(chosen.size())).await?;
+        Ok(Found { digest: chosen, bytes, index: asked_for.then_some(digest) })
     }
 
     async fn document_by_digest(&self, digest: &Digest, size: Option<u64>) -> Result<(Digest, Vec<u8>)> {
@@ -280,31 +291,13 @@ impl Pull<'_> {
         if let Some((_, size)) = expected.filter(|(_, size)| *size > limit) {
             return Err(RegistryError::TooLarge { what: "manifest", name, size: Some(size), limit });
         }
-        let scopes = Scopes::pull(&self.endpoint.repository);
-        let doing = format!("read the manifest of `{name}`");
-        let mut call =
-            Call::new(self.endpoint, Method::GET, &format!("manifests/{reference}"), scopes, doing);
-        let accept = HeaderValue::from_str(&manifest::ACCEPT.join(", "));
-        call.headers
-            .insert(ACCEPT, accept.unwrap_or_else(|_| unreachable!("media types are a header's value")));
-        let (status, headers, bytes) = self.session.transport.fetch(&call, limit, "manifest", &name).await?;
-        match status {
-            StatusCode::OK => {}
-            StatusCode::NOT_FOUND => {
-                return Err(RegistryError::NotFound {
-                    name: self.name.familiar(),
-                    registry: self.endpoint.host.clone(),
-                });
+        let sent = document::manifest(&self.session.transport, self.endpoint, reference, &name).await;
+        let (headers, bytes) = sent.map_err(|error| match error {
+            RegistryError::NotFound { registry, .. } => {
+                RegistryError::NotFound { name: self.name.familiar(), registry }
             }
-            _ => {
-                return Err(RegistryError::Status {
-                    doing: call.doing,
-                    registry: self.endpoint.registry.clone(),
-                    status: status.as_u16(),
-                    message: crate::answer::message(&bytes),
-                });
-            }
-        }
+            error => error,
+        })?;
         let actual = Digest::of(&bytes);
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         // Of a tag, the registry's own word is all there is to check against.

@@ -7,24 +7,26 @@
 //! with the new blobs. What was packed is remembered, so that a second push finds it.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use kiln_contract::{Digest, Hasher, Progress, Step, StepId};
+use kiln_contract::{Digest, Progress, Step, StepId};
 use kiln_store::{Image, ImageName, Store};
 use oci_spec::image::Descriptor;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, StatusCode};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::challenge::Scopes;
-use crate::compression::{Compression, Compressor};
+use crate::compression::Compression;
 use crate::manifest;
+use crate::pack::{self, Packed, Spooled};
 use crate::registry::{Registry, full_name};
 use crate::retry::Retry;
-use crate::transport::Call;
+use crate::transport::{Call, Payload};
 use crate::upload::{UploadError, Uploads};
 use crate::{RegistryError, Result};
 
@@ -75,7 +77,7 @@ impl Registry {
         };
         let session = self.session()?;
         let endpoint = session.conf.push_endpoint(&to.repository)?;
-        let uploads = Uploads { transport: &session.transport, endpoint: &endpoint, name };
+        let uploads = Uploads::new(&session.transport, &endpoint, name);
         let push = Push { uploads, store, image, to, tag, options, progress };
         thread::scope(|scope| session.runtime.block_on(push.run(scope)))
     }
@@ -105,6 +107,12 @@ enum How {
     Present,
     Mounted,
     Pushed,
+}
+
+/// A packed layer to be sent with one request.
+struct Whole {
+    payload: Payload,
+    digest: Digest,
 }
 
 struct Placed {
@@ -149,6 +157,7 @@ impl Push<'_> {
             manifest::with_layers(self.store, self.image, &descriptors, config.len() as u64)?;
         pushed.manifest = Digest::of(&bytes);
         pushed.bytes += self.put_manifest(&media_type, bytes, &pushed.manifest).await?;
+        self.store.remember_origin(&self.image.id, &self.to.repository, None)?;
         Ok(pushed)
     }
 
@@ -260,7 +269,7 @@ impl Push<'_> {
         Ok(repositories)
     }
 
-    /// Packs and sends a layer. A lost upload begins anew.
+    /// Packs and sends a layer: in chunks, or whole if the registry takes none. A lost upload begins anew.
     async fn send<'scope>(
         &'scope self,
         scope: &'scope thread::Scope<'scope, '_>,
@@ -268,57 +277,113 @@ impl Push<'_> {
         step: StepId,
     ) -> Result<Descriptor> {
         let mut retry = Retry::new(self.uploads.transport.config.retries());
+        let mut spooled = None;
         loop {
-            match self.send_once(scope, layer, step).await {
+            let counted = AtomicI64::new(0);
+            let sent = |bytes: u64| {
+                let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+                counted.fetch_add(bytes, Ordering::Relaxed);
+                self.progress.advance(step, bytes);
+            };
+            let outcome = if self.uploads.takes_chunks() {
+                self.send_in_chunks(scope, layer, &sent).await
+            } else {
+                self.send_whole(scope, layer, &mut spooled, &sent).await
+            };
+            let error = match outcome {
                 Ok(descriptor) => return Ok(descriptor),
-                Err(UploadError::Failed(error)) => return Err(error),
-                Err(lost @ UploadError::Lost(_)) => match retry.failed(None) {
+                Err(error) => error,
+            };
+            // All of it has to be sent again.
+            self.progress.advance(step, -counted.into_inner());
+            match error {
+                UploadError::Failed(error) => return Err(error),
+                UploadError::Refused(error) => {
+                    tracing::debug!(%error, "the registry takes no chunks: blobs go whole");
+                    self.uploads.send_no_chunks();
+                }
+                UploadError::Lost(error) => match retry.failed(None) {
                     Some(pause) => tokio::time::sleep(pause).await,
-                    None => return Err(lost.into_error()),
+                    None => return Err(error),
                 },
             }
         }
     }
 
-    async fn send_once<'scope>(
+    async fn send_in_chunks<'scope>(
         &'scope self,
         scope: &'scope thread::Scope<'scope, '_>,
         layer: &Layer,
-        step: StepId,
+        sent: &(dyn Fn(u64) + Sync),
     ) -> std::result::Result<Descriptor, UploadError> {
         let mut session = self.uploads.begin().await?;
         let (sender, mut chunks) = mpsc::channel(1);
         let (store, compression, size, diff_id) =
             (self.store, self.options.compression, session.chunk, layer.diff_id);
-        scope.spawn(move || pack(store, &diff_id, compression, size, &sender));
-        let sent = |bytes: u64| self.progress.advance(step, i64::try_from(bytes).unwrap_or(i64::MAX));
+        scope.spawn(move || pack::in_chunks(store, &diff_id, compression, size, &sender));
         let mut total = 0;
         loop {
             match chunks.recv().await {
                 Some(Packed::Chunk(chunk)) => {
                     total += chunk.len() as u64;
-                    self.uploads.add(&mut session, chunk, &sent).await?;
+                    if let Err(error) = self.uploads.add(&mut session, chunk, sent).await {
+                        if matches!(error, UploadError::Refused(_)) {
+                            self.uploads.cancel(session).await;
+                        }
+                        return Err(error);
+                    }
                 }
                 Some(Packed::Last(rest, digest)) => {
                     total += rest.len() as u64;
-                    self.uploads.finish(session, rest, &digest, &sent).await?;
+                    self.uploads.finish(session, rest.into(), &digest, sent).await?;
                     return Ok(manifest::descriptor(manifest::layer_media_type(compression), &digest, total));
                 }
                 Some(Packed::Failed(error)) => return Err(error.into()),
-                None => {
-                    return Err(UploadError::Failed(RegistryError::Invalid {
-                        what: "layer",
-                        name: self.uploads.name.clone(),
-                        reason: "the thread that packed it ended".into(),
-                    }));
-                }
+                None => return Err(self.packing_died().into()),
             }
+        }
+    }
+
+    /// Sends a layer with one request, which has to name its digest and length first: the layer is packed into a file,
+    /// which stays for another attempt.
+    async fn send_whole<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        layer: &Layer,
+        spooled: &mut Option<Whole>,
+        sent: &(dyn Fn(u64) + Sync),
+    ) -> std::result::Result<Descriptor, UploadError> {
+        let (store, compression, diff_id) = (self.store, self.options.compression, layer.diff_id);
+        let whole = match spooled {
+            Some(whole) => whole,
+            None => {
+                let (told, packed) = oneshot::channel();
+                scope.spawn(move || {
+                    // Nobody listens if the push has failed elsewhere.
+                    let _ = told.send(pack::into_file(store, &diff_id, compression));
+                });
+                let Spooled { file, digest, length } =
+                    packed.await.unwrap_or_else(|_| Err(self.packing_died()))?;
+                spooled.insert(Whole { payload: Payload::File { file: Arc::new(file), length }, digest })
+            }
+        };
+        let session = self.uploads.begin().await?;
+        self.uploads.finish(session, whole.payload.clone(), &whole.digest, sent).await?;
+        let media_type = manifest::layer_media_type(compression);
+        Ok(manifest::descriptor(media_type, &whole.digest, whole.payload.length()))
+    }
+
+    fn packing_died(&self) -> RegistryError {
+        RegistryError::Invalid {
+            what: "layer",
+            name: self.uploads.name.clone(),
+            reason: "the thread that packed it ended".into(),
         }
     }
 
     /// Gives the tag its manifest, unless it has it. How many bytes were sent.
     async fn put_manifest(&self, media_type: &str, bytes: Vec<u8>, digest: &Digest) -> Result<u64> {
-        let Uploads { transport, endpoint, name } = &self.uploads;
+        let Uploads { transport, endpoint, name, .. } = &self.uploads;
         let scopes = Scopes::push(&endpoint.repository);
         let path = format!("manifests/{}", self.tag);
         let doing = format!("push the manifest of `{name}`");
@@ -342,70 +407,11 @@ impl Push<'_> {
             reason: "its media type is no text".into(),
         })?;
         call.headers.insert(CONTENT_TYPE, content_type);
-        call.body = Some(bytes.into());
+        call.body = Some(Bytes::from(bytes).into());
         let response = transport.send(&call).await?;
         if !response.status().is_success() {
             return Err(transport.refusal(&call, response).await);
         }
         Ok(length)
-    }
-}
-
-/// What the packing thread gives.
-enum Packed {
-    Chunk(Bytes),
-    /// The last bytes, and the digest of all.
-    Last(Bytes, Digest),
-    Failed(RegistryError),
-}
-
-/// Packs a layer into chunks of `size` bytes.
-fn pack(
-    store: &Store,
-    diff_id: &Digest,
-    compression: Compression,
-    size: usize,
-    sender: &mpsc::Sender<Packed>,
-) {
-    let chunks = Chunks { size, filling: Vec::new(), hasher: Hasher::new(), sender };
-    let packed = Compressor::new(compression, chunks).map_err(packing).and_then(|mut compressor| {
-        store.export_diff(diff_id, &mut compressor)?;
-        compressor.finish().map_err(packing)
-    });
-    // Nobody listens if the push has failed elsewhere.
-    let _ = sender.blocking_send(match packed {
-        Ok(chunks) => Packed::Last(chunks.filling.into(), chunks.hasher.finish()),
-        Err(error) => Packed::Failed(error),
-    });
-}
-
-fn packing(source: io::Error) -> RegistryError {
-    RegistryError::Io { doing: "pack", path: "a layer".into(), source }
-}
-
-struct Chunks<'a> {
-    size: usize,
-    filling: Vec<u8>,
-    hasher: Hasher,
-    sender: &'a mpsc::Sender<Packed>,
-}
-
-impl Write for Chunks<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // A full chunk goes only when more follows: the last one travels with the closing request.
-        if self.filling.len() >= self.size && !bytes.is_empty() {
-            let full = std::mem::replace(&mut self.filling, Vec::with_capacity(self.size));
-            self.sender
-                .blocking_send(Packed::Chunk(full.into()))
-                .map_err(|_| io::Error::other("the upload failed"))?;
-        }
-        let n = bytes.len().min(self.size - self.filling.len());
-        self.filling.extend_from_slice(&bytes[..n]);
-        self.hasher.update(&bytes[..n]);
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -13,7 +13,9 @@
 //!    after `Retry-After`.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,7 +45,7 @@ pub(crate) struct Call<'a> {
     pub(crate) method: Method,
     pub(crate) target: Target,
     pub(crate) headers: HeaderMap,
-    pub(crate) body: Option<Bytes>,
+    pub(crate) body: Option<Payload>,
     pub(crate) scopes: Scopes,
     /// For errors: `read the manifest of …`.
     pub(crate) doing: String,
@@ -51,6 +53,50 @@ pub(crate) struct Call<'a> {
     pub(crate) repeat: bool,
     /// Told how many bytes of the body were sent.
     pub(crate) sent: Option<&'a (dyn Fn(u64) + Sync)>,
+}
+
+/// What a request carries. It can be sent as often as it takes.
+#[derive(Clone)]
+pub(crate) enum Payload {
+    Bytes(Bytes),
+    /// The first `length` bytes of a file.
+    File {
+        file: Arc<File>,
+        length: u64,
+    },
+}
+
+impl From<Bytes> for Payload {
+    fn from(bytes: Bytes) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+impl Payload {
+    pub(crate) fn length(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File { length, .. } => *length,
+        }
+    }
+
+    /// A part of it, from `at` on.
+    async fn slice(self, at: u64) -> io::Result<Bytes> {
+        match self {
+            Self::Bytes(bytes) => {
+                let at = at as usize;
+                Ok(bytes.slice(at..bytes.len().min(at + SLICE)))
+            }
+            Self::File { file, length } => {
+                let read = move || {
+                    let mut slice = vec![0; (length - at).min(SLICE as u64) as usize];
+                    file.read_exact_at(&mut slice, at)?;
+                    Ok(Bytes::from(slice))
+                };
+                tokio::task::spawn_blocking(read).await.unwrap_or_else(|error| Err(io::Error::other(error)))
+            }
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -337,7 +383,7 @@ impl Transport {
         let taken = Arc::new(AtomicU64::new(0));
         let request = match &call.body {
             Some(body) => {
-                request.header(CONTENT_LENGTH, body.len()).body(counted(body.clone(), taken.clone()))
+                request.header(CONTENT_LENGTH, body.length()).body(counted(body.clone(), taken.clone()))
             }
             None => request,
         };
@@ -381,16 +427,17 @@ impl Transport {
 }
 
 /// The body in slices, each counted when it is taken to be sent.
-fn counted(body: Bytes, taken: Arc<AtomicU64>) -> Body {
-    let slices = futures_util::stream::unfold(body, move |mut rest| {
-        let taken = taken.clone();
+fn counted(payload: Payload, taken: Arc<AtomicU64>) -> Body {
+    let slices = futures_util::stream::unfold(0, move |at| {
+        let (taken, payload) = (taken.clone(), payload.clone());
         async move {
-            if rest.is_empty() {
+            if at >= payload.length() {
                 return None;
             }
-            let slice = rest.split_to(rest.len().min(SLICE));
-            taken.fetch_add(slice.len() as u64, Ordering::Relaxed);
-            Some((Ok::<_, io::Error>(slice), rest))
+            let slice = payload.slice(at).await;
+            let length = slice.as_ref().map_or(0, |slice| slice.len() as u64);
+            taken.fetch_add(length, Ordering::Relaxed);
+            Some((slice, at + length))
         }
     });
     Body::wrap_stream(slices)

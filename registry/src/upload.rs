@@ -3,6 +3,11 @@
 //! An upload is a session: `POST` opens it, `PATCH` adds a chunk, `PUT` with the digest closes it. What fits
 //! one chunk goes with the `PUT` alone. After a chunk that failed, the registry is asked how much of it has arrived
 //! (`GET` on the session), and the rest is sent; a registry that has lost the session makes the upload begin anew.
+//!
+//! Not every registry takes chunks. One that refuses a `PATCH` (and does not only fail, ask for patience or deny access)
+//! gets this blob and all others with one `PUT` each.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use kiln_contract::Digest;
@@ -12,7 +17,7 @@ use reqwest::{Method, Response, StatusCode, Url};
 use crate::challenge::Scopes;
 use crate::endpoint::Endpoint;
 use crate::retry::Retry;
-use crate::transport::{Call, Target, Transport};
+use crate::transport::{Call, Payload, Target, Transport};
 use crate::{RegistryError, Result};
 
 /// Bytes of a chunk: the smallest that object stores behind registries take as a part is 5 MiB.
@@ -26,6 +31,8 @@ pub(crate) struct Uploads<'a> {
     pub(crate) endpoint: &'a Endpoint,
     /// The image, for errors.
     pub(crate) name: String,
+    /// The registry has refused a chunk.
+    no_chunks: AtomicBool,
 }
 
 /// An open upload.
@@ -41,6 +48,8 @@ pub(crate) struct Session {
 pub(crate) enum UploadError {
     /// The session is gone; the blob can be sent again from its beginning.
     Lost(RegistryError),
+    /// The registry takes no chunks; the blob can be sent whole.
+    Refused(RegistryError),
     Failed(RegistryError),
 }
 
@@ -50,15 +59,21 @@ impl From<RegistryError> for UploadError {
     }
 }
 
-impl UploadError {
-    pub(crate) fn into_error(self) -> RegistryError {
-        match self {
-            Self::Lost(error) | Self::Failed(error) => error,
-        }
+impl<'a> Uploads<'a> {
+    pub(crate) fn new(transport: &'a Transport, endpoint: &'a Endpoint, name: String) -> Self {
+        Self { transport, endpoint, name, no_chunks: AtomicBool::new(false) }
     }
-}
 
-impl Uploads<'_> {
+    /// Whether the registry takes blobs in chunks, as far as is known.
+    pub(crate) fn takes_chunks(&self) -> bool {
+        !self.no_chunks.load(Ordering::Relaxed)
+    }
+
+    /// Takes note that it does not.
+    pub(crate) fn send_no_chunks(&self) {
+        self.no_chunks.store(true, Ordering::Relaxed);
+    }
+
     fn scopes(&self) -> Scopes {
         Scopes::push(&self.endpoint.repository)
     }
@@ -100,18 +115,27 @@ impl Uploads<'_> {
         match response.status() {
             StatusCode::CREATED => Ok(true),
             StatusCode::ACCEPTED => {
-                // An upload was opened instead; it is not left lying about, and whether that works does not matter.
+                // An upload was opened instead.
                 if let Some(url) = self.location(&response) {
-                    let mut cancel =
-                        Call::new(self.endpoint, Method::DELETE, "", self.scopes(), "cancel an upload");
-                    cancel.target = Target::Url(url);
-                    cancel.repeat = false;
-                    let _ = self.transport.send(&cancel).await;
+                    self.cancel_at(url).await;
                 }
                 Ok(false)
             }
             _ => Ok(false),
         }
+    }
+
+    /// Gives an upload up.
+    pub(crate) async fn cancel(&self, session: Session) {
+        self.cancel_at(session.url).await;
+    }
+
+    /// An upload is not left lying about; whether that works does not matter.
+    async fn cancel_at(&self, url: Url) {
+        let mut cancel = Call::new(self.endpoint, Method::DELETE, "", self.scopes(), "cancel an upload");
+        cancel.target = Target::Url(url);
+        cancel.repeat = false;
+        let _ = self.transport.send(&cancel).await;
     }
 
     /// Opens an upload.
@@ -138,20 +162,25 @@ impl Uploads<'_> {
     ) -> std::result::Result<(), UploadError> {
         let mut retry = Retry::new(self.transport.config.retries());
         while !chunk.is_empty() {
-            let call = self.step(session, Method::PATCH, session.url.clone(), chunk.clone(), sent);
+            let call = self.step(session, Method::PATCH, session.url.clone(), chunk.clone().into(), sent);
+            // An answer to the very first bytes is about chunks as such, and not about this upload.
+            let first = session.position == 0 && retry.attempts() == 0;
             let (error, asked) = match self.transport.send(&call).await {
                 Ok(response) if matches!(response.status().as_u16(), 201 | 202 | 204) => {
                     session.position += chunk.len() as u64;
                     session.url = self.location(&response).unwrap_or_else(|| session.url.clone());
                     return Ok(());
                 }
-                Ok(response) if response.status() == StatusCode::RANGE_NOT_SATISFIABLE => {
-                    (self.transport.refusal(&call, response).await, None)
+                Ok(response) => {
+                    let status = response.status();
+                    let error = self.transport.refusal(&call, response).await;
+                    match status {
+                        StatusCode::RANGE_NOT_SATISFIABLE if !first => (error, None),
+                        StatusCode::NOT_FOUND if !first => return Err(UploadError::Lost(error)),
+                        status if refuses_chunks(status) => return Err(UploadError::Refused(error)),
+                        _ => return Err(error.into()),
+                    }
                 }
-                Ok(response) if response.status() == StatusCode::NOT_FOUND => {
-                    return Err(UploadError::Lost(self.transport.refusal(&call, response).await));
-                }
-                Ok(response) => return Err(self.transport.refusal(&call, response).await.into()),
                 Err(error) if may_pass(&error) => {
                     let asked = match &error {
                         RegistryError::RateLimited { retry_after, .. } => *retry_after,
@@ -161,16 +190,24 @@ impl Uploads<'_> {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let Some(pause) = retry.failed(asked) else { return Err(error.into()) };
+            // A registry that will not have the next chunk, whatever it says of those before, is spared them.
+            let refused = matches!(error, RegistryError::Status { status: 416, .. });
+            let Some(pause) = retry.failed(asked) else {
+                return Err(if refused { UploadError::Refused(error) } else { error.into() });
+            };
             tokio::time::sleep(pause).await;
-            let arrived = self.arrived(session).await?;
+            let lost = |error| if refused { UploadError::Refused(error) } else { UploadError::Lost(error) };
+            let arrived = match self.arrived(session).await {
+                Err(UploadError::Lost(error)) => return Err(lost(error)),
+                arrived => arrived?,
+            };
             match arrived.checked_sub(session.position) {
                 Some(more) if more <= chunk.len() as u64 => {
                     // At most the chunk's length.
                     let _ = chunk.split_to(more as usize);
                     session.position = arrived;
                 }
-                _ => return Err(UploadError::Lost(error)),
+                _ => return Err(lost(error)),
             }
         }
         Ok(())
@@ -180,7 +217,7 @@ impl Uploads<'_> {
     pub(crate) async fn finish(
         &self,
         session: Session,
-        rest: Bytes,
+        rest: Payload,
         digest: &Digest,
         sent: &(dyn Fn(u64) + Sync),
     ) -> std::result::Result<(), UploadError> {
@@ -210,9 +247,9 @@ impl Uploads<'_> {
         let mut retry = Retry::new(self.transport.config.retries());
         loop {
             let session = self.begin().await?;
-            match self.finish(session, bytes.clone(), digest, &|_| ()).await {
+            match self.finish(session, bytes.clone().into(), digest, &|_| ()).await {
                 Ok(()) => return Ok(true),
-                Err(UploadError::Failed(error)) => return Err(error),
+                Err(UploadError::Failed(error) | UploadError::Refused(error)) => return Err(error),
                 Err(UploadError::Lost(error)) => match retry.failed(None) {
                     Some(pause) => tokio::time::sleep(pause).await,
                     None => return Err(error),
@@ -226,7 +263,7 @@ impl Uploads<'_> {
         session: &Session,
         method: Method,
         url: Url,
-        body: Bytes,
+        body: Payload,
         sent: &'b (dyn Fn(u64) + Sync),
     ) -> Call<'b> {
         let mut call = Call::new(self.endpoint, method, "", self.scopes(), self.doing("a blob"));
@@ -234,8 +271,8 @@ impl Uploads<'_> {
         call.repeat = false;
         call.sent = Some(sent);
         call.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        if !body.is_empty() && (session.position > 0 || call.method == Method::PATCH) {
-            let range = format!("{}-{}", session.position, session.position + body.len() as u64 - 1);
+        if body.length() > 0 && (session.position > 0 || call.method == Method::PATCH) {
+            let range = format!("{}-{}", session.position, session.position + body.length() - 1);
             if let Ok(range) = HeaderValue::from_str(&range) {
                 call.headers.insert(CONTENT_RANGE, range);
             }
@@ -278,6 +315,12 @@ impl Uploads<'_> {
 
 fn header(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// Whether an answer to a chunk says that there is no use in sending any: what a server says of a method or a header that
+/// it does not know, or of a request that it does not understand. Not among them: 413, for the whole blob is larger still.
+fn refuses_chunks(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 400 | 404 | 405 | 406 | 409 | 411 | 415 | 416 | 422 | 501 | 505)
 }
 
 /// Whether the same may succeed later.

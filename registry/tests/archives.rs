@@ -15,6 +15,11 @@ fn read(store: &TestStore, path: &Path) -> Result<Named> {
     import(&store.store, path, None, None, None, None, &Silent)
 }
 
+fn import_as(store: &TestStore, path: &Path, format: Format) -> Image {
+    let images = import(&store.store, path, Some(format), None, None, None, &Silent).unwrap();
+    images[0].1.clone()
+}
+
 fn skopeo_copy(from: &str, to: &str) {
     run(Command::new(require("skopeo").unwrap()).args(["--insecure-policy", "copy", from, to]));
 }
@@ -81,6 +86,55 @@ fn umoci_unpacks_a_layout_that_kiln_wrote() {
     assert!(bundle.join("rootfs/bin/busybox").exists());
 }
 
+/// Kind, mode, links, size and target of all files below a directory; sizes and links of directories are the file system's.
+fn listing(root: &Path) -> String {
+    let script = "find . -type d -printf '%P d %m\\n' -o -printf '%P %y %m %n %s %l\\n' | sort";
+    run(Command::new("sh").args(["-ec", script]).current_dir(root))
+}
+
+#[test]
+fn the_root_filesystem_of_a_stack_is_what_umoci_unpacks() {
+    let Some(umoci) = require("umoci") else { return };
+    let Some(unpacker) = require("tar") else { return };
+    let store = TestStore::new();
+    let Some((_, base)) = busybox(&store) else { return };
+    let layer = |tar: &[u8]| store.store.import_tar(tar, None, Default::default()).unwrap().layer;
+    let removes = layer(&tar(&[("bin/.wh.sh", b""), ("etc/added", &[7; 5000]), ("etc/small", b"1")]));
+    let changes = layer(&tar(&[("etc/added", &[8; 6000]), ("srv/new/file", b"2")]));
+    let stack = [base.layers.clone(), vec![removes, changes]].concat();
+    let image = store.store.make_image(&base.config, &stack).unwrap();
+    let path = |file: &str| store.dir.path().join(file);
+    let named = [(Some(name("box:7")), image)];
+    export(&store.store, &named, Format::OciLayout, &path("layout"), Compression::Gzip, &Silent).unwrap();
+    let mut unpack = Command::new(umoci);
+    unpack.args(["unpack", "--rootless", "--image"]).arg(format!("{}:7", path("layout").display()));
+    run(unpack.arg(path("bundle")));
+    let expected = listing(&path("bundle/rootfs"));
+    assert!(expected.contains("srv/new/file f 644 1 1") && !expected.contains("bin/sh "), "{expected}");
+    for (compression, file) in
+        [(Compression::None, "root.tar"), (Compression::Gzip, "root.tgz"), (Compression::Zstd, "root.zst")]
+    {
+        export(&store.store, &named, Format::Rootfs, &path(file), compression, &Silent).unwrap();
+        if compression != Compression::Zstd {
+            let unpacked = path(&format!("{file}.d"));
+            std::fs::create_dir(&unpacked).unwrap();
+            run(Command::new(&unpacker).args(["-xp", "-C"]).arg(&unpacked).arg("-f").arg(path(file)));
+            assert_eq!(listing(&unpacked), expected, "{file}");
+        }
+        let empty = TestStore::new();
+        let back = import_as(&empty, &path(file), Format::Rootfs);
+        assert_eq!(
+            std::fs::read(empty.store.merged_tree(&back.layers).unwrap()).unwrap(),
+            std::fs::read(store.store.merged_tree(&stack).unwrap()).unwrap(),
+            "{file}"
+        );
+    }
+    let two = [named[0].clone(), (None, base)];
+    let refused = export(&store.store, &two, Format::Rootfs, &path("x"), Compression::None, &Silent);
+    assert!(matches!(refused, Err(RegistryError::Unsupported { .. })), "{refused:?}");
+    assert!(!path("x").exists());
+}
+
 #[test]
 fn what_skopeo_writes_is_read_however_it_is_packed_and_wherever_it_comes_from() {
     let store = TestStore::new();
@@ -101,10 +155,9 @@ fn what_skopeo_writes_is_read_however_it_is_packed_and_wherever_it_comes_from() 
                 run(Command::new("mkfifo").arg(&fifo));
                 let (source, target) = (path(file), fifo.clone());
                 let writer = std::thread::spawn(move || {
-                    std::fs::copy(
-                        source,
-                        std::fs::File::options().write(true).open(&target).map(|_| target).unwrap(),
-                    )
+                    // Opened once: a pipe that its writer has closed is at its end.
+                    let mut out = std::fs::File::options().write(true).open(target)?;
+                    std::io::copy(&mut std::fs::File::open(source)?, &mut out)
                 });
                 let images = read(&empty, &fifo).unwrap();
                 writer.join().unwrap().unwrap();

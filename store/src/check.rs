@@ -1,6 +1,6 @@
-//! Everything in the store against its digest.
+//! Everything in the store against its digest, and whether everything is there that something needs.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -9,23 +9,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use kiln_contract::{Digest, Hasher};
-use oci_spec::image::Descriptor;
 
 use crate::error::Context as _;
 use crate::gc::{digest_of_name, object_of_path, objects_of};
-use crate::import::ImportLimits;
+use crate::needs::Needs;
+use crate::repair::Repair;
 use crate::split::Split;
 use crate::tag::files_below;
-use crate::{Result, Store, lines};
-
-/// Gives back what a check found missing or damaged.
-pub trait Repair {
-    /// The uncompressed tar with this digest. `blobs` are compressed forms of it that registries are known to have.
-    ///
-    /// # Errors
-    /// It cannot be had.
-    fn layer(&self, diff_id: &Digest, blobs: &[Descriptor]) -> std::io::Result<Box<dyn Read + Send>>;
-}
+use crate::{Result, Store, StoreError};
 
 /// What a check found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,56 +35,78 @@ pub struct CheckReport {
     pub repaired: Vec<String>,
 }
 
-/// What is wrong, by layer and object, so that it can be asked for again.
-#[derive(Default)]
-struct Findings {
+/// What is wrong, by kind, so that it can be asked for again.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// For the user, by path.
     lines: BTreeMap<PathBuf, String>,
-    objects: HashSet<Digest>,
-    layers: HashSet<Digest>,
+    /// Damaged or missing.
+    pub(crate) objects: BTreeSet<Digest>,
+    /// Layers whose trees are damaged or missing.
+    pub(crate) trees: BTreeSet<Digest>,
+    /// Split streams that are damaged or missing, and whose layers they belong to.
+    pub(crate) splits: BTreeMap<PathBuf, Digest>,
+    /// Tars of which the store does not know what they became.
+    pub(crate) tars: BTreeSet<Digest>,
+    /// Merged trees that are not what their layers make.
+    pub(crate) renders: Vec<PathBuf>,
+    /// Which layers need which object.
+    pub(crate) users: HashMap<Digest, Vec<Digest>>,
+    /// By tars, the layers that they became.
+    pub(crate) layer_of: BTreeMap<Digest, Digest>,
 }
 
 impl Findings {
-    fn add(&mut self, path: &Path, what: impl std::fmt::Display) {
+    pub(crate) fn add(&mut self, path: &Path, what: impl std::fmt::Display) {
         self.lines.entry(path.to_owned()).or_insert_with(|| format!("{}: {what}", path.display()));
+    }
+
+    /// What was wrong is put right, or was not needed and is gone.
+    pub(crate) fn forget(&mut self, path: &Path) {
+        self.lines.remove(path);
+    }
+
+    /// Whether all layers that there are could say which objects they need.
+    pub(crate) fn knows_all_users(&self) -> bool {
+        self.trees.is_empty() && self.splits.is_empty() && self.tars.is_empty()
     }
 }
 
 impl Store {
-    /// Verifies every object, tree, blob and split stream by its digest, that trees and images have all that they name,
-    /// and that merged trees and image disks are what their layers make. With `repair`, layers that lack something are
-    /// imported again; damaged objects that no layer needs, and damaged merged trees and disks, are removed.
+    /// Verifies every object, tree, blob and split stream by its digest, that images, tags and trees have all that they
+    /// name, and that merged trees and image disks are what their layers make.
+    ///
+    /// With `repair`, what is missing or damaged is asked for again: manifests, indexes and configs first, then the layers
+    /// that lack something, which are imported anew. What is there stays until what replaces it has come and has the
+    /// right digest. At last, damaged files that nothing needs, and wrong merged trees and disks, are removed.
     ///
     /// # Errors
     /// The store cannot be read at all; what is wrong *in* it is in the report.
     pub fn check(&self, repair: Option<&dyn Repair>) -> Result<CheckReport> {
+        let (mut report, mut findings) = self.inspect()?;
+        let Some(repair) = repair.filter(|_| !findings.lines.is_empty()) else {
+            report.damaged = findings.lines.into_values().collect();
+            return Ok(report);
+        };
+        let failed = self.repair(repair, &mut findings)?;
+        let (_, mut left) = self.inspect()?;
+        self.remove_useless(&mut left)?;
+        findings.lines.retain(|path, _| !left.lines.contains_key(path));
+        report.repaired = findings.lines.into_values().collect();
+        report.damaged = left.lines.into_values().chain(failed).collect();
+        Ok(report)
+    }
+
+    fn inspect(&self) -> Result<(CheckReport, Findings)> {
         let mut report = CheckReport::default();
         let mut findings = Findings::default();
         self.check_objects(&mut report, &mut findings)?;
-        let needed = self.check_layers(&mut report, &mut findings)?;
+        self.check_layers(&mut report, &mut findings)?;
         self.check_blobs(&mut findings)?;
+        self.check_needs(&self.needs()?, &mut findings)?;
         self.check_images(&mut report, &mut findings)?;
-        let renders = self.check_renders(&mut findings)?;
-        report.damaged = findings.lines.values().cloned().collect();
-        if let Some(repair) = repair
-            && !report.damaged.is_empty()
-        {
-            for path in &renders {
-                std::fs::remove_file(path).doing("remove", path)?;
-            }
-            for object in findings.objects.iter().filter(|object| !needed.contains_key(object)) {
-                let path = self.layout.object(object);
-                std::fs::remove_file(&path).doing("remove", &path)?;
-            }
-            let failed = self.repair_layers(repair, &findings, &needed)?;
-            let left = self.check(None)?;
-            let was = std::mem::take(&mut report.damaged);
-            let key = |line: &String| line.split(": ").next().map(str::to_owned);
-            let still: HashSet<_> = left.damaged.iter().map(key).collect();
-            report.repaired = was.into_iter().filter(|line| !still.contains(&key(line))).collect();
-            report.damaged = left.damaged;
-            report.damaged.extend(failed);
-        }
-        Ok(report)
+        self.check_renders(&mut findings)?;
+        Ok((report, findings))
     }
 
     fn check_objects(&self, report: &mut CheckReport, findings: &mut Findings) -> Result<()> {
@@ -126,13 +139,7 @@ impl Store {
         Ok(())
     }
 
-    /// Returns which layers need which object.
-    fn check_layers(
-        &self,
-        report: &mut CheckReport,
-        findings: &mut Findings,
-    ) -> Result<HashMap<Digest, Vec<Digest>>> {
-        let mut needed: HashMap<Digest, Vec<Digest>> = HashMap::new();
+    fn check_layers(&self, report: &mut CheckReport, findings: &mut Findings) -> Result<()> {
         let mut buffer = vec![0; 256 << 10];
         for path in files_below(&self.layout.layers())? {
             let Some(layer) = digest_of_name(&path) else {
@@ -140,9 +147,15 @@ impl Store {
                 continue;
             };
             if path.extension().is_some_and(|extension| extension == "split") {
-                if !self.layout.layer(&layer).exists() {
-                    findings.add(&self.layout.layer(&layer), format!("layer {layer} is missing"));
-                    findings.layers.insert(layer);
+                // One without its tree is what an import left that was killed between two renames; what needs the tree
+                // tells that it is missing.
+                if !self.layout.layer(&layer).exists()
+                    && let Some(objects) =
+                        Split::open(&path).ok().flatten().and_then(|split| split.objects().ok())
+                {
+                    for object in objects {
+                        findings.users.entry(object).or_default().push(layer);
+                    }
                 }
                 continue;
             }
@@ -150,14 +163,14 @@ impl Store {
             let found = digest_of_file(&path, &mut buffer, &AtomicU64::new(0)).doing("read", &path)?;
             if found != layer {
                 findings.add(&path, format!("it has digest {found}, expected {layer}"));
-                findings.layers.insert(layer);
+                findings.trees.insert(layer);
                 continue;
             }
             let objects = match self.layer_tree(&layer).and_then(|file| objects_of(&file)) {
                 Ok(objects) => objects,
                 Err(error) => {
                     findings.add(&path, error);
-                    findings.layers.insert(layer);
+                    findings.trees.insert(layer);
                     continue;
                 }
             };
@@ -174,38 +187,49 @@ impl Store {
                         findings.objects.insert(object);
                     }
                 }
-                needed.entry(object).or_default().push(layer);
+                findings.users.entry(object).or_default().push(layer);
             }
-            self.check_split(&self.layout.layer_split(&layer), &layer, findings, &mut needed);
+            self.check_split(&self.layout.layer_split(&layer), &layer, findings);
         }
-        for path in files_below(&self.layout.diffs())? {
-            if path.extension().is_some_and(|extension| extension == "split")
-                && let Some(layer) = digest_of_name(&path).and_then(|id| self.layer_of_diff_id(&id).ok()?)
-            {
-                self.check_split(&path, &layer, findings, &mut needed);
-            }
-        }
-        Ok(needed)
+        self.check_diffs(findings)
     }
 
-    fn check_split(
-        &self,
-        path: &Path,
-        layer: &Digest,
-        findings: &mut Findings,
-        needed: &mut HashMap<Digest, Vec<Digest>>,
-    ) {
+    /// What is known of tars, and the split streams of those that became a layer that another one became before.
+    fn check_diffs(&self, findings: &mut Findings) -> Result<()> {
+        let diffs = self.layout.diffs();
+        for path in files_below(&diffs)?.iter().filter(|path| path.parent() == Some(&*diffs)) {
+            let Some(diff_id) = digest_of_name(path) else { continue };
+            let Some(layer) = self.recorded_layer(&diff_id)? else { continue };
+            if path.extension().is_none() {
+                findings.layer_of.insert(diff_id, layer);
+                let tree = self.layout.layer(&layer);
+                if !tree.exists() {
+                    findings.add(&tree, format!("layer {layer} is missing"));
+                    findings.trees.insert(layer);
+                }
+            } else if path.extension().is_some_and(|extension| extension == "split")
+                && self.layout.layer(&layer).exists()
+            {
+                self.check_split(path, &layer, findings);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_split(&self, path: &Path, layer: &Digest, findings: &mut Findings) {
         let mut check = || {
             let Some(split) = Split::open(path)? else {
                 findings.add(path, format!("the split stream of layer {layer} is missing"));
                 return Ok(false);
             };
+            let mut is_told = false;
             for object in split.objects()? {
-                needed.entry(object).or_default().push(*layer);
-                if findings.objects.contains(&object) {
-                    // Told already, and the tar would be wrong for no fault of the stream.
-                    return Ok(true);
-                }
+                findings.users.entry(object).or_default().push(*layer);
+                is_told |= findings.objects.contains(&object);
+            }
+            if is_told {
+                // The tar would be wrong for no fault of the stream.
+                return Ok(true);
             }
             let mut hasher = Hasher::new();
             self.export(layer, &split, &mut hasher)?;
@@ -215,15 +239,12 @@ impl Store {
             }
             Ok::<_, crate::StoreError>(found == expected)
         };
-        match check() {
-            Ok(true) => {}
-            Ok(false) => {
-                findings.layers.insert(*layer);
-            }
-            Err(error) => {
-                findings.add(path, error);
-                findings.layers.insert(*layer);
-            }
+        let sound = check().unwrap_or_else(|error| {
+            findings.add(path, error);
+            false
+        });
+        if !sound {
+            findings.splits.insert(path.to_owned(), *layer);
         }
     }
 
@@ -238,96 +259,83 @@ impl Store {
         Ok(())
     }
 
-    fn check_images(&self, report: &mut CheckReport, findings: &mut Findings) -> Result<()> {
-        for id in self.image_ids()? {
-            report.images += 1;
-            let path = self.layout.image(&id);
-            for manifest in self.manifests_of(&id)? {
-                match self.image(&manifest) {
-                    Ok(Some(image)) if image.id == id => {}
-                    Ok(_) => findings.add(&path, format!("its manifest {manifest} is missing")),
-                    Err(error) => findings.add(&path, error),
-                }
+    /// Whether what images and tags need is there; whether it is sound is found where it lies.
+    pub(crate) fn check_needs(&self, needs: &Needs, findings: &mut Findings) -> Result<()> {
+        for (digest, document) in &needs.documents {
+            let path = self.layout.blob(digest);
+            if !path.exists() {
+                findings.add(
+                    &path,
+                    format!("the {} {digest} is missing, {} needs it", document.kind, document.by),
+                );
             }
         }
-        for (name, entry) in self.tags()? {
-            if !self.layout.blob(&entry.target).exists() {
-                let path = self.layout.blob(&entry.target);
-                findings.add(&path, format!("the manifest of {name} is missing"));
+        for (manifest, id) in &needs.unregistered {
+            findings.add(&self.layout.image(id), format!("the record of the image of {manifest} is missing"));
+        }
+        for (diff_id, needed) in &needs.layers {
+            let by = &needed.by;
+            let Some(layer) = self.recorded_layer(diff_id)? else {
+                let path = self.layout.diff(diff_id);
+                findings.add(&path, format!("no layer is known for the tar {diff_id}, {by} needs it"));
+                findings.tars.insert(*diff_id);
+                continue;
+            };
+            // Missing trees are found by their records.
+            let split = self.layout.layer_split(&layer);
+            let is_own =
+                self.split_info(&layer).is_ok_and(|info| info.is_some_and(|i| i.diff_id == *diff_id));
+            let other = self.layout.diff_split(diff_id);
+            if !is_own && !other.exists() && !findings.splits.contains_key(&split) && split.exists() {
+                findings
+                    .add(&other, format!("the split stream of the tar {diff_id} is missing, {by} needs it"));
+                findings.splits.insert(other, layer);
             }
         }
         Ok(())
     }
 
-    /// Returns the merged trees and image disks that are wrong.
-    fn check_renders(&self, findings: &mut Findings) -> Result<Vec<PathBuf>> {
-        let mut wrong = Vec::new();
+    /// Whether documents that are there make sense together.
+    fn check_images(&self, report: &mut CheckReport, findings: &mut Findings) -> Result<()> {
+        for id in self.image_ids()? {
+            report.images += 1;
+            let path = self.layout.image(&id);
+            for manifest in self.manifests_of(&id)? {
+                match self.image_of_manifest(&manifest) {
+                    Ok(Some(image)) if image.id == id => {}
+                    Ok(None) if self.readable_blob(&manifest) => {
+                        findings.add(&path, format!("its manifest {manifest} is none"));
+                    }
+                    // What is missing or damaged is told by its own name.
+                    Ok(None) | Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) => {}
+                    Ok(Some(image)) => {
+                        findings.add(&path, format!("its manifest {manifest} is of image {}", image.id));
+                    }
+                    Err(error) => findings.add(&path, error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds merged trees and image disks that are wrong.
+    fn check_renders(&self, findings: &mut Findings) -> Result<()> {
         let mut buffer = vec![0; 256 << 10];
         for id in self.image_ids()? {
             let Ok(Some(image)) = self.image(&id) else { continue };
             if let Ok(Some((path, what))) = self.check_image_disk(&image.layers) {
                 findings.add(&path, what);
-                wrong.push(path);
+                findings.renders.push(path);
             }
             let path = self.layout.merged_tree(&crate::format::stack_key(&image.layers));
             let Ok(found) = digest_of_file(&path, &mut buffer, &AtomicU64::new(0)) else { continue };
             let Ok(expected) = self.merged_digest(&image.layers) else { continue };
             if found != expected {
                 findings.add(&path, format!("it has digest {found}, its layers make {expected}"));
-                wrong.push(path);
+                findings.renders.push(path);
             }
         }
-        Ok(wrong)
-    }
-
-    /// Imports again what lacks something. Returns what could not be had, a line each.
-    fn repair_layers(
-        &self,
-        repair: &dyn Repair,
-        findings: &Findings,
-        needed: &HashMap<Digest, Vec<Digest>>,
-    ) -> Result<Vec<String>> {
-        let mut layers = findings.layers.clone();
-        for object in &findings.objects {
-            // One of the layers that have it is enough.
-            if let Some(of) = needed.get(object)
-                && !of.iter().any(|layer| layers.contains(layer))
-            {
-                layers.extend(of.first());
-            }
-        }
-        let mut failed = Vec::new();
-        for path in files_below(&self.layout.diffs())? {
-            let Some(diff_id) = digest_of_name(&path).filter(|_| path.extension().is_none()) else {
-                continue;
-            };
-            if path.parent() != Some(&self.layout.diffs()) {
-                continue;
-            }
-            let record = lines::read(&path)?;
-            let layer: Option<Digest> =
-                record.iter().rev().find_map(|line| line.strip_prefix("layer ")?.parse().ok());
-            let Some(layer) = layer.filter(|layer| layers.contains(layer)) else { continue };
-            let tar = match repair.layer(&diff_id, &self.blobs_of_diff_id(&diff_id)?) {
-                Ok(tar) => tar,
-                Err(error) => {
-                    failed.push(format!("layer {layer} could not be fetched: {error}"));
-                    continue;
-                }
-            };
-            // A stream or tree that is damaged must not be taken for another one's.
-            if findings.layers.contains(&layer) {
-                for path in [self.layout.layer(&layer), self.layout.layer_split(&layer)] {
-                    let _ = std::fs::remove_file(path);
-                }
-            }
-            let imported =
-                self.import_tar_rewriting(tar, Some(&diff_id), ImportLimits::default(), &findings.objects);
-            if let Err(error) = imported {
-                failed.push(format!("layer {layer} could not be imported: {error}"));
-            }
-        }
-        Ok(failed)
+        Ok(())
     }
 }
 

@@ -14,11 +14,13 @@ impl Store {
     /// # Errors
     /// The record cannot be read.
     pub fn layer_of_diff_id(&self, diff_id: &Digest) -> Result<Option<Digest>> {
-        let layer = lines::read(&self.layout.diff(diff_id))?
-            .iter()
-            .rev()
-            .find_map(|line| line.strip_prefix("layer ")?.parse().ok());
-        Ok(layer.filter(|layer| self.layout.layer(layer).exists()))
+        Ok(self.recorded_layer(diff_id)?.filter(|layer| self.layout.layer(layer).exists()))
+    }
+
+    /// The layer that the tar with this digest became, whether it is there or not.
+    pub(crate) fn recorded_layer(&self, diff_id: &Digest) -> Result<Option<Digest>> {
+        let lines = lines::read(&self.layout.diff(diff_id))?;
+        Ok(lines.iter().rev().find_map(|line| line.strip_prefix("layer ")?.parse().ok()))
     }
 
     /// The digest of the tar that [`Store::export_tar`] gives for a layer.

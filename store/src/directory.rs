@@ -3,7 +3,7 @@
 //! Whoever owns such a directory may change it meanwhile. Directories are opened below the root without following any
 //! symbolic link (`openat2`), and files relative to them, so that nothing outside can be read.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -16,7 +16,8 @@ use kiln_erofs::{Attributes, Content, Data, Device, NodeId, Time, Tree, Xattrs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 
 use crate::error::Context as _;
-use crate::import::{ImportedLayer, NewLayer, StagedLayer, collect, join};
+use crate::import::{ImportedLayer, NewLayer, Replaced, StagedLayer, collect, join};
+use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{HostDirectory, Job, Queue};
 use crate::tar::write::write_tree;
 use crate::upper::{IdKind, Lower, Upper};
@@ -27,9 +28,10 @@ impl Store {
     /// set, no time is later than that (<https://reproducible-builds.org/specs/source-date-epoch/>).
     ///
     /// # Errors
-    /// Something in it cannot be read, or the store not be written.
+    /// Something in it cannot be read, or the store not be written; [`StoreError::TooLarge`] beyond the memory that
+    /// [`ImportLimits`] gives a tree by default.
     pub fn import_directory(&self, root: &Path) -> Result<ImportedLayer> {
-        self.import_host(root, None, source_date_epoch())
+        self.import_host(root, None, source_date_epoch(), ImportLimits::default())
     }
 
     /// An overlay's upper directory as a layer; only what is in it is read.
@@ -40,7 +42,8 @@ impl Store {
     /// it is the identity. `SOURCE_DATE_EPOCH` is heeded as by [`Store::import_directory`].
     ///
     /// # Errors
-    /// Something in it cannot be read, needs a lower file that is not there, or the store cannot be written.
+    /// Something in it cannot be read, needs a lower file that is not there, or the store cannot be written;
+    /// [`StoreError::TooLarge`] as from [`Store::import_directory`].
     pub fn import_upper(
         &self,
         upper: &Path,
@@ -48,7 +51,7 @@ impl Store {
         map: &dyn Fn(u32, IdKind) -> u32,
     ) -> Result<ImportedLayer> {
         let upper_rules = Upper::new(Lower::new(self, lower), map);
-        self.import_host(upper, Some(&upper_rules), source_date_epoch())
+        self.import_host(upper, Some(&upper_rules), source_date_epoch(), ImportLimits::default())
     }
 
     pub(crate) fn import_host(
@@ -56,13 +59,14 @@ impl Store {
         root: &Path,
         upper: Option<&Upper<'_>>,
         latest: Option<i64>,
+        limits: ImportLimits,
     ) -> Result<ImportedLayer> {
-        let no_rewrite = HashSet::new();
-        let staged = StagedLayer::new(self, &no_rewrite)?;
+        let nothing = Replaced::default();
+        let staged = StagedLayer::new(self, &nothing)?;
         let queue = Queue::new();
         let (walked, worked) = thread::scope(|scope| {
             let workers = staged.spawn_workers(scope, &queue);
-            let walked = Walk::new(root, &queue, upper, latest).and_then(Walk::run);
+            let walked = Walk::new(root, &queue, upper, latest, limits).and_then(Walk::run);
             if walked.is_err() {
                 queue.abandon();
             }
@@ -96,6 +100,8 @@ struct Walk<'w> {
     upper: Option<&'w Upper<'w>>,
     latest: Option<i64>,
     tree: Tree,
+    /// What the tree may still take: a container may have filled its upper directory.
+    budget: Budget,
     /// Nodes whose content is known by slot only.
     files: Vec<NodeId>,
     /// Files with several names, by device and inode.
@@ -126,11 +132,13 @@ impl<'w> Walk<'w> {
         queue: &'w Queue,
         upper: Option<&'w Upper<'w>>,
         latest: Option<i64>,
+        limits: ImportLimits,
     ) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root_path, flags, Mode::empty()).doing("open", root_path)?;
         let (tree, files, linked) = (Tree::default(), Vec::new(), HashMap::new());
-        Ok(Self { queue, root, root_path, upper, latest, tree, files, linked })
+        let budget = Budget::new("layer", limits);
+        Ok(Self { queue, root, root_path, upper, latest, tree, budget, files, linked })
     }
 
     fn run(mut self) -> Result<(Tree, Vec<NodeId>)> {
@@ -213,6 +221,7 @@ impl<'w> Walk<'w> {
         });
         let node = match existing {
             Some(node) => {
+                self.budget.attributes(&attributes)?;
                 self.tree.set_attributes(node, attributes.clone());
                 node
             }
@@ -224,7 +233,7 @@ impl<'w> Walk<'w> {
         let mut has_lower = parent.has_lower;
         let mut lower = None;
         if let (Some(upper), Some(from), false) = (self.upper, &redirect, is_opaque) {
-            upper.lower.copy_directory(from, &mut self.tree, node)?;
+            upper.lower.copy_directory(from, &mut self.tree, node, &mut self.budget)?;
             has_lower = true;
         }
         if !is_opaque {
@@ -237,6 +246,7 @@ impl<'w> Walk<'w> {
             self.tree.set_attributes(node, attributes);
         }
         let path = parent.path.join(OsStr::from_bytes(name));
+        self.budget.path(path.as_os_str().len() + lower.as_ref().map_or(0, Vec::len))?;
         Ok((Pending { path, node, lower, has_lower }, opaque))
     }
 
@@ -254,6 +264,7 @@ impl<'w> Walk<'w> {
         let identity = (stat.st_dev as u64, stat.st_ino);
         if let Some(node) = self.linked.get(&identity) {
             let node = *node;
+            self.budget.link(name)?;
             return self.tree.link(parent.node, name, node).map_err(|error| refused(path, &error));
         }
         let mut slot = None;
@@ -300,6 +311,7 @@ impl<'w> Walk<'w> {
         content: Content,
         attributes: Attributes,
     ) -> Result<NodeId> {
+        self.budget.node(entry.name, &content, &attributes)?;
         self.tree.add(parent, entry.name, content, attributes).map_err(|error| refused(path, &error))
     }
 

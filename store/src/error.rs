@@ -97,8 +97,10 @@ pub enum StoreError {
         what: String,
     },
     /// A limit was exceeded.
-    #[error("the layer is too large: {what}")]
+    #[error("the {subject} is too large: {what}")]
     TooLarge {
+        /// What is too large: `layer` or `stack`.
+        subject: &'static str,
         /// Which limit, and by what.
         what: String,
     },

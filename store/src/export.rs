@@ -1,9 +1,10 @@
-//! Layers as tars.
+//! Layers and stacks as tars.
 
 use std::io::Write;
 
 use kiln_contract::Digest;
 
+use crate::merge::Marks;
 use crate::split::{Split, SplitInfo};
 use crate::tar::write::write_tree;
 use crate::{Result, Store, StoreError};
@@ -35,6 +36,22 @@ impl Store {
             }
         }
         Err(missing())
+    }
+
+    /// Writes the root filesystem of a stack (layers, bottom first) as one tar: its merged tree, without whiteouts, always
+    /// the same for the same stack. One layer that removes nothing gives its own tar, byte for byte.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] without one of the layers or objects; [`StoreError::Entry`] for a name that is too long for
+    /// a tar; [`StoreError::Stream`] if `out` fails.
+    pub fn export_rootfs(&self, layers: &[Digest], mut out: impl Write) -> Result<()> {
+        if let [layer] = layers
+            && !Marks::of(&self.layer_tree(layer)?)?.removes
+        {
+            return self.export_tar(layer, out);
+        }
+        write_tree(&self.merge(layers)?, &mut out, |digest| self.open_object(digest))?;
+        Ok(())
     }
 
     pub(crate) fn split_of_diff(&self, diff_id: &Digest) -> Result<Option<SplitInfo>> {

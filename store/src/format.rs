@@ -12,7 +12,10 @@
 //! diffs/<diff_id>.split       a second tar that became the same layer (other order, other user names)
 //! diffs/blobs/<sha256>        the diff_id of a compressed form: `sha256:…` and a newline
 //! blobs/sha256/<hex>          OCI manifests, configs, indexes, as received
-//! images/<config sha256>      an image by its id: a line `sha256:…` for each of its manifests, newest last
+//! images/<config sha256>      an image by its id, newest lines last:
+//!                               `sha256:…`             a manifest of it
+//!                               `from <repository>`    where it was pulled from or pushed to
+//!                               `index sha256:…`       an index in that repository by whose digest it was asked for
 //! tags/<repository>/:<tag>    a tag's history (`tag` module)
 //! renders/merged/<sha256>     merged trees, named by the SHA-256 of the stack's layer digests (32 bytes each)
 //! renders/disks/<sha256>       image disks (`image_disk` module), named in the same way
@@ -34,6 +37,23 @@
 //! `write` with `O_APPEND`. A last line without its newline was torn by a power cut and is ignored.
 //!
 //! Sparse files become sparse objects; the digest is that of all their bytes.
+//!
+//! # What a layer says of its directories
+//!
+//! A layer's tree takes away in overlayfs's forms: a character device 0:0 for a name that is gone,
+//! `trusted.overlay.opaque` = `y` on a directory that hides what lower layers have in it.
+//!
+//! A tar need not have an entry for every directory in it, and most have none for the root, while a tree has to give
+//! each of them some attributes. Those that no entry stated are marked with `trusted.kiln.implied` (empty), **the root
+//! among them**: mode 0755, owner 0:0, of 1970. Where layers are merged, a marked directory leaves the one below it its
+//! attributes, and only where there is none the guess stands. A stack so gives what unpacking its tars into one
+//! directory gives, and what containers-storage does for overlayfs, which itself knows no such mark (the root of
+//! an overlay is always its uppermost one's): there a new layer's root begins with its parent's owner and mode, and
+//! the tar may change them. A layer from a directory or an overlay's upper directory states all of its directories.
+//!
+//! The mark is a part of the tree and so of the layer's digest; merged trees have neither it nor overlayfs's marks.
+//! (Stores of development versions that never marked the root know tars without an entry for it by other digests. They
+//! stay readable; such a layer states a root of the guessed attributes until its tar is imported again.)
 
 use std::path::{Path, PathBuf};
 

@@ -96,6 +96,7 @@ impl Store {
             }
             live.blobs.insert(id);
             live.blobs.extend(&manifests);
+            live.blobs.extend(self.origin_of(&id)?.indexes);
             // A damaged image keeps what can still be told of it; `check` has the word on it.
             for diff_id in self.promised(&id)? {
                 live.diffs.insert(diff_id);

@@ -11,6 +11,17 @@ use oci_spec::image::{
 use crate::error::Context as _;
 use crate::{ImageName, Result, Store, StoreError, lines};
 
+/// What the lines of an image's record begin with that do not name a manifest.
+const FROM: &str = "from ";
+const INDEX: &str = "index ";
+
+/// Which repositories have or had an image, the latest first, and by which indexes it was asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Origin {
+    pub(crate) repositories: Vec<String>,
+    pub(crate) indexes: Vec<Digest>,
+}
+
 /// An image in the store.
 #[derive(Debug, Clone)]
 pub struct Image {
@@ -156,6 +167,36 @@ impl Store {
             .collect())
     }
 
+    /// Remembers that a repository (`registry/path`) has an image, and from which index there it was chosen if it was asked
+    /// for by that index's digest: where a damaged store may get it back from.
+    ///
+    /// # Errors
+    /// The record cannot be written; [`StoreError::BadName`] for what is no repository.
+    pub fn remember_origin(&self, id: &Digest, repository: &str, index: Option<&Digest>) -> Result<()> {
+        if repository.is_empty() || repository.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(StoreError::BadName { text: repository.to_owned(), why: "it is no repository" });
+        }
+        let path = self.layout.image(id);
+        if !path.exists() {
+            // Somebody has removed it meanwhile.
+            return Ok(());
+        }
+        lines::add(&path, &format!("{FROM}{repository}"))?;
+        index.map_or(Ok(()), |index| lines::add(&path, &format!("{INDEX}{index}")))
+    }
+
+    pub(crate) fn origin_of(&self, id: &Digest) -> Result<Origin> {
+        let mut origin = Origin::default();
+        for line in lines::read(&self.layout.image(id))?.iter().rev() {
+            if let Some(repository) = line.strip_prefix(FROM) {
+                origin.repositories.push(repository.to_owned());
+            } else if let Some(index) = line.strip_prefix(INDEX) {
+                origin.indexes.extend(index.parse::<Digest>());
+            }
+        }
+        Ok(origin)
+    }
+
     /// The ids of all images.
     pub(crate) fn image_ids(&self) -> Result<Vec<Digest>> {
         let path = self.layout.images();
@@ -183,13 +224,14 @@ impl Store {
     }
 
     fn record_image(&self, image: &Image) -> Result<()> {
-        let path = self.layout.image(&image.id);
-        let line = image.manifest_digest.to_string();
         // The newest is last, also if it was there before.
-        if lines::read(&path)?.last() == Some(&line) { Ok(()) } else { lines::append(&path, &line) }
+        if self.manifests_of(&image.id)?.last() == Some(&image.manifest_digest) {
+            return Ok(());
+        }
+        lines::append(&self.layout.image(&image.id), &image.manifest_digest.to_string())
     }
 
-    fn image_of_manifest(&self, digest: &Digest) -> Result<Option<Image>> {
+    pub(crate) fn image_of_manifest(&self, digest: &Digest) -> Result<Option<Image>> {
         let Some(bytes) = self.blob(digest)? else { return Ok(None) };
         if let Some(listed) = listed_manifests(&bytes) {
             for manifest in listed {

@@ -8,10 +8,10 @@
 //! Chunks are shared, never copied; their number bounds the memory. When the stream is at its end the tree is written,
 //! everything is put on the disk by one `syncfs`, and renamed into place.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
@@ -23,25 +23,11 @@ use crate::chunk::Chunk;
 use crate::error::{Context as _, is_full};
 use crate::format::Layout;
 use crate::layer_reader::{LayerReader, ReadLayer};
+use crate::limits::ImportLimits;
 use crate::object_writer::{ObjectWriter, Queue};
 use crate::split::{self, SplitWriter};
 use crate::staging::Staging;
 use crate::{Result, Store, StoreError};
-
-/// What one layer may be. No limit by default, except that the holes of sparse files may make up no more than
-/// [`ImportLimits::HOLES`]: they cost an attacker nothing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ImportLimits {
-    /// Bytes of all files of one layer, unpacked.
-    pub max_size: Option<u64>,
-    /// Entries of its tar.
-    pub max_entries: Option<u64>,
-}
-
-impl ImportLimits {
-    /// How many bytes of zeros a layer may have in holes if there is no `max_size`: 64 GiB.
-    pub const HOLES: u64 = 64 << 30;
-}
 
 /// A layer that was brought into the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,21 +68,30 @@ impl Store {
         expected: Option<&Digest>,
         limits: ImportLimits,
     ) -> Result<ImportedLayer> {
-        self.import_tar_rewriting(tar, expected, limits, &HashSet::new())
+        self.import_tar_replacing(tar, expected, limits, &Replaced::default())
     }
 
-    /// As [`Store::import_tar`], but writes the objects `rewrite` even if the store has them.
-    pub(crate) fn import_tar_rewriting(
+    /// As [`Store::import_tar`], but puts what it makes in the place of what is damaged.
+    pub(crate) fn import_tar_replacing(
         &self,
         tar: impl Read,
         expected: Option<&Digest>,
         limits: ImportLimits,
-        rewrite: &HashSet<Digest>,
+        replaced: &Replaced,
     ) -> Result<ImportedLayer> {
-        let staged = StagedLayer::new(self, rewrite)?;
+        let staged = StagedLayer::new(self, replaced)?;
         let read = staged.read_tar(tar, expected, limits)?;
         staged.publish(&read)
     }
+}
+
+/// What an import must not take for good although it is there.
+#[derive(Debug, Default)]
+pub(crate) struct Replaced {
+    /// Objects.
+    pub(crate) objects: BTreeSet<Digest>,
+    /// The layer's split stream, and where it is.
+    pub(crate) split: Option<(Digest, PathBuf)>,
 }
 
 /// The contents of files, by slot.
@@ -105,6 +100,7 @@ pub(crate) type StoredFiles = Vec<(u32, Data)>;
 /// A layer on its way in.
 pub(crate) struct StagedLayer<'s> {
     store: &'s Store,
+    replaced: &'s Replaced,
     objects: ObjectWriter<'s>,
     // Last: it is removed after everything in it is closed.
     staging: Staging,
@@ -119,10 +115,10 @@ pub(crate) struct NewLayer {
 }
 
 impl<'s> StagedLayer<'s> {
-    pub(crate) fn new(store: &'s Store, rewrite: &'s HashSet<Digest>) -> Result<Self> {
+    pub(crate) fn new(store: &'s Store, replaced: &'s Replaced) -> Result<Self> {
         let staging = Staging::new(&store.layout)?;
-        let objects = ObjectWriter::new(&store.layout, &staging.path(""), rewrite)?;
-        Ok(Self { store, objects, staging })
+        let objects = ObjectWriter::new(&store.layout, &staging.path(""), &replaced.objects)?;
+        Ok(Self { store, replaced, objects, staging })
     }
 
     pub(crate) fn objects(&self) -> &ObjectWriter<'s> {
@@ -206,11 +202,14 @@ impl<'s> StagedLayer<'s> {
         }
         self.staging.sync()?;
         self.objects.publish()?;
-        // A stream that cannot be read is replaced.
-        let mut split_to = layout.layer_split(&layer);
-        if self.store.split_info(&layer).ok().flatten().is_some_and(|info| info.diff_id != diff_id) {
-            split_to = layout.diff_split(&diff_id);
-        }
+        let split_to = match &self.replaced.split {
+            Some((of, path)) if *of == layer => path.clone(),
+            _ => match self.store.split_info(&layer) {
+                Ok(Some(info)) if info.diff_id != diff_id => layout.diff_split(&diff_id),
+                // A stream that cannot be read is replaced.
+                _ => layout.layer_split(&layer),
+            },
+        };
         std::fs::rename(&split, &split_to).doing("rename to", &split_to)?;
         let layer_to = layout.layer(&layer);
         std::fs::rename(&tree, &layer_to).doing("rename to", &layer_to)?;

@@ -8,8 +8,9 @@ use kiln_contract::Digest;
 use kiln_erofs::{Attributes, Content, Data, INLINE_LIMIT, NodeId};
 
 use crate::chunk::{Chunk, Chunks, Slice};
-use crate::import::{ImportLimits, Message, send};
+use crate::import::{Message, send};
 use crate::layer_tree::{LayerTree, Name};
+use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{Job, Piece, Queue, SmallFile};
 use crate::split::Segment;
 use crate::tar::entry::{self, Entry, Kind, Sparse, TarSource, padding};
@@ -44,7 +45,6 @@ pub(crate) struct LayerReader<'q, R> {
     batch: Vec<SmallFile>,
     batch_bytes: u64,
     limits: ImportLimits,
-    entries: u64,
     /// Bytes of files, of holes in them, and of what follows the end of the archive.
     size: u64,
     holes: u64,
@@ -77,10 +77,9 @@ impl<'q, R: Read> LayerReader<'q, R> {
             batch: Vec::new(),
             batch_bytes: 0,
             limits,
-            entries: 0,
             size: 0,
             holes: 0,
-            tree: LayerTree::new(),
+            tree: LayerTree::new(Budget::new("layer", limits)),
             files: Vec::new(),
             segments: Vec::new(),
         }
@@ -89,11 +88,7 @@ impl<'q, R: Read> LayerReader<'q, R> {
     /// Reads the archive, and the stream to its end.
     pub(crate) fn read(&mut self) -> Result<ReadLayer> {
         while let Some(entry) = entry::next(self)? {
-            self.entries += 1;
-            if self.limits.max_entries.is_some_and(|max| self.entries > max) {
-                let what = format!("more than {} entries", self.limits.max_entries.unwrap_or_default());
-                return Err(StoreError::TooLarge { what });
-            }
+            self.tree.budget().entry()?;
             self.entry(entry)?;
         }
         // Most programs pad archives to 10 KiB; whatever is there is part of the tar.
@@ -105,11 +100,13 @@ impl<'q, R: Read> LayerReader<'q, R> {
         }
         self.flush();
         self.send_literals();
+        let entries = self.tree.budget().entries();
+        let empty = LayerTree::new(Budget::new("layer", self.limits));
         Ok(ReadLayer {
-            tree: std::mem::replace(&mut self.tree, LayerTree::new()),
+            tree: std::mem::replace(&mut self.tree, empty),
             files: std::mem::take(&mut self.files),
             segments: std::mem::take(&mut self.segments),
-            entries: self.entries,
+            entries,
         })
     }
 
@@ -181,6 +178,7 @@ impl<'q, R: Read> LayerReader<'q, R> {
         self.files.push(node);
         let whole = [(0, size)];
         let pieces = sparse.map_or(&whole[..], |sparse| &sparse.segments);
+        self.tree.budget().segments(pieces.len())?;
         for (offset, length) in pieces {
             let literal = std::mem::take(&mut self.literal_run);
             self.segments.push(Segment { literal, slot, offset: *offset, length: *length });
@@ -248,6 +246,7 @@ impl<'q, R: Read> LayerReader<'q, R> {
         }
         let at = if path.is_empty() { String::new() } else { format!(" with `{}`", path.escape_ascii()) };
         Err(StoreError::TooLarge {
+            subject: "layer",
             what: format!("its files take {size} bytes{at}, at most {max} are allowed"),
         })
     }

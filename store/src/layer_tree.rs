@@ -7,11 +7,13 @@
 //!   to the text first, as Docker does, and must not lead above the root.
 //! - A symbolic link on the way to an entry is followed *inside the tree*, as containerd does (`fs.RootPath`):
 //!   absolute targets begin at the tree's root, `..` stops there, at most 40 links.
-//! - Missing directories on the way are made, mode 0755, owned by root, and marked ([`overlay::IMPLIED`]).
+//! - Missing directories on the way are made, mode 0755, owned by root, and marked ([`overlay::IMPLIED`]). So is the root
+//!   until an entry states it.
 //! - The last of several entries with one name wins; a directory over a directory only changes attributes.
 
-use kiln_erofs::{Attributes, Content, NodeId, Tree, Xattrs};
+use kiln_erofs::{Attributes, Content, NodeId, Tree};
 
+use crate::limits::Budget;
 use crate::overlay;
 use crate::{Result, StoreError};
 
@@ -19,11 +21,12 @@ use crate::{Result, StoreError};
 const LINKS: usize = 40;
 
 /// The longest name of an entry. Linux takes paths of 4096 bytes at once; deeper trees can be walked.
-const PATH: usize = 64 << 10;
+pub(crate) const PATH: usize = 64 << 10;
 
 #[derive(Debug)]
 pub(crate) struct LayerTree {
     tree: Tree,
+    budget: Budget,
     /// The directory of the entry before, which is mostly that of the next, too.
     last: Option<(Vec<u8>, NodeId)>,
 }
@@ -44,8 +47,13 @@ pub(crate) enum Name {
 }
 
 impl LayerTree {
-    pub(crate) fn new() -> Self {
-        Self { tree: Tree::new(Attributes { mode: 0o755, ..Attributes::default() }), last: None }
+    pub(crate) fn new(budget: Budget) -> Self {
+        Self { tree: Tree::new(implied()), budget, last: None }
+    }
+
+    /// What the tree may still take.
+    pub(crate) fn budget(&mut self) -> &mut Budget {
+        &mut self.budget
     }
 
     pub(crate) fn into_tree(self) -> Tree {
@@ -71,16 +79,12 @@ impl LayerTree {
             if content != Content::Directory {
                 return Err(refuse(path, "it would replace the root directory"));
             }
-            let opaque = overlay::is_opaque(&self.tree.node(NodeId::ROOT).attributes.xattrs);
-            self.tree.set_attributes(NodeId::ROOT, attributes);
-            if opaque {
-                self.mark_opaque(NodeId::ROOT);
-            }
+            self.state(NodeId::ROOT, attributes)?;
             return Ok(NodeId::ROOT);
         };
         let parent = self.directory(path, parents)?;
         if name == overlay::OPAQUE_NAME {
-            self.mark_opaque(parent);
+            self.mark_opaque(parent)?;
             return Ok(parent);
         }
         if name.starts_with(overlay::AUFS_PREFIX) {
@@ -91,11 +95,7 @@ impl LayerTree {
         }
         match self.tree.child(parent, name) {
             Some(node) if is_directory(&self.tree, node) && content == Content::Directory => {
-                let opaque = overlay::is_opaque(&self.tree.node(node).attributes.xattrs);
-                self.tree.set_attributes(node, attributes);
-                if opaque {
-                    self.mark_opaque(node);
-                }
+                self.state(node, attributes)?;
                 Ok(node)
             }
             Some(node) => {
@@ -106,7 +106,7 @@ impl LayerTree {
                 let node = self.insert(path, parent, name, content, attributes)?;
                 // Removed and made again: what lower layers have in it does not show.
                 if was_removed && is_directory {
-                    self.mark_opaque(node);
+                    self.mark_opaque(node)?;
                 }
                 Ok(node)
             }
@@ -138,6 +138,7 @@ impl LayerTree {
             }
             None => {}
         }
+        self.budget.link(name)?;
         self.tree.link(parent, name, node).map_err(|error| refuse(path, &error.to_string()))
     }
 
@@ -154,7 +155,16 @@ impl LayerTree {
         content: Content,
         attributes: Attributes,
     ) -> Result<NodeId> {
+        self.budget.node(name, &content, &attributes)?;
         self.tree.add(parent, name, content, attributes).map_err(|error| refuse(path, &error.to_string()))
+    }
+
+    /// Gives a directory that is there the attributes of its entry.
+    fn state(&mut self, directory: NodeId, attributes: Attributes) -> Result<()> {
+        let opaque = overlay::is_opaque(&self.tree.node(directory).attributes.xattrs);
+        self.budget.attributes(&attributes)?;
+        self.tree.set_attributes(directory, attributes);
+        if opaque { self.mark_opaque(directory) } else { Ok(()) }
     }
 
     /// `.wh.name`: removes the name from lower layers, but nothing that this layer has (image-spec, layer.md).
@@ -162,7 +172,7 @@ impl LayerTree {
         match self.tree.child(parent, name) {
             Some(node) => {
                 if is_directory(&self.tree, node) {
-                    self.mark_opaque(node);
+                    self.mark_opaque(node)?;
                 }
                 Ok(node)
             }
@@ -170,10 +180,16 @@ impl LayerTree {
         }
     }
 
-    fn mark_opaque(&mut self, directory: NodeId) {
-        let mut attributes = self.tree.node(directory).attributes.clone();
+    fn mark_opaque(&mut self, directory: NodeId) -> Result<()> {
+        let attributes = self.tree.node(directory).attributes;
+        if overlay::is_opaque(&attributes.xattrs) {
+            return Ok(());
+        }
+        let mut attributes = attributes.clone();
         attributes.xattrs.insert(overlay::OPAQUE.to_vec(), b"y".to_vec());
+        self.budget.attributes(&attributes)?;
         self.tree.set_attributes(directory, attributes);
+        Ok(())
     }
 
     /// The directory at `components`, made where it is missing.
@@ -237,13 +253,11 @@ impl LayerTree {
                     if removed {
                         self.tree.remove(here, component);
                     }
-                    let mut xattrs = Xattrs::new();
+                    let mut attributes = implied();
                     if removed {
-                        xattrs.insert(overlay::OPAQUE.to_vec(), b"y".to_vec());
-                    } else {
-                        xattrs.insert(overlay::IMPLIED.to_vec(), Vec::new());
+                        // Removed and made again: nothing of lower layers shows, their directory's attributes neither.
+                        attributes.xattrs = [(overlay::OPAQUE.to_vec(), b"y".to_vec())].into();
                     }
-                    let attributes = Attributes { mode: 0o755, xattrs, ..Attributes::default() };
                     self.insert(path, here, component, Content::Directory, attributes)?
                 }
                 _ => return Ok(None),
@@ -270,6 +284,12 @@ impl LayerTree {
             }
         }
     }
+}
+
+/// What a directory gets that the tar has no entry for.
+fn implied() -> Attributes {
+    let xattrs = [(overlay::IMPLIED.to_vec(), Vec::new())].into();
+    Attributes { mode: 0o755, xattrs, ..Attributes::default() }
 }
 
 fn is_directory(tree: &Tree, node: NodeId) -> bool {
@@ -302,6 +322,7 @@ fn clean<'p>(entry: &[u8], path: &'p [u8]) -> Result<Vec<&'p [u8]>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ImportLimits;
 
     fn attributes(mode: u32) -> Attributes {
         Attributes { mode, ..Attributes::default() }
@@ -318,7 +339,7 @@ mod tests {
                     Content::Directory if overlay::is_opaque(&here.attributes.xattrs) => {
                         format!("{path} opaque")
                     }
-                    Content::Directory if here.attributes.xattrs.contains_key(overlay::IMPLIED) => {
+                    Content::Directory if overlay::is_implied(&here.attributes.xattrs) => {
                         format!("{path} implied")
                     }
                     content if overlay::is_whiteout(content) => format!("{path} removed"),
@@ -337,7 +358,7 @@ mod tests {
 
     /// `f` file, `d` directory, `l` symlink, `h` hard link: name, and target or mode.
     fn build(entries: &[(char, &str, &str)]) -> Result<Vec<String>> {
-        let mut layer = LayerTree::new();
+        let mut layer = LayerTree::new(Budget::new("layer", ImportLimits::default()));
         for (kind, path, extra) in entries {
             let mode = u32::from_str_radix(extra, 8).unwrap_or(0o644);
             let content = match kind {

@@ -1,6 +1,6 @@
 //! Objects on their way into the store: hashed and written on several threads, each once.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -165,7 +165,7 @@ pub(crate) struct ObjectWriter<'s> {
     /// Where each object lies below `staging`.
     staged: Mutex<HashMap<Digest, Place>>,
     /// Objects that are written even if there is a file of that name: it is damaged.
-    rewrite: &'s HashSet<Digest>,
+    rewrite: &'s BTreeSet<Digest>,
     /// Whether the process's umask takes something from the mode of objects.
     umask_interferes: OnceLock<bool>,
     /// Once the disk is full, nothing more is written; but what would have been is counted.
@@ -176,7 +176,7 @@ pub(crate) struct ObjectWriter<'s> {
 
 impl<'s> ObjectWriter<'s> {
     /// Stages objects in the directory `staging`.
-    pub(crate) fn new(layout: &'s Layout, staging: &Path, rewrite: &'s HashSet<Digest>) -> Result<Self> {
+    pub(crate) fn new(layout: &'s Layout, staging: &Path, rewrite: &'s BTreeSet<Digest>) -> Result<Self> {
         let open = |path: &Path| {
             rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                 .doing("open", path)

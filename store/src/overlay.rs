@@ -6,8 +6,9 @@ use kiln_erofs::{Content, Device, Xattrs};
 /// On a directory: nothing of lower layers is seen in it.
 pub(crate) const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 
-/// On a directory that a tar did not have but whose children it had. Its attributes are a guess, and give way to those
-/// of a lower layer's directory.
+/// On a directory that a tar did not have but whose children it had, and on the root if the tar did not have that
+/// ([`crate::format`], "What a layer says of its directories"). Its attributes are a guess, and give way to those of
+/// a lower layer's directory.
 pub(crate) const IMPLIED: &[u8] = b"trusted.kiln.implied";
 
 /// Before the name of a file that a layer removes.
@@ -32,6 +33,10 @@ pub(crate) fn is_whiteout(content: &Content) -> bool {
 
 pub(crate) fn is_opaque(xattrs: &Xattrs) -> bool {
     xattrs.get(OPAQUE).is_some_and(|value| value == b"y")
+}
+
+pub(crate) fn is_implied(xattrs: &Xattrs) -> bool {
+    xattrs.contains_key(IMPLIED)
 }
 
 const PREFIX: &[u8] = b"trusted.overlay.";

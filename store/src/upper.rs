@@ -8,7 +8,8 @@ use kiln_erofs::{Content, Data, FileType as NodeType, Inode, NodeId, Tree, Xattr
 use rustix::fs::FileType;
 
 use crate::directory::HostEntry;
-use crate::merge::content_of;
+use crate::limits::Budget;
+use crate::merge::{MergeError, content_of};
 use crate::tree_file::TreeFile;
 use crate::{Result, Store, StoreError, overlay};
 
@@ -178,7 +179,13 @@ impl<'l> Lower<'l> {
     }
 
     /// Copies what is in the lower directory `path` into a directory of a layer. Files stay what they are by name.
-    pub(crate) fn copy_directory(&self, path: &[u8], to: &mut Tree, directory: NodeId) -> Result<()> {
+    pub(crate) fn copy_directory(
+        &self,
+        path: &[u8],
+        to: &mut Tree,
+        directory: NodeId,
+        budget: &mut Budget,
+    ) -> Result<()> {
         let file = self.tree()?;
         let missing = || StoreError::Damaged {
             path: path.escape_ascii().to_string().into(),
@@ -186,7 +193,7 @@ impl<'l> Lower<'l> {
         };
         let from = self.find(file, path)?.filter(|from| from.file_type() == NodeType::Directory);
         let from = from.ok_or_else(missing)?;
-        let mut copy = || {
+        let mut copy = || -> std::result::Result<(), MergeError> {
             let image = kiln_erofs::Image::open(file.bytes())?;
             let mut linked = std::collections::HashMap::new();
             let mut stack = vec![(from, directory)];
@@ -199,12 +206,14 @@ impl<'l> Lower<'l> {
                         what: "it has no place in a layer",
                     };
                     if let Some(node) = linked.get(&entry.nid) {
+                        budget.link(entry.name)?;
                         to.link(here, entry.name, *node).map_err(refused)?;
                         continue;
                     }
-                    let content = content_of(&inode)?;
+                    let (content, attributes) = (content_of(&inode)?, inode.attributes()?);
                     let is_directory = content == Content::Directory;
-                    let node = to.add(here, entry.name, content, inode.attributes()?).map_err(refused)?;
+                    budget.node(entry.name, &content, &attributes)?;
+                    let node = to.add(here, entry.name, content, attributes).map_err(refused)?;
                     if is_directory {
                         stack.push((inode, node));
                     } else if inode.links() > 1 {
@@ -214,6 +223,6 @@ impl<'l> Lower<'l> {
             }
             Ok(())
         };
-        copy().map_err(|source| file.damaged(source))
+        copy().map_err(|error| error.of(file))
     }
 }

@@ -76,7 +76,9 @@ fn an_import_killed_at_any_instant_leaves_a_clean_store() {
         let report = store.check(None).unwrap();
         assert_eq!(report.damaged, [""; 0], "attempt {attempt}");
         // What was acknowledged stays; else it begins anew.
-        if let Some(layer) = store.layer_of_diff_id(&Digest::of(&bytes)).unwrap() {
+        let diff_id = Digest::of(&bytes);
+        if let Some(layer) = store.layer_of_diff_id(&diff_id).unwrap() {
+            std::fs::remove_file(store.path().join("diffs").join(diff_id.hex())).unwrap();
             std::fs::remove_file(store.layer_path(&layer)).unwrap();
             std::fs::remove_file(store.layer_path(&layer).with_extension("split")).unwrap();
         }

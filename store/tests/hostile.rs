@@ -105,7 +105,7 @@ fn a_sparse_file_of_a_petabyte_is_refused() {
 fn a_million_entries_are_imported_or_refused_by_number() {
     let fixture = fixture();
     let tar = Headers { next: 0, count: 1_000_000, block: [0; 512], at: 512 };
-    let limits = ImportLimits { max_entries: Some(9_999), ..ImportLimits::default() };
+    let limits = ImportLimits { max_entries: 9_999, ..ImportLimits::default() };
     let error = fixture.store.import_tar(tar.clone(), None, limits).unwrap_err();
     assert_eq!(error.to_string(), "the layer is too large: more than 9999 entries");
     let imported = fixture.store.import_tar(tar, None, ImportLimits::default()).unwrap();

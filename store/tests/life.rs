@@ -1,15 +1,13 @@
-//! Images through their lives: made, tagged, found, merged, committed, collected, checked, repaired.
+//! Images through their lives: made, tagged, found, merged, committed, collected.
 
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{Cursor, Read};
 
-use common::{Fixture, Tar, fixture};
+use common::{Fixture, Tar, fixture, header, seal};
 use kiln_contract::{ChangeKind, Digest};
 use kiln_erofs::{Content, Data, NodeId, Tree};
-use kiln_store::{GcOptions, Image, ImageName, ImportLimits, Repair, Store, StoreError};
-use oci_spec::image::Descriptor;
+use kiln_store::{GcOptions, Image, ImageName, ImportLimits, Store, StoreError};
 
 fn name(text: &str) -> ImageName {
     ImageName::parse(text).unwrap()
@@ -120,6 +118,62 @@ fn layers_are_merged_as_an_overlay_would() {
     let alone = Tar::new().file(".wh..wh..opq", b"").entry("./", b'5', "").file("only", b"4");
     let four = merged(&fixture, &[layers[0], layers[1], fixture.round_trip(&alone.end()).layer]);
     assert_eq!(four.into_iter().collect::<Vec<_>>(), [("/only".to_owned(), "4 x1".to_owned())]);
+}
+
+/// An entry for a directory with a mode and an owner of its own.
+fn directory(tar: Tar, name: &str, mode: u32, owner: u32) -> Tar {
+    let mut block = header(name.as_bytes(), b'5', 0, b"");
+    block[100..108].copy_from_slice(format!("{mode:07o}\0").as_bytes());
+    block[108..116].copy_from_slice(format!("{owner:07o}\0").as_bytes());
+    block[116..124].copy_from_slice(format!("{owner:07o}\0").as_bytes());
+    seal(&mut block);
+    tar.raw(&block)
+}
+
+#[test]
+fn only_a_layer_with_an_entry_for_a_directory_changes_that_directory() {
+    type Attributes = (u32, u32);
+    const GUESS: Attributes = (0o755, 0);
+    const BELOW: Attributes = (0o750, 7);
+    const ABOVE: Attributes = (0o1777, 8);
+    let stating =
+        |tar: Tar, (mode, owner): Attributes| directory(directory(tar, "./", mode, owner), "d/", mode, owner);
+    let silent = || Tar::new().file("d/x", b"2");
+    let opaque = || Tar::new().file("d/.wh..wh..opq", b"").file("d/y", b"3");
+    let opaque_root = || Tar::new().file(".wh..wh..opq", b"").file("d/y", b"3");
+    let below = || stating(silent(), BELOW);
+    // Of the root and of `d`, and what is in `d`.
+    type Case = (Vec<Tar>, Attributes, Attributes, &'static str);
+    let cases: [Case; 9] = [
+        (vec![silent(), silent()], GUESS, GUESS, "x"),
+        (vec![below(), silent(), silent()], BELOW, BELOW, "x"),
+        (vec![silent(), below()], BELOW, BELOW, "x"),
+        (vec![below(), stating(Tar::new(), ABOVE), silent()], ABOVE, ABOVE, "x"),
+        (vec![below(), stating(silent(), ABOVE)], ABOVE, ABOVE, "x"),
+        (vec![below(), opaque()], BELOW, BELOW, "y"),
+        (vec![below(), stating(opaque(), ABOVE)], ABOVE, ABOVE, "y"),
+        // What is hidden is gone, with its attributes; the root itself is still there.
+        (vec![below(), opaque_root()], BELOW, GUESS, "y"),
+        (vec![below(), Tar::new().file(".wh.d", b""), silent()], BELOW, GUESS, "x"),
+    ];
+    for (case, (tars, root, d, file)) in cases.into_iter().enumerate() {
+        let fixture = fixture();
+        let layers: Vec<_> = tars.into_iter().map(|tar| fixture.round_trip(&tar.end()).layer).collect();
+        // Each longer stack begins with the merged tree of the one before.
+        for count in 1..layers.len() {
+            fixture.store.merged_tree(&layers[..count]).unwrap();
+        }
+        let bytes = std::fs::read(fixture.store.merged_tree(&layers).unwrap()).unwrap();
+        let tree = kiln_erofs::Image::open(&bytes).unwrap().to_tree().unwrap();
+        let node = tree.child(NodeId::ROOT, b"d").unwrap();
+        for (node, expected) in [(NodeId::ROOT, root), (node, d)] {
+            let attributes = tree.node(node).attributes;
+            assert_eq!((attributes.mode, attributes.uid), expected, "case {case}");
+            assert!(attributes.xattrs.is_empty(), "case {case}: {:?}", attributes.xattrs);
+        }
+        let names: Vec<_> = tree.children(node).map(|(name, _)| name).collect();
+        assert_eq!(names, [file.as_bytes()], "case {case}");
+    }
 }
 
 #[test]
@@ -281,84 +335,6 @@ fn a_collection_takes_what_nothing_needs_and_nothing_else() {
     assert_eq!(report.images, ["kept:1"]);
     let left = Store::open(&home).unwrap().usage().unwrap();
     assert_eq!((left.images, left.layers, left.objects, left.metadata_bytes), (0, 0, 0, 0));
-}
-
-struct Again(BTreeMap<Digest, Vec<u8>>);
-
-impl Repair for Again {
-    fn layer(&self, diff_id: &Digest, _: &[Descriptor]) -> std::io::Result<Box<dyn Read + Send>> {
-        match self.0.get(diff_id) {
-            Some(tar) => Ok(Box::new(Cursor::new(tar.clone()))),
-            None => Err(std::io::Error::other("nobody has it")),
-        }
-    }
-}
-
-#[test]
-fn damage_of_every_kind_is_found_and_repaired() {
-    let tar = Tar::new().file("a", &[1; 1000]).file("b", &[2; 70_000]).end();
-    let object = Digest::of(&[2; 70_000]);
-    type Damage = fn(&Store, &Image, &Digest);
-    let damages: [(&str, Damage); 7] = [
-        ("an object with a wrong byte", |store, _, object| {
-            let path = store.object_path(object);
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[69_999] ^= 1;
-            std::fs::remove_file(&path).unwrap();
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a torn object", |store, _, object| {
-            std::fs::remove_file(store.object_path(object)).unwrap();
-            std::fs::write(store.object_path(object), [2; 4096]).unwrap();
-        }),
-        ("a missing object", |store, _, object| {
-            std::fs::remove_file(store.object_path(object)).unwrap();
-        }),
-        ("a damaged tree", |store, image, _| {
-            let path = store.layer_path(&image.layers[0]);
-            let mut bytes = std::fs::read(&path).unwrap();
-            let last = bytes.len() - 1;
-            bytes[last] ^= 1;
-            std::fs::remove_file(&path).unwrap();
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a missing tree", |store, image, _| {
-            std::fs::remove_file(store.layer_path(&image.layers[0])).unwrap();
-        }),
-        ("a damaged split stream", |store, image, _| {
-            let path = store.layer_path(&image.layers[0]).with_extension("split");
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[100] ^= 1;
-            std::fs::write(&path, bytes).unwrap();
-        }),
-        ("a damaged merged tree", |store, image, _| {
-            let path = store.merged_tree(&[image.layers[0], image.layers[0]]).unwrap();
-            let own = store.merged_tree(&image.layers).unwrap();
-            std::fs::rename(path, &own).unwrap();
-            std::fs::write(own, b"not a tree").unwrap();
-        }),
-    ];
-    for (what, damage) in damages {
-        let fixture = fixture();
-        let image = make(&fixture, &[Tar(tar.clone())], "a:1");
-        let store = &fixture.store;
-        assert!(store.check(None).unwrap().damaged.is_empty(), "{what}");
-        damage(store, &image, &object);
-        let found = store.check(None).unwrap();
-        assert!(!found.damaged.is_empty(), "{what} was not found");
-        if what != "a damaged merged tree" {
-            let helpless = store.check(Some(&Again(BTreeMap::new()))).unwrap();
-            assert!(
-                helpless.damaged.iter().any(|line| line.contains("nobody has it")),
-                "{what}: {helpless:?}"
-            );
-        }
-        let repaired = store.check(Some(&Again([(Digest::of(&tar), tar.clone())].into()))).unwrap();
-        assert_eq!(repaired.damaged, [""; 0], "{what}");
-        assert!(!repaired.repaired.is_empty(), "{what}");
-        assert!(fixture.export(&image.layers[0]) == tar);
-        assert!(store.check(None).unwrap().damaged.is_empty());
-    }
 }
 
 #[test]

@@ -236,6 +236,36 @@ impl Request {
     }
 }
 
+/// Passes a request on to the server at `address`, and its answer back.
+pub fn forward(address: &str, request: &Request) -> Reply {
+    let mut stream = TcpStream::connect(address).unwrap();
+    // Of 1.0, whose answers have no chunks and end with the connection.
+    let mut head = format!("{} {} HTTP/1.0\r\n", request.method, request.path);
+    for (name, value) in &request.headers {
+        if name != "connection" {
+            head += &format!("{name}: {value}\r\n");
+        }
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes()).unwrap();
+    stream.write_all(&request.body).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let end = answer.windows(4).position(|part| part == b"\r\n\r\n").unwrap();
+    let head = String::from_utf8(answer[..end].to_vec()).unwrap();
+    let mut lines = head.lines();
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+    let mut reply = Reply::new(status, &answer[end + 4..]);
+    for (name, value) in lines.filter_map(|line| line.split_once(": ")) {
+        match name.to_ascii_lowercase().as_str() {
+            // Of an answer to HEAD it is not the body's.
+            "content-length" => reply.length = value.parse().ok(),
+            "connection" => {}
+            _ => reply = reply.header(name, value),
+        }
+    }
+    reply
+}
+
 #[derive(Debug, Clone)]
 pub struct Reply {
     pub status: u16,
@@ -292,18 +322,26 @@ pub struct Server {
 impl Server {
     /// `answer` gets each request and how many of the same method and path came before it.
     pub fn start(answer: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_early(|_| None, answer)
+    }
+
+    /// As [`Server::start`], but what `early` has an answer for gets it after its head, and its body is thrown away.
+    pub fn start_early(
+        early: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static,
+        answer: impl Fn(&Request, usize) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let ended = Arc::new(AtomicBool::new(false));
-        let (seen, stop, answer) = (requests.clone(), ended.clone(), Arc::new(answer));
+        let (seen, stop, answers) = (requests.clone(), ended.clone(), Arc::new((early, answer)));
         std::thread::spawn(move || {
             for connection in listener.incoming() {
                 if stop.load(Ordering::Relaxed) {
                     return;
                 }
-                let (seen, answer) = (seen.clone(), answer.clone());
-                std::thread::spawn(move || serve(&mut connection.unwrap(), &seen, &*answer));
+                let (seen, answers) = (seen.clone(), answers.clone());
+                std::thread::spawn(move || serve(&mut connection.unwrap(), &seen, &answers.0, &answers.1));
             }
         });
         Self { port, requests, ended }
@@ -330,8 +368,21 @@ impl Drop for Server {
     }
 }
 
-fn serve(stream: &mut TcpStream, seen: &Mutex<Vec<Request>>, answer: &dyn Fn(&Request, usize) -> Reply) {
-    let Some(request) = read_request(stream) else { return };
+fn serve(
+    stream: &mut TcpStream,
+    seen: &Mutex<Vec<Request>>,
+    early: &dyn Fn(&Request) -> Option<Reply>,
+    answer: &dyn Fn(&Request, usize) -> Reply,
+) {
+    let Some(mut request) = read_head(stream) else { return };
+    let early = early(&request);
+    let length = request.headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    if early.is_none() {
+        request.body = vec![0; length];
+        if stream.read_exact(&mut request.body).is_err() {
+            return;
+        }
+    }
     let before = {
         let mut seen = seen.lock().unwrap();
         let before =
@@ -339,7 +390,8 @@ fn serve(stream: &mut TcpStream, seen: &Mutex<Vec<Request>>, answer: &dyn Fn(&Re
         seen.push(request.clone());
         before
     };
-    let reply = answer(&request, before);
+    let is_early = early.is_some();
+    let reply = early.unwrap_or_else(|| answer(&request, before));
     let length = reply.length.unwrap_or(reply.body.len() as u64);
     let mut head =
         format!("HTTP/1.1 {} Whatever\r\nConnection: close\r\nContent-Length: {length}\r\n", reply.status);
@@ -357,9 +409,15 @@ fn serve(stream: &mut TcpStream, seen: &Mutex<Vec<Request>>, answer: &dyn Fn(&Re
     if let Some(hang) = reply.hang {
         std::thread::sleep(hang);
     }
+    if is_early {
+        // As servers do it: a connection that is closed with bytes unread would take the answer with it.
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.set_read_timeout(Some(Duration::from_millis(500)));
+        let _ = std::io::copy(stream, &mut std::io::sink());
+    }
 }
 
-fn read_request(stream: &mut TcpStream) -> Option<Request> {
+fn read_head(stream: &mut TcpStream) -> Option<Request> {
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {
@@ -376,8 +434,5 @@ fn read_request(stream: &mut TcpStream) -> Option<Request> {
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
         .collect();
-    let length = headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).ok()?;
-    Some(Request { method, path, headers, body })
+    Some(Request { method, path, headers, body: Vec::new() })
 }

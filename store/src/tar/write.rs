@@ -11,9 +11,13 @@ use super::entry::padding;
 use super::header::BLOCK;
 use super::number::write_octal;
 use super::pax::write_record;
+use crate::layer_tree::PATH;
 use crate::{Result, StoreError, overlay};
 
 /// Writes `tree` as an OCI layer. Returns the number of bytes. `open` gives an object.
+///
+/// Names that this program itself would not read are refused: each entry has its whole path, and a tree that is
+/// deep enough would make a tar of any size.
 ///
 /// Sockets are left out: tar has no form for them, and they mean nothing without their process.
 pub(crate) fn write_tree(
@@ -148,6 +152,10 @@ impl<W: Write> TarWriter<'_, W> {
     }
 
     fn header(&mut self, path: &[u8], kind: u8, attributes: &Attributes, extra: &Extra<'_>) -> Result<()> {
+        if path.len() > PATH {
+            let what = format!("a name of {} bytes (at most {PATH} are read from a tar)", path.len());
+            return Err(StoreError::Entry { path: path[..1024].to_owned(), what });
+        }
         let mut records = Vec::new();
         let mut block = [0; BLOCK];
         let mut text = |range: std::ops::Range<usize>, key: &[u8], value: &[u8], records: &mut Vec<u8>| {

@@ -166,11 +166,11 @@ fn a_collection_takes_the_disks_that_no_instance_uses() {
 struct Nobody;
 
 impl Repair for Nobody {
-    fn layer(
-        &self,
-        _: &Digest,
-        _: &[oci_spec::image::Descriptor],
-    ) -> std::io::Result<Box<dyn std::io::Read + Send>> {
+    fn document(&self, _: &kiln_store::WantedDocument) -> std::io::Result<Vec<u8>> {
+        Err(std::io::ErrorKind::NotFound.into())
+    }
+
+    fn layer(&self, _: &kiln_store::WantedLayer) -> std::io::Result<Box<dyn Read + Send>> {
         Err(std::io::ErrorKind::NotFound.into())
     }
 }

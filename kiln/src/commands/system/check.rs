@@ -1,11 +1,8 @@
 //! `kiln system check`.
 
-use std::io::{self, Read, Seek};
-
-use kiln_contract::{ByteSize, Digest, Home};
-use kiln_registry::{PullOptions, PullPolicy, Registry};
-use kiln_store::{CheckReport, Image, ImageName, Repair, Store};
-use oci_spec::image::Descriptor;
+use kiln_contract::ByteSize;
+use kiln_registry::Registry;
+use kiln_store::{CheckReport, Repair};
 use serde::Serialize;
 
 use crate::commands::RegistryArgs;
@@ -47,8 +44,8 @@ struct Report {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let store = context.store()?;
-        let source =
-            if self.repair { Some(FromRegistries::new(context, &store, &self.registry)?) } else { None };
+        let (registry, progress) = (Registry::new(self.registry.config())?, progress::new(false));
+        let source = self.repair.then(|| registry.repair(&store, &*progress));
         let report = store.check(source.as_ref().map(|source| source as &dyn Repair))?;
         let CheckReport { objects, layers, images, bytes, damaged, repaired } = report;
         let report = Report { objects, layers, images, bytes, damaged, repaired };
@@ -79,73 +76,5 @@ impl Args {
         } else {
             error.with_hint("`kiln system check --repair` fetches what can be fetched")
         })
-    }
-}
-
-/// Layers from the registries that the images came from. Each image is pulled anew, into a store of its own that is
-/// removed afterwards: nothing of a damaged store is trusted to be what it says.
-struct FromRegistries {
-    registry: Registry,
-    images: Vec<(ImageName, Image)>,
-    home: tempfile::TempDir,
-    store: Store,
-}
-
-impl FromRegistries {
-    fn new(context: &Context, damaged: &Store, options: &RegistryArgs) -> Result<Self> {
-        let mut images = Vec::new();
-        for (name, entry) in damaged.tags()? {
-            // An image whose manifest is damaged cannot say which layers it has.
-            if let Ok(Some(image)) = damaged.image(&entry.target) {
-                images.push((name, image));
-            }
-        }
-        let place = context.home().path();
-        let home = tempfile::Builder::new().prefix("repair-").tempdir_in(place);
-        let home = home.map_err(|error| {
-            CliError::file(format!("cannot make a directory in {}", place.display()), error)
-        })?;
-        let store = Store::open(&Home::at(home.path()))?;
-        Ok(Self { registry: Registry::new(options.config())?, images, home, store })
-    }
-
-    fn fetch(&self, diff_id: &Digest) -> Result<std::fs::File> {
-        let progress = progress::new(false);
-        let mut last = CliError::failed(format!("no image that has a name has the layer {diff_id}"));
-        for (name, image) in self.images.iter().filter(|(_, image)| image.diff_ids().contains(diff_id)) {
-            let exact = ImageName {
-                repository: name.repository.clone(),
-                tag: None,
-                digest: Some(image.manifest_digest),
-            };
-            progress.note(&format!("pulling {} to repair the layer {}", exact.familiar(), diff_id.short()));
-            let options = PullOptions { policy: PullPolicy::Missing, ..Default::default() };
-            match self.registry.pull(&self.store, &exact, &options, &*progress) {
-                Ok(_) => return self.unpacked(diff_id),
-                Err(error) => last = error.into(),
-            }
-        }
-        Err(last)
-    }
-
-    fn unpacked(&self, diff_id: &Digest) -> Result<std::fs::File> {
-        let bad = |error| CliError::file("cannot keep a layer in a temporary file", error);
-        let mut file = tempfile::tempfile_in(self.home.path()).map_err(bad)?;
-        self.store.export_diff(diff_id, &mut file)?;
-        file.rewind().map_err(bad)?;
-        Ok(file)
-    }
-}
-
-impl Repair for FromRegistries {
-    fn layer(&self, diff_id: &Digest, _blobs: &[Descriptor]) -> io::Result<Box<dyn Read + Send>> {
-        match self.fetch(diff_id) {
-            Ok(file) => Ok(Box::new(file)),
-            Err(error) => {
-                let text =
-                    error.lines().into_iter().filter(|(label, _)| *label != "hint").map(|(_, text)| text);
-                Err(io::Error::other(text.collect::<Vec<_>>().join(": ")))
-            }
-        }
     }
 }

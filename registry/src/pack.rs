@@ -1,0 +1,115 @@
+//! Layers packed: in chunks as they are made, or whole into a file.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Seek as _, Write};
+
+use bytes::Bytes;
+use kiln_contract::{Digest, Hasher};
+use kiln_store::Store;
+use tokio::sync::mpsc;
+
+use crate::compression::{Compression, Compressor};
+use crate::unpack::scratch_file;
+use crate::{RegistryError, Result};
+
+/// What a thread gives that packs a layer into chunks.
+pub(crate) enum Packed {
+    Chunk(Bytes),
+    /// The last bytes, and the digest of all.
+    Last(Bytes, Digest),
+    Failed(RegistryError),
+}
+
+/// Packs a layer into chunks of `size` bytes.
+pub(crate) fn in_chunks(
+    store: &Store,
+    diff_id: &Digest,
+    compression: Compression,
+    size: usize,
+    sender: &mpsc::Sender<Packed>,
+) {
+    let chunks = Chunks { size, filling: Vec::new(), hasher: Hasher::new(), sender };
+    let packed = Compressor::new(compression, chunks).map_err(packing).and_then(|mut compressor| {
+        store.export_diff(diff_id, &mut compressor)?;
+        compressor.finish().map_err(packing)
+    });
+    // Nobody listens if the push has failed elsewhere.
+    let _ = sender.blocking_send(match packed {
+        Ok(chunks) => Packed::Last(chunks.filling.into(), chunks.hasher.finish()),
+        Err(error) => Packed::Failed(error),
+    });
+}
+
+fn packing(source: io::Error) -> RegistryError {
+    RegistryError::Io { doing: "pack", path: "a layer".into(), source }
+}
+
+struct Chunks<'a> {
+    size: usize,
+    filling: Vec<u8>,
+    hasher: Hasher,
+    sender: &'a mpsc::Sender<Packed>,
+}
+
+impl Write for Chunks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A full chunk goes only when more follows: the last one travels with the closing request.
+        if self.filling.len() >= self.size && !bytes.is_empty() {
+            let full = std::mem::replace(&mut self.filling, Vec::with_capacity(self.size));
+            self.sender
+                .blocking_send(Packed::Chunk(full.into()))
+                .map_err(|_| io::Error::other("the upload failed"))?;
+        }
+        let n = bytes.len().min(self.size - self.filling.len());
+        self.filling.extend_from_slice(&bytes[..n]);
+        self.hasher.update(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A packed layer in a file without a name, at its beginning.
+#[derive(Debug)]
+pub(crate) struct Spooled {
+    pub(crate) file: File,
+    pub(crate) digest: Digest,
+    pub(crate) length: u64,
+}
+
+/// Packs a layer into a file: what has to be told about it before its first byte is known then.
+pub(crate) fn into_file(store: &Store, diff_id: &Digest, compression: Compression) -> Result<Spooled> {
+    let failed = |source| RegistryError::Io { doing: "write below", path: store.path().join("tmp"), source };
+    let spool = Hashed {
+        inner: BufWriter::with_capacity(256 << 10, scratch_file(store)?),
+        hasher: Hasher::new(),
+        length: 0,
+    };
+    let mut compressor = Compressor::new(compression, spool).map_err(failed)?;
+    store.export_diff(diff_id, &mut compressor)?;
+    let Hashed { inner, hasher, length } = compressor.finish().map_err(failed)?;
+    let mut file = inner.into_inner().map_err(|error| failed(error.into_error()))?;
+    file.rewind().map_err(failed)?;
+    Ok(Spooled { file, digest: hasher.finish(), length })
+}
+
+struct Hashed<W> {
+    inner: W,
+    hasher: Hasher,
+    length: u64,
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..n]);
+        self.length += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}

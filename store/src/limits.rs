@@ -1,0 +1,179 @@
+//! What a tree may take.
+//!
+//! A layer's tree is made in memory, and so is a stack's when it is merged. What it takes there follows the *number* of
+//! things in it and the *length* of their names, not the bytes of its files, and a tar of some megabytes, compressed
+//! a thousand times over, can have very many of both. So everything that adds to a tree is charged to a [`Budget`]
+//! before it is added, at what it costs in the worst case: tables double when they are full, and for that moment they
+//! are there once and a half again.
+
+use kiln_contract::ByteSize;
+use kiln_erofs::{Attributes, Content, Data};
+
+use crate::{Result, StoreError};
+
+/// What one layer may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImportLimits {
+    /// Bytes of all files of one layer, unpacked. Without a limit only the holes of sparse files have one,
+    /// [`ImportLimits::HOLES`]: they cost an attacker nothing.
+    pub max_size: Option<u64>,
+    /// Entries of its tar.
+    pub max_entries: u64,
+    /// Bytes of memory for its tree: entries and the directories on the way to them, names, extended attributes, link
+    /// targets, maps of sparse files. What is counted is the most that the tree may take, of which a usual one takes
+    /// half; buffers (some 50 MiB, whatever the layer) come on top.
+    pub max_memory: u64,
+}
+
+impl ImportLimits {
+    /// How many bytes of zeros a layer may have in holes if there is no `max_size`: 64 GiB.
+    pub const HOLES: u64 = 64 << 30;
+    /// `max_entries` by default: four times as many as the largest layers are known to have.
+    pub const ENTRIES: u64 = 4_000_000;
+    /// `max_memory` by default, 2 GiB: a million entries with a label each take some 1.2 GiB of it.
+    pub const MEMORY: u64 = 2 << 30;
+}
+
+impl Default for ImportLimits {
+    fn default() -> Self {
+        Self { max_size: None, max_entries: Self::ENTRIES, max_memory: Self::MEMORY }
+    }
+}
+
+/// A node: its record, its place in its directory, and its share in the tables of files, objects and the layout.
+const NODE: u64 = 512;
+/// A directory's own tables, which begin with room for several entries.
+const DIRECTORY: u64 = 256;
+/// A further name for a node.
+const LINK: u64 = 64;
+/// The first leaf of a node's table of extended attributes, and each of them in the fullest case beside its bytes.
+const XATTRS: u64 = 512;
+const XATTR: u64 = 160;
+/// What the allocator adds to a string of its own.
+const STRING: u64 = 32;
+/// Names lie in one table of bytes.
+const GROWTH: u64 = 3;
+/// A record of a piece of a file in the tar.
+const SEGMENT: u64 = 96;
+
+/// What is left of the limits of one tree. Nothing is ever given back: a tree keeps what is removed from it.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    /// What it is for: `layer` or `stack`.
+    subject: &'static str,
+    limits: ImportLimits,
+    entries: u64,
+    memory: u64,
+}
+
+impl Budget {
+    pub(crate) fn new(subject: &'static str, limits: ImportLimits) -> Self {
+        Self { subject, limits, entries: 0, memory: 0 }
+    }
+
+    /// Counts an entry of a tar.
+    pub(crate) fn entry(&mut self) -> Result<()> {
+        self.entries += 1;
+        if self.entries > self.limits.max_entries {
+            return Err(self.too_large(format!("more than {} entries", self.limits.max_entries)));
+        }
+        Ok(())
+    }
+
+    /// Entries so far.
+    pub(crate) fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// Charges a node with its first name.
+    pub(crate) fn node(&mut self, name: &[u8], content: &Content, attributes: &Attributes) -> Result<()> {
+        let content = match content {
+            Content::Directory => DIRECTORY,
+            Content::Symlink(bytes) | Content::Regular(Data::Inline(bytes)) => STRING + bytes.len() as u64,
+            _ => 0,
+        };
+        self.charge(NODE + GROWTH * name.len() as u64 + content)?;
+        self.attributes(attributes)
+    }
+
+    /// Charges the attributes that a node gets in the place of others.
+    pub(crate) fn attributes(&mut self, attributes: &Attributes) -> Result<()> {
+        if attributes.xattrs.is_empty() {
+            return Ok(());
+        }
+        let bytes: u64 =
+            attributes.xattrs.iter().map(|(name, value)| XATTR + (name.len() + value.len()) as u64).sum();
+        self.charge(XATTRS + bytes)
+    }
+
+    /// Charges a further name of a node.
+    pub(crate) fn link(&mut self, name: &[u8]) -> Result<()> {
+        self.charge(LINK + GROWTH * name.len() as u64)
+    }
+
+    /// Charges a path that is kept for later.
+    pub(crate) fn path(&mut self, bytes: usize) -> Result<()> {
+        self.charge(STRING + bytes as u64)
+    }
+
+    /// Charges the pieces of a file.
+    pub(crate) fn segments(&mut self, count: usize) -> Result<()> {
+        self.charge(SEGMENT * count as u64)
+    }
+
+    fn charge(&mut self, bytes: u64) -> Result<()> {
+        self.memory = self.memory.saturating_add(bytes);
+        if self.memory <= self.limits.max_memory {
+            return Ok(());
+        }
+        let limit = ByteSize(self.limits.max_memory);
+        Err(self.too_large(format!("its names, links and attributes need more than {limit} of memory")))
+    }
+
+    fn too_large(&self, what: String) -> StoreError {
+        StoreError::TooLarge { subject: self.subject, what }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_contract::Home;
+    use kiln_erofs::Tree;
+
+    use super::*;
+    use crate::Store;
+
+    #[test]
+    fn directories_and_stacks_have_limits_as_tars_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&Home::at(dir.path().join("home"))).unwrap();
+        let mut layers = Vec::new();
+        for name in ["a", "b", "c"] {
+            let root = dir.path().join(name);
+            std::fs::create_dir(&root).unwrap();
+            for file in 0..100 {
+                std::fs::write(root.join(format!("{name}{file}")), "").unwrap();
+            }
+            layers.push(store.import_directory(&root).unwrap().layer);
+        }
+        let limits = |max_memory| ImportLimits { max_memory, ..ImportLimits::default() };
+        // A hundred nodes fit, and no two hundred.
+        let small = limits(100 << 10);
+        let host = |limits| store.import_host(&dir.path().join("a"), None, None, limits);
+        assert_eq!(host(small).unwrap().entries, 101);
+        let error = host(limits(50 << 10)).unwrap_err().to_string();
+        assert!(error.starts_with("the layer is too large") && error.contains("50.0 KiB"), "{error}");
+        let merge = |layers: &[_], limits| {
+            let (mut tree, mut budget) = (Tree::default(), Budget::new("stack", limits));
+            store.put_on_within(&mut tree, layers, &mut budget).map(|()| (tree.len(), budget))
+        };
+        assert_eq!(merge(&layers[..1], small).unwrap().0, 101);
+        let error = merge(&layers, small).unwrap_err().to_string();
+        assert!(error.starts_with("the stack is too large") && error.contains("100.0 KiB"), "{error}");
+        // A merged tree from which the next merge begins is charged as its layers were.
+        let (_, whole) = merge(&layers, ImportLimits::default()).unwrap();
+        store.merged_tree(&layers[..2]).unwrap();
+        let (_, budget) = store.merge_within(&layers, ImportLimits::default()).unwrap();
+        assert_eq!(budget.memory, whole.memory);
+    }
+}
