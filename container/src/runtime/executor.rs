@@ -13,19 +13,20 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Component, Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
 use rustix::io::Errno;
 
-use super::RuntimeError;
 use super::init_shim;
+use super::privileges::{exit, keep_only};
+use super::surroundings::{enter_directory, own_streams};
+use super::{NATIVE, RuntimeError};
 use crate::capabilities::CapabilitySet;
 use crate::seccomp::Program;
 use crate::spec::ProcessPlan;
@@ -48,8 +49,6 @@ pub(super) struct Workload {
     pub(super) init: bool,
     /// The network is new, and its loopback interface to be set up.
     pub(super) loopback: bool,
-    /// Killed when the thread that made it ends.
-    pub(super) dies_with_parent: bool,
     /// A byte comes when the command may run; end of file means that nobody wants it any more.
     pub(super) go: OwnedFd,
     /// Where errors after `go` are written to; closed by `execve`.
@@ -78,7 +77,6 @@ impl Workload {
             seccomp: None,
             init: false,
             loopback: false,
-            dies_with_parent: false,
             go,
             report,
         })
@@ -103,7 +101,7 @@ pub(super) fn read_report(report: OwnedFd, command: &str) -> Result<(), RuntimeE
         None => Ok(()),
         Some(&NOT_FOUND) => Err(RuntimeError::CommandNotFound { command }),
         Some(&NOT_EXECUTABLE) => Err(RuntimeError::CommandNotExecutable { command, reason }),
-        Some(_) => Err(RuntimeError::Runtime { runtime: "libcontainer".into(), doing: "start", reason }),
+        Some(_) => Err(RuntimeError::Runtime { runtime: NATIVE.into(), doing: "start", reason }),
     }
 }
 
@@ -128,71 +126,14 @@ impl Executor for WorkloadExecutor {
 
 impl Workload {
     fn prepare(&self) -> Result<(), String> {
-        if self.dies_with_parent {
-            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-                .map_err(|errno| format!("cannot ask to be killed with the supervisor: {errno}"))?;
-        }
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .map_err(|errno| format!("cannot ask to be killed with the supervisor: {errno}"))?;
         if self.loopback {
             set_loopback_up().map_err(|error| format!("cannot set the loopback interface up: {error}"))?;
         }
-        self.enter_directory()?;
-        if self.uid != 0 {
-            for number in 0..3 {
-                self.own_stream(number);
-            }
-        }
+        enter_directory(&self.cwd)?;
+        own_streams(self.uid, self.terminal);
         Ok(())
-    }
-
-    /// Makes the working directory if it is missing, as Docker does, and goes there.
-    fn enter_directory(&self) -> Result<(), String> {
-        let failed = |doing: &str, error: &dyn std::fmt::Display| {
-            format!("cannot {doing} the working directory {}: {error}", self.cwd.display())
-        };
-        match std::env::set_current_dir(&self.cwd) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.make_directory().map_err(|error| failed("make", &error))?;
-                std::env::set_current_dir(&self.cwd)
-            }
-            other => other,
-        }
-        .map_err(|error| failed("enter", &error))?;
-        // An image may name /proc/self/fd/<n> for it and so hope to come upon a directory of the host that is still
-        // open; the kernel tells such a place by a name that is not absolute.
-        match std::env::current_dir() {
-            Ok(directory) if directory.is_absolute() => Ok(()),
-            Ok(_) => Err(failed("enter", &"it is not in the container")),
-            Err(error) => Err(failed("enter", &error)),
-        }
-    }
-
-    fn make_directory(&self) -> io::Result<()> {
-        let mut path = PathBuf::from("/");
-        for part in self.cwd.components() {
-            let Component::Normal(part) = part else { continue };
-            path.push(part);
-            match DirBuilder::new().mode(0o755).create(&path) {
-                // This process is already the workload's user, but the directory is root's, as Docker has it.
-                Ok(()) => std::os::unix::fs::lchown(&path, Some(0), Some(0))?,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// A pipe or terminal of the container belongs to its user, so that `/dev/stdout` can be opened. What else the
-    /// caller gave (its own files) is left alone. Failure costs only that.
-    fn own_stream(&self, number: i32) {
-        // SAFETY: 0, 1 and 2 are open for as long as this process lives.
-        let stream = unsafe { BorrowedFd::borrow_raw(number) };
-        let Ok(stat) = rustix::fs::fstat(stream) else { return };
-        let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
-        if kind == rustix::fs::FileType::Fifo
-            || self.terminal && kind == rustix::fs::FileType::CharacterDevice
-        {
-            let _ = rustix::fs::fchown(stream, rustix::process::Uid::from_raw(self.uid).into(), None);
-        }
     }
 
     fn run(&self) -> ! {
@@ -205,7 +146,7 @@ impl Workload {
         if self.init {
             // Signals are passed on to a child that may become another user.
             let needed = self.capabilities.common(CapabilitySet::KILL);
-            init_shim::become_parent_of(self.terminal, || give_up(needed));
+            init_shim::become_parent_of(self.terminal, || keep_only(needed));
         }
         let (kind, text) = match self.restrict() {
             Err(text) => (OTHER, text),
@@ -225,7 +166,7 @@ impl Workload {
             None => Ok(()),
         };
         let drop =
-            || give_up(self.capabilities).map_err(|errno| format!("cannot give up capabilities: {errno}"));
+            || keep_only(self.capabilities).map_err(|errno| format!("cannot give up capabilities: {errno}"));
         if self.no_new_privileges {
             drop()?;
             load()
@@ -297,12 +238,6 @@ fn is_directory(path: &CStr) -> bool {
     metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
-/// Ends this process without running what its image's origin registered for its own end.
-pub(super) fn exit(code: i32) -> ! {
-    // SAFETY: `_exit` does not return and touches no memory.
-    unsafe { libc::_exit(code) }
-}
-
 /// Sets the interface `lo` of this process's network up, as every OCI runtime does.
 fn set_loopback_up() -> io::Result<()> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
@@ -318,46 +253,6 @@ fn set_loopback_up() -> io::Result<()> {
         libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS, &raw const request)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Reduces this process's capabilities to `keep`; what programs inherit besides is emptied.
-fn give_up(keep: CapabilitySet) -> io::Result<()> {
-    let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    for number in 0..64 {
-        if keep.bits() & 1 << number != 0 {
-            continue;
-        }
-        // SAFETY: takes numbers only.
-        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number as libc::c_ulong, 0, 0, 0) };
-        if result < 0 {
-            // The first number that this kernel does not know.
-            match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::EINVAL) => break,
-                error => return Err(error),
-            }
-        }
-    }
-    // SAFETY: takes numbers only.
-    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h): two words of each set.
-    const VERSION: u32 = 0x2008_0522;
-    let word = |word: u64| Data { effective: word as u32, permitted: word as u32, inheritable: 0 };
-    let header = Header { version: VERSION, pid: 0 };
-    let data = [word(keep.bits() & 0xffff_ffff), word(keep.bits() >> 32)];
-    // SAFETY: both structures have the kernel's layout for this version and outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use std::{fs, io};
 
-use super::executor::exit;
+use super::privileges::exit;
 
 /// Signals that are about the process itself and not passed on.
 const OWN: [i32; 7] =

@@ -15,8 +15,12 @@ mod birth;
 mod error;
 mod executor;
 mod external;
+mod further;
 mod init_shim;
+mod launcher;
 mod native;
+mod privileges;
+mod surroundings;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -26,6 +30,9 @@ use kiln_contract::{ExecSpec, InstanceDir, InstanceRecord, ProcessId, RuntimeCho
 use crate::spec::ProcessPlan;
 
 pub(crate) use error::RuntimeError;
+
+/// How errors call `libcontainer` and what is ours around it.
+const NATIVE: &str = "the native runtime";
 
 /// Everything that is needed to make an instance's first process.
 #[derive(Debug)]
