@@ -83,8 +83,7 @@ impl Birth<'_> {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(system("make a pipe"));
         let (go_reader, go) = pipe()?;
         let (report, report_writer) = pipe()?;
-        let mut workload = Workload::new(self.plan, go_reader, report_writer)?;
-        workload.seccomp = self.seccomp;
+        let mut workload = Workload::new(self.plan, self.seccomp, go_reader, report_writer)?;
         workload.init = self.init;
         workload.loopback = self.own_network;
         let (console, container_console) = match self.streams {

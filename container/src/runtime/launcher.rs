@@ -27,13 +27,22 @@ const ORDERS: RawFd = 3;
 const REPORT: RawFd = 4;
 const TOLD: RawFd = 5;
 
+const NO_PROGRAMS_IN_MEMORY: &str = "this host runs no programs from memory, and every container begins with one: \
+    set vm.memfd_noexec to 1 (sysctl vm.memfd_noexec=1)";
+
 /// Flags of its orders.
 const CHILD: u32 = 1;
 const TERMINAL: u32 = 2;
+const INIT: u32 = 4;
 
 /// What the process that runs the launcher does.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Part<'a> {
+    /// It becomes the command.
+    Command {
+        /// Where errors go; it is closed when the command runs.
+        report: BorrowedFd<'a>,
+    },
     /// A child of this process's parent becomes the command. This process tells its number, and ends.
     Child {
         /// Where errors go; it is closed when the command runs.
@@ -43,6 +52,28 @@ pub(super) enum Part<'a> {
         /// Standard input is a terminal, to be the child's controlling one.
         terminal: bool,
     },
+    /// There is no command: this process reaps, and passes signals on, until this child of its own ends, and then ends
+    /// as that did.
+    Init {
+        /// The child.
+        child: i32,
+    },
+}
+
+impl<'a> Part<'a> {
+    fn report(self) -> Option<BorrowedFd<'a>> {
+        match self {
+            Self::Command { report } | Self::Child { report, .. } => Some(report),
+            Self::Init { .. } => None,
+        }
+    }
+
+    fn told(self) -> Option<BorrowedFd<'a>> {
+        match self {
+            Self::Child { told, .. } => Some(told),
+            Self::Command { .. } | Self::Init { .. } => None,
+        }
+    }
 }
 
 /// A command, and the launcher that becomes it.
@@ -59,7 +90,7 @@ impl Launcher {
     /// The command of `plan`, to be confined by `seccomp`. Descriptors are closed when another program is run.
     ///
     /// # Errors
-    /// [`RuntimeError::System`] where the kernel runs no programs from memory (`vm.memfd_noexec=2`).
+    /// [`RuntimeError::Unsupported`] where the kernel runs no programs from memory (`vm.memfd_noexec=2`).
     pub(super) fn new(plan: &ProcessPlan, seccomp: Option<Program>) -> Result<Self, RuntimeError> {
         let text = |text: &String| {
             CString::new(text.as_str()).map_err(|_| {
@@ -67,9 +98,9 @@ impl Launcher {
             })
         };
         Ok(Self {
-            program: sealed_program().map_err(|source| RuntimeError::System {
-                doing: "put the program that becomes the workload into memory",
-                source,
+            program: sealed_program().map_err(|source| match source.kind() {
+                io::ErrorKind::PermissionDenied => RuntimeError::Unsupported(NO_PROGRAMS_IN_MEMORY.into()),
+                _ => RuntimeError::System { doing: "put the launcher into memory", source },
             })?,
             args: plan.args.iter().map(text).collect::<Result<_, _>>()?,
             env: plan.env.iter().map(text).collect::<Result<_, _>>()?,
@@ -86,30 +117,32 @@ impl Launcher {
     pub(super) fn run(&self, part: Part<'_>, keep: CapabilitySet) -> ! {
         let filter = self.seccomp.as_ref();
         let (now, later) = if self.no_new_privileges { (None, filter) } else { (filter, None) };
-        let program = match orders(part, later).and_then(|orders| self.arrange(part, orders)) {
-            Ok(program) => program,
-            Err(error) => {
-                let Part::Child { report: to, .. } = part;
-                report(to, &format!("cannot give the launcher its orders: {error}"));
-                exit(126)
+        // Nobody asks why an init could not be: that its child ends with it tells enough.
+        let failed = |to: Option<BorrowedFd<'_>>, doing: &str, error: &io::Error| -> ! {
+            if let Some(to) = to {
+                report(to, &format!("cannot {doing}: {error}"));
             }
-        };
-        let failed = |doing: &str, error: &io::Error| -> ! {
-            // SAFETY: it was put there just now, and is open until this process ends.
-            let to = unsafe { BorrowedFd::borrow_raw(REPORT) };
-            report(to, &format!("cannot {doing}: {error}"));
             exit(126)
         };
+        let program = orders(part, later)
+            .and_then(|orders| self.arrange(part, orders))
+            .unwrap_or_else(|error| failed(part.report(), "give the launcher its orders", &error));
+        // SAFETY: it was put there just now, and is open until this process ends.
+        let to = part.report().map(|_| unsafe { BorrowedFd::borrow_raw(REPORT) });
         if let Some(Err(error)) = now.map(Program::load) {
-            failed("load the system call filter", &error);
+            failed(to, "load the system call filter", &error);
         }
         if let Err(error) = privileges::keep_only(keep) {
-            failed("give up capabilities", &error);
+            failed(to, "give up capabilities", &error);
         }
+        let (its_args, its_env): (&[CString], &[CString]) = match part {
+            Part::Init { .. } => (&[c"init".to_owned()], &[]),
+            Part::Command { .. } | Part::Child { .. } => (&self.args, &self.env),
+        };
         let pointers = |texts: &[CString]| {
             texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>()
         };
-        let (args, env) = (pointers(&self.args), pointers(&self.env));
+        let (args, env) = (pointers(its_args), pointers(its_env));
         // SAFETY: both arrays end with null and point to texts that outlive the call, as does the empty path.
         unsafe {
             libc::syscall(
@@ -121,7 +154,7 @@ impl Launcher {
                 libc::AT_EMPTY_PATH,
             )
         };
-        failed("run the launcher", &io::Error::last_os_error())
+        failed(to, "run the launcher", &io::Error::last_os_error())
     }
 
     /// Puts the launcher's descriptors where it looks for them, and has all others closed when it runs. Gives the
@@ -129,14 +162,17 @@ impl Launcher {
     fn arrange(&self, part: Part<'_>, orders: OwnedFd) -> io::Result<OwnedFd> {
         // Never closed by hand: its number may soon be that of another.
         let orders = ManuallyDrop::new(orders);
-        let Part::Child { report, told, .. } = part;
-        let wanted = [(ORDERS, orders.as_fd()), (REPORT, report), (TOLD, told)];
+        let wanted = [(ORDERS, Some(orders.as_fd())), (REPORT, part.report()), (TOLD, part.told())];
         // First out of the way: each may have the number that another is to get.
         let program = fcntl_dupfd_cloexec(&self.program, TOLD + 1)?;
-        let copies = wanted.map(|(number, fd)| (number, fcntl_dupfd_cloexec(fd, TOLD + 1)));
+        let copies = wanted.map(|(number, fd)| (number, fd.map(|fd| fcntl_dupfd_cloexec(fd, TOLD + 1))));
         for (number, copy) in copies {
-            let copy = copy?;
-            // SAFETY: what had this number is not used by anything in this process any more.
+            let Some(copy) = copy.transpose()? else {
+                // SAFETY: what has this number is not used by anything in this process any more.
+                unsafe { libc::close(number) };
+                continue;
+            };
+            // SAFETY: as above.
             if unsafe { libc::dup2(copy.as_raw_fd(), number) } < 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -169,9 +205,12 @@ fn sealed_program() -> io::Result<OwnedFd> {
 /// A pipe that holds what the launcher reads first: flags, a process, the number of instructions and the instructions
 /// of a filter. A pipe takes 64 KiB without a reader, and this is half of that at the most.
 fn orders(part: Part<'_>, filter: Option<&Program>) -> io::Result<OwnedFd> {
-    let Part::Child { terminal, .. } = part;
-    let flags = CHILD | if terminal { TERMINAL } else { 0 };
-    let child = 0_i32;
+    let (flags, child) = match part {
+        Part::Command { .. } => (0, 0),
+        Part::Child { terminal: false, .. } => (CHILD, 0),
+        Part::Child { terminal: true, .. } => (CHILD | TERMINAL, 0),
+        Part::Init { child } => (INIT, child),
+    };
     let filter = filter.map(Program::bytes).unwrap_or_default();
     let mut bytes = Vec::with_capacity(16 + filter.len());
     bytes.extend(flags.to_ne_bytes());

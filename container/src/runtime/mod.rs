@@ -16,7 +16,6 @@ mod error;
 mod executor;
 mod external;
 mod further;
-mod init_shim;
 mod launcher;
 mod native;
 mod privileges;
@@ -155,7 +154,7 @@ impl Waiting {
                     doing: "start the container",
                     source: errno.into(),
                 })?;
-                executor::read_report(report, &command)
+                launcher::read_report(report, &command, "start")
             }
             Self::External { program, dir, record } => external::start(&program, &dir, &record),
             Self::Nothing => Err(RuntimeError::Invalid("the container was started before".into())),
