@@ -317,6 +317,16 @@ fn a_published_port_is_shown_and_answers() {
         text.contains("hello").then_some(())
     };
     until("the web server answers", || fetch().is_some());
+
+    // A range of the host's ports: each takes the first that is free.
+    let port: u16 = address.rsplit(':').next().unwrap().parse().unwrap();
+    let range = format!("127.0.0.1:{port}-{}:80", port.saturating_add(20));
+    home.ok(["create", "--name", "next", "-p", &range, IMAGE, "sleep", "1000"]);
+    assert!(home.ok(["ps", "-a"]).contains(&format!("{}->80/tcp", &range[..range.len() - 3])));
+    home.ok(["start", "next"]);
+    let got = home.ok(["port", "next", "80"]);
+    let got: u16 = got.rsplit(':').next().unwrap().parse().unwrap();
+    assert!(got > port && got <= port.saturating_add(20), "{got} of {range}");
 }
 
 #[test]
