@@ -6,7 +6,7 @@ use std::path::Path;
 use kiln_contract::{BackendError, ErrorKind, Home, InstanceRecord, InstanceStatus};
 use kiln_store::Store;
 
-use crate::archive::{ArchiveError, Unpack, pack, unpack};
+use crate::archive::{Archive, ArchiveError, Devices, Pack, Top, Unpack, pack};
 use crate::root::OpenRoot;
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -20,7 +20,8 @@ pub(crate) fn copy_out(
     archive: &mut dyn Write,
 ) -> Result<()> {
     let root = open(home, record)?;
-    pack(&root.base, path, follow, archive).map_err(|error| failed(record, "copy from", error))
+    let what = Pack { path, top: Top::Own, follow, owners: true };
+    pack(&root.base, &what, archive).map_err(|error| failed(record, "copy from", error))
 }
 
 /// See [`kiln_contract::RuntimeBackend::copy_in`].
@@ -31,8 +32,10 @@ pub(crate) fn copy_in(
     archive: &mut dyn Read,
 ) -> Result<()> {
     let root = open(home, record)?;
-    let options = Unpack { owners: true, devices: rustix::process::geteuid().is_root() };
-    unpack(&root.base, path, archive, &options).map_err(|error| failed(record, "copy to", error))
+    let options = Unpack { owners: true, devices: Devices::as_caller(), top: None };
+    Archive::open(archive)
+        .and_then(|archive| archive.unpack(&root.base, path, &options))
+        .map_err(|error| failed(record, "copy to", error))
 }
 
 fn open(home: &Home, record: &InstanceRecord) -> Result<OpenRoot> {

@@ -14,7 +14,7 @@ use kiln_contract::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::archive::{Base, Confine, Unpack, pack, unpack};
+use crate::archive::{Archive, Base, Confine, Devices, Pack, Top, Unpack, pack};
 use crate::runtime::ResolvedMount;
 
 type Result<T> = std::result::Result<T, BackendError>;
@@ -299,11 +299,14 @@ fn fill(volume: &Volume, root: &Path, target: &str) -> Result<()> {
     let mut spool = tempfile::tempfile().map_err(|error| failed(error.into()))?;
     // `.` as the last part: entries are named below the volume's own root.
     let inside = Base::open_below(&from, Path::new(target)).map_err(|error| failed(error.into()))?;
-    pack(&inside, Path::new("/"), false, &mut spool).map_err(|error| failed(error.into()))?;
+    let what = Pack { path: Path::new("/"), top: Top::Own, follow: false, owners: true };
+    pack(&inside, &what, &mut spool).map_err(|error| failed(error.into()))?;
     spool.rewind().map_err(|error| failed(error.into()))?;
     let to = Base::open(&volume.path, Confine::Beneath).map_err(|error| failed(error.into()))?;
-    let options = Unpack { owners: true, devices: rustix::process::geteuid().is_root() };
-    unpack(&to, Path::new(""), &mut spool, &options).map_err(|error| failed(error.into()))
+    let options = Unpack { owners: true, devices: Devices::as_caller(), top: None };
+    Archive::open(&mut spool)
+        .and_then(|archive| archive.unpack(&to, Path::new(""), &options))
+        .map_err(|error| failed(error.into()))
 }
 
 /// Bytes of all files below `directory`, as far as they can be read.

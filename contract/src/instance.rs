@@ -181,13 +181,17 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// One published port. Ranges are spread out before they come here.
+/// One published port. Ranges of the container's ports are spread out before they come here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishSpec {
     /// The host's address to listen on; `None` is all of them.
     pub host_address: Option<IpAddr>,
     /// The host's port; 0 lets the host choose.
     pub host_port: u16,
+    /// Any of the host's ports from `host_port` to this one will do: the first that is free is taken. Never in what
+    /// *is* published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_port_last: Option<u16>,
     /// The container's port.
     pub container_port: u16,
     /// The protocol.

@@ -34,6 +34,9 @@ pub enum StartMode {
         stdio: Stdio,
         /// Key sequence that detaches, in Docker's notation (`ctrl-p,ctrl-q`); empty: none.
         detach_keys: String,
+        /// Pass the signals that this process gets on to the workload (where it has no terminal). Otherwise they end
+        /// this process, and a supervisor has the workload.
+        signal_proxy: bool,
     },
 }
 

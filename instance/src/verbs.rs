@@ -200,18 +200,17 @@ impl Verbs {
             // As Docker has it: to start what runs is no error.
             StartMode::Detached if is_supervised(&record) => Ok(None),
             StartMode::Detached => spawn::start(&self.instances, id, None).map(|_| None),
-            StartMode::Foreground { stdio, detach_keys } => {
+            StartMode::Foreground { stdio, detach_keys, signal_proxy } => {
                 let keys = DetachKeys::parse(&detach_keys)?;
                 let process = &record.spec.process;
-                // What can be detached from, or goes on after its first end, must not end with this process.
-                if !process.tty && record.spec.restart == RestartPolicy::No {
+                // What can be left alone, or goes on after its first end, must not end with this process.
+                if !process.tty && signal_proxy && record.spec.restart == RestartPolicy::No {
                     return supervisor::foreground(&self.instances, self.kinds, id, stdio).map(Some);
                 }
                 let attach =
                     Attach { stdin: process.stdin, closes_stdin: true, size: terminal::size_of(&stdio) };
                 let connection = spawn::start(&self.instances, id, Some(attach))?;
-                let manner =
-                    Manner { stdio, stdin: process.stdin, tty: process.tty, keys, signal_proxy: true };
+                let manner = Manner { stdio, stdin: process.stdin, tty: process.tty, keys, signal_proxy };
                 match self.show(id, connection, manner)? {
                     AttachEnd::Exited(status) => Ok(Some(status)),
                     AttachEnd::Detached => Ok(None),

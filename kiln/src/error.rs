@@ -3,6 +3,7 @@
 use std::io;
 
 use kiln_boot::BootError;
+use kiln_container::archive::ArchiveError;
 use kiln_contract::{BackendError, ErrorKind};
 use kiln_registry::RegistryError;
 use kiln_store::StoreError;
@@ -39,6 +40,14 @@ pub(crate) enum CliError {
         what: String,
         /// Why it failed.
         source: io::Error,
+    },
+    /// Files could not be put into an archive, or taken out of one.
+    #[error("{what}")]
+    Archive {
+        /// What was being done, to what.
+        what: String,
+        /// At which entry, and why, it failed.
+        source: ArchiveError,
     },
     /// Standard output could not be written to.
     #[error("cannot write to standard output")]
@@ -107,6 +116,12 @@ impl CliError {
     /// A failed system call on a file of the host.
     pub(crate) fn file(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::File { what: what.into(), source: source.into() }
+    }
+
+    /// A failed archive.
+    pub(crate) fn archive(what: impl Into<String>) -> impl FnOnce(ArchiveError) -> Self {
+        let what = what.into();
+        move |source| Self::Archive { what, source }
     }
 
     /// Adds, or replaces, what the user can do about it.

@@ -223,6 +223,15 @@ fn files_are_copied_in_and_out_as_docker_copies_them() {
     let refused = home.kiln(["cp", "single", "box:/missing/"]);
     assert_eq!(refused.code, 1, "{refused:?}");
 
+    // Names of one file stay names of one file; a link stands for what is in its directory, or is one.
+    fs::hard_link(at("tree/sub/file"), at("tree/same")).unwrap();
+    std::os::unix::fs::symlink("tree", at("link")).unwrap();
+    home.ok(["cp", "link/.", "box:/srv"]);
+    assert_eq!(inside("stat -c %h /srv/same /srv/sub/file"), "2\n2");
+    home.ok(["cp", "link", "box:/srv"]);
+    home.ok(["cp", "-L", "link", "box:/srv/followed"]);
+    assert_eq!(inside("readlink /srv/link; cat /srv/followed/same"), "tree\ncontent");
+
     inside("mkdir -p /out/d && echo back > /out/d/f && ln -s f /out/d/l");
     home.ok(["cp", "box:/out", "copied"]);
     assert_eq!(fs::read_to_string(at("copied/d/f")).unwrap(), "back\n");
@@ -230,6 +239,11 @@ fn files_are_copied_in_and_out_as_docker_copies_them() {
     home.ok(["cp", "box:/out/d/f", "."]);
     assert_eq!(fs::read_to_string(at("f")).unwrap(), "back\n");
     assert_eq!(fs::metadata(at("f")).unwrap().uid(), 0);
+    write(&at("taken/out"), "a file\n");
+    let refused = home.kiln(["cp", "box:/out", "taken"]);
+    let expected =
+        "error: cannot copy to taken\ncaused by: cannot unpack `out`\ncaused by: something else is there";
+    assert!(refused.code == 1 && refused.stderr.starts_with(expected), "{refused:?}");
     let missing = home.kiln(["cp", "box:/not/there", "."]);
     assert!(missing.code == 1 && missing.stderr.contains("/not/there"), "{missing:?}");
 
@@ -317,6 +331,16 @@ fn a_published_port_is_shown_and_answers() {
         text.contains("hello").then_some(())
     };
     until("the web server answers", || fetch().is_some());
+
+    // A range of the host's ports: each takes the first that is free.
+    let port: u16 = address.rsplit(':').next().unwrap().parse().unwrap();
+    let range = format!("127.0.0.1:{port}-{}:80", port.saturating_add(20));
+    home.ok(["create", "--name", "next", "-p", &range, IMAGE, "sleep", "1000"]);
+    assert!(home.ok(["ps", "-a"]).contains(&format!("{}->80/tcp", &range[..range.len() - 3])));
+    home.ok(["start", "next"]);
+    let got = home.ok(["port", "next", "80"]);
+    let got: u16 = got.rsplit(':').next().unwrap().parse().unwrap();
+    assert!(got > port && got <= port.saturating_add(20), "{got} of {range}");
 }
 
 #[test]

@@ -81,7 +81,7 @@ pub enum NetError {
         reason: String,
     },
     /// Another process listens on a port to be published.
-    #[error("publishing {}: the port is in use on this host", show_port(.port))]
+    #[error("publishing {}: {} in use on this host", show_port(.port), if .port.host_port_last.is_some() { "all are" } else { "the port is" })]
     PortTaken {
         /// The port.
         port: PublishSpec,
@@ -155,10 +155,14 @@ pub enum NetError {
 }
 
 fn show_port(port: &PublishSpec) -> String {
+    let (word, ports) = match port.host_port_last {
+        Some(last) => ("ports", format!("{}-{last}/{}", port.host_port, port.protocol)),
+        None => ("port", format!("{}/{}", port.host_port, port.protocol)),
+    };
     match port.host_address {
-        Some(IpAddr::V6(address)) => format!("[{address}]:{}/{}", port.host_port, port.protocol),
-        Some(address) => format!("{address}:{}/{}", port.host_port, port.protocol),
-        None => format!("port {}/{}", port.host_port, port.protocol),
+        Some(IpAddr::V6(address)) => format!("[{address}]:{ports}"),
+        Some(address) => format!("{address}:{ports}"),
+        None => format!("{word} {ports}"),
     }
 }
 

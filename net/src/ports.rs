@@ -26,26 +26,42 @@ pub(crate) enum Held {
     Udp(UdpSocket),
 }
 
-/// Binds all ports, or none.
+/// Binds all ports, or none; those first that can be no others.
 pub(crate) fn bind(ports: &[PublishSpec]) -> Result<Vec<BoundPort>, NetError> {
-    ports.iter().map(bind_one).collect()
+    let mut bound: Vec<(usize, BoundPort)> = Vec::with_capacity(ports.len());
+    for choice in [false, true] {
+        for (index, port) in ports.iter().enumerate() {
+            if (port.host_port == 0 || port.host_port_last.is_some()) == choice {
+                bound.push((index, bind_one(port)?));
+            }
+        }
+    }
+    bound.sort_by_key(|(index, _)| *index);
+    Ok(bound.into_iter().map(|(_, port)| port).collect())
 }
 
 fn bind_one(port: &PublishSpec) -> Result<BoundPort, NetError> {
-    // A port that is free for IPv4 may be taken for IPv6: where any will do, try some more.
-    let mut attempts = if port.host_port == 0 { 16 } else { 1 };
-    loop {
-        attempts -= 1;
-        match try_bind(port) {
+    let first = port.host_port;
+    let candidates: Box<dyn Iterator<Item = u16>> = match port.host_port_last {
+        Some(last) => Box::new(first..=last),
+        // A port that is free for IPv4 may be taken for IPv6: where any will do, try some more.
+        None if first == 0 => Box::new(std::iter::repeat_n(0, 16)),
+        None => Box::new(std::iter::once(first)),
+    };
+    let mut failed = None;
+    for candidate in candidates {
+        match try_bind(&PublishSpec { host_port: candidate, host_port_last: None, ..port.clone() }) {
             Ok(bound) => return Ok(bound),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                if attempts == 0 {
-                    return Err(NetError::PortTaken { port: port.clone() });
-                }
-            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            // The first ports of a range may be for root only.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => failed = Some(error),
             Err(source) => return Err(NetError::PortFailed { port: port.clone(), source }),
         }
     }
+    Err(match failed {
+        Some(source) => NetError::PortFailed { port: port.clone(), source },
+        None => NetError::PortTaken { port: port.clone() },
+    })
 }
 
 fn try_bind(port: &PublishSpec) -> io::Result<BoundPort> {
@@ -117,4 +133,50 @@ fn unconnected(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
     rustix::io::ioctl_fioclex(&socket)?;
     rustix::io::ioctl_fionbio(&socket, true)?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_of(first: u16, last: u16, container_port: u16) -> PublishSpec {
+        PublishSpec {
+            host_address: Some(Ipv4Addr::LOCALHOST.into()),
+            host_port: first,
+            host_port_last: Some(last),
+            container_port,
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    /// Ten ports that are free now, of which the first is then in use.
+    fn ten() -> (TcpListener, u16) {
+        loop {
+            let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let first = taken.local_addr().unwrap().port();
+            let free = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+            if first < u16::MAX - 10 && (first + 1..first + 10).all(free) {
+                return (taken, first);
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_free_port_of_a_range_is_taken() {
+        let (taken, first) = ten();
+        let fixed = PublishSpec { host_port_last: None, ..one_of(first + 1, first + 1, 3) };
+        let asked = [one_of(first, first + 9, 1), one_of(first, first + 9, 2), fixed];
+        let bound = bind(&asked).unwrap();
+        let got: Vec<_> = bound
+            .iter()
+            .map(|port| (port.spec.host_port, port.spec.host_port_last, port.spec.container_port))
+            .collect();
+        assert_eq!(got, [(first + 2, None, 1), (first + 3, None, 2), (first + 1, None, 3)]);
+
+        let full = bind(&[one_of(first, first + 3, 1)]).unwrap_err();
+        let expected = format!("publishing 127.0.0.1:{first}-{}/tcp: all are in use on this host", first + 3);
+        assert_eq!(full.to_string(), expected);
+        drop((bound, taken));
+        assert_eq!(bind(&[one_of(first, first + 3, 1)]).unwrap()[0].spec.host_port, first);
+    }
 }

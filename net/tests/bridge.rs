@@ -18,7 +18,7 @@ use lab::{Container, Lab, Supervisor, address, ip, run, state_of_host, wait_for}
 const PATIENCE: Duration = Duration::from_secs(3);
 
 fn publish(host_port: u16, container_port: u16, protocol: Protocol) -> PublishSpec {
-    PublishSpec { host_address: None, host_port, container_port, protocol }
+    PublishSpec { host_address: None, host_port, host_port_last: None, container_port, protocol }
 }
 
 /// Answers every connection and datagram at `port` inside with `name`.

@@ -55,8 +55,13 @@ fn root_may_ask_for_pasta_and_nothing_is_left_of_it() {
     let Some(lab) = lab() else { return };
     let before = state_of_host();
     let (container, mut network) = (Container::start(), lab.network());
-    let port =
-        |host_port, protocol| PublishSpec { host_address: None, host_port, container_port: 80, protocol };
+    let port = |host_port, protocol| PublishSpec {
+        host_address: None,
+        host_port,
+        host_port_last: None,
+        container_port: 80,
+        protocol,
+    };
     let request = NetworkRequest {
         ports: vec![port(0, Protocol::Tcp), port(0, Protocol::Udp)],
         ..container.request("web", "pasta")

@@ -66,3 +66,17 @@ fn mount_points() -> Vec<u8> {
     #[expect(clippy::expect_used, reason = "memory takes all writes")]
     archive.into_inner().expect("a constant archive can be written")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_layer_of_mount_points_never_changes() {
+        // Its digest is part of the name of every rendered tree: a change makes every image render anew.
+        assert_eq!(
+            Digest::of(&mount_points()).hex(),
+            "a1ccec4357235765774f7fc4750fecdfaf2b09368f42f1b35dd0affa148b96d5"
+        );
+    }
+}

@@ -4,49 +4,85 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+#[cfg(target_os = "linux")]
+use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 
-use super::{ArchiveError, Base, split};
+use super::base::split;
+use super::{ArchiveError, Base};
 
 type Result<T> = std::result::Result<T, ArchiveError>;
 
-/// Writes the tar archive of `path` below `base`, with owners, modes, times, hard links and extended attributes. The
-/// first entry is named by the last part of `path` (`.` for the base itself). Sockets are left out, as tar has no
-/// form for them. With `follow`, `path` may be a symbolic link to what is meant.
+/// What is packed, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Pack<'a> {
+    /// What is packed, below the base.
+    pub path: &'a Path,
+    /// What it is called in the archive.
+    pub top: Top<'a>,
+    /// It may be a symbolic link to what is meant.
+    pub follow: bool,
+    /// Owners are kept; else everything belongs to root.
+    pub owners: bool,
+}
+
+/// What the topmost entry of an archive is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Top<'a> {
+    /// As it is: by the last part of its path; `.` for the base itself.
+    Own,
+    /// By this name.
+    Named(&'a Path),
+    /// Nothing: only what is in the directory is packed.
+    Left,
+}
+
+/// Writes the tar archive of something below `base`, with modes, times, hard links and extended attributes. Sockets
+/// are left out, as tar has no form for them.
 ///
 /// A file that shrinks meanwhile is filled up with zeros, so that the archive stays readable.
 ///
 /// # Errors
 /// If something cannot be read, or the archive cannot be written.
-pub fn pack(base: &Base, path: &Path, follow: bool, archive: &mut dyn Write) -> Result<()> {
-    let mut packer = Packer { builder: tar::Builder::new(archive), links: HashMap::new() };
-    let Some((parent, name)) = split(path) else {
-        let directory = base.directory(path).map_err(|error| ArchiveError::new(path, "open", error))?;
-        packer.tree(directory, PathBuf::from("."), &PathBuf::from("."))?;
-        return packer.finish();
+pub fn pack(base: &Base, what: &Pack<'_>, archive: &mut dyn Write) -> Result<()> {
+    let Pack { path, top, follow, owners } = *what;
+    let mut packer = Packer { builder: tar::Builder::new(archive), links: HashMap::new(), owners };
+    let cannot_open = |error| ArchiveError::new(path, "open", error);
+    let place = split(path);
+    let own = place.as_ref().map_or(Path::new("."), |(_, name)| name);
+    let name = match top {
+        Top::Own => own,
+        Top::Named(name) => name,
+        Top::Left => {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+            let nofollow = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
+            let directory = base.resolve(path, flags | nofollow).map_err(cannot_open)?;
+            packer.below(Level::of(directory, PathBuf::new())?)?;
+            return packer.finish();
+        }
     };
-    if follow {
-        let found =
-            base.resolve(path, OFlags::PATH).map_err(|error| ArchiveError::new(path, "open", error))?;
-        // The kernel's own word for where the link led; the parent is opened again through it, so that the walk
-        // below need not know about links.
-        let real = std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
-            .map_err(|error| ArchiveError::new(path, "follow", error))?;
-        return packer.single(&found, &real, &name);
+    match &place {
+        None => packer.tree(&base.directory(path).map_err(cannot_open)?, Path::new("."), name)?,
+        #[cfg(target_os = "linux")]
+        Some(_) if follow => {
+            packer.found(&base.resolve(path, OFlags::PATH).map_err(cannot_open)?, path, name)?;
+        }
+        Some((parent, own)) => {
+            packer.tree(&base.directory(parent).map_err(cannot_open)?, own, name)?;
+        }
     }
-    let directory = base.directory(&parent).map_err(|error| ArchiveError::new(path, "open", error))?;
-    packer.tree(directory, name.clone(), &name)?;
     packer.finish()
 }
 
 struct Packer<'w> {
     builder: tar::Builder<&'w mut dyn Write>,
     /// The first name of every inode that has several.
-    links: HashMap<(u64, u64), PathBuf>,
+    links: HashMap<(rustix::fs::Dev, u64), PathBuf>,
+    owners: bool,
 }
 
 /// A directory that is being listed: names still to come.
@@ -56,48 +92,59 @@ struct Level {
     names: std::vec::IntoIter<OsString>,
 }
 
+impl Level {
+    fn of(directory: OwnedFd, path: PathBuf) -> Result<Self> {
+        let names = list(&directory).map_err(|error| ArchiveError::new(&path, "list", error))?;
+        Ok(Self { directory, path, names: names.into_iter() })
+    }
+}
+
 impl Packer<'_> {
-    /// Packs what `found` is, as `name`. `real` is only for messages.
-    fn single(mut self, found: &OwnedFd, real: &Path, name: &Path) -> Result<()> {
-        let stat = rustix::fs::fstat(found).map_err(|error| ArchiveError::new(real, "look at", error))?;
+    /// Packs what `found` is, wherever a link has led to, as `name`.
+    #[cfg(target_os = "linux")]
+    fn found(&mut self, found: &OwnedFd, path: &Path, name: &Path) -> Result<()> {
+        let stat = rustix::fs::fstat(found).map_err(|error| ArchiveError::new(path, "look at", error))?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            let directory =
-                openat(found, ".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                    .map_err(|error| ArchiveError::new(real, "open", error))?;
-            self.tree(directory, PathBuf::from("."), name)?;
-        } else {
-            // Opening through /proc opens the very inode that was found.
-            let through = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
-            self.header(rustix::fs::CWD.as_fd(), &through, name, &stat, true)?;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory = openat(found, ".", flags, Mode::empty())
+                .map_err(|error| ArchiveError::new(path, "open", error))?;
+            return self.tree(&directory, Path::new("."), name);
         }
-        self.finish()
+        // Opening through /proc opens the very inode that was found.
+        let through = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+        self.header(rustix::fs::CWD.as_fd(), &through, name, &stat, true)
     }
 
-    /// Packs `name` in `directory`, and everything below it, as `path`. An explicit stack: the tree may be deeper than
-    /// this process's own.
-    fn tree(&mut self, directory: OwnedFd, name: PathBuf, path: &Path) -> Result<()> {
-        let mut levels =
-            vec![Level { directory, path: PathBuf::new(), names: vec![name.into_os_string()].into_iter() }];
-        let mut top = Some(path.to_owned());
+    /// Packs `own` in `directory`, and everything below it, as `name`.
+    fn tree(&mut self, directory: &OwnedFd, own: &Path, name: &Path) -> Result<()> {
+        let stat = statat(directory, own, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| ArchiveError::new(name, "look at", error))?;
+        self.header(directory.as_fd(), own, name, &stat, false)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            self.below(enter(directory, own, name.to_owned())?)?;
+        }
+        Ok(())
+    }
+
+    /// Packs everything in a directory. An explicit stack: the tree may be deeper than this process's own.
+    fn below(&mut self, first: Level) -> Result<()> {
+        let mut levels = vec![first];
         while let Some(level) = levels.last_mut() {
-            let Some(name) = level.names.next() else {
+            let Some(own) = level.names.next() else {
                 levels.pop();
                 continue;
             };
-            let path = top.take().unwrap_or_else(|| level.path.join(&name));
-            let stat = match statat(&level.directory, name.as_bytes(), AtFlags::SYMLINK_NOFOLLOW) {
+            let path = level.path.join(&own);
+            let stat = match statat(&level.directory, own.as_bytes(), AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => stat,
                 // It was removed since the directory was listed.
-                Err(rustix::io::Errno::NOENT) if levels.len() > 1 => continue,
+                Err(rustix::io::Errno::NOENT) => continue,
                 Err(error) => return Err(ArchiveError::new(path, "look at", error)),
             };
-            self.header(level.directory.as_fd(), Path::new(&name), &path, &stat, false)?;
+            self.header(level.directory.as_fd(), Path::new(&own), &path, &stat, false)?;
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let opened = openat(&level.directory, name.as_bytes(), flags, Mode::empty())
-                    .map_err(|error| ArchiveError::new(&path, "open", error))?;
-                let names = list(&opened).map_err(|error| ArchiveError::new(&path, "list", error))?;
-                levels.push(Level { directory: opened, path, names: names.into_iter() });
+                let entered = enter(&level.directory, Path::new(&own), path)?;
+                levels.push(entered);
             }
         }
         Ok(())
@@ -105,7 +152,7 @@ impl Packer<'_> {
 
     fn header(
         &mut self,
-        directory: rustix::fd::BorrowedFd<'_>,
+        directory: BorrowedFd<'_>,
         name: &Path,
         path: &Path,
         stat: &Stat,
@@ -114,8 +161,9 @@ impl Packer<'_> {
         let failed = |doing, error: io::Error| ArchiveError::new(path, doing, error);
         let mut header = tar::Header::new_gnu();
         header.set_mode(stat.st_mode & 0o7777);
-        header.set_uid(stat.st_uid.into());
-        header.set_gid(stat.st_gid.into());
+        let owner = if self.owners { (stat.st_uid, stat.st_gid) } else { (0, 0) };
+        header.set_uid(owner.0.into());
+        header.set_gid(owner.1.into());
         header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
         header.set_size(0);
         let kind = FileType::from_raw_mode(stat.st_mode);
@@ -132,17 +180,8 @@ impl Packer<'_> {
         }
         match kind {
             FileType::RegularFile => {
-                let nofollow = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
-                // Found, looked at, and only then opened: the container may have put a device in its place.
-                let flags = OFlags::PATH | OFlags::CLOEXEC | nofollow;
-                let found = openat(directory, name, flags, Mode::empty())
-                    .map_err(|error| failed("open", error.into()))?;
-                let stat = rustix::fs::fstat(&found).map_err(|error| failed("look at", error.into()))?;
-                if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-                    return Err(failed("read", io::Error::other("it is no file any more")));
-                }
-                let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
-                    .map_err(|error| failed("open", error))?;
+                let (file, stat) =
+                    open_file(directory, name, follow).map_err(|error| failed("open", error))?;
                 self.attributes(&file).map_err(|error| failed("read the attributes of", error))?;
                 header.set_entry_type(tar::EntryType::Regular);
                 let size = stat.st_size.cast_unsigned();
@@ -211,6 +250,36 @@ impl Packer<'_> {
     fn finish(mut self) -> Result<()> {
         self.builder.finish().map_err(|error| ArchiveError::new("archive", "finish", error))
     }
+}
+
+/// Opens what is surely a regular file: the container may have put a device in its place since it was looked at.
+#[cfg(target_os = "linux")]
+fn open_file(directory: BorrowedFd<'_>, name: &Path, follow: bool) -> io::Result<(File, Stat)> {
+    let nofollow = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
+    let found = openat(directory, name, OFlags::PATH | OFlags::CLOEXEC | nofollow, Mode::empty())?;
+    let stat = rustix::fs::fstat(&found)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other("it is no file any more"));
+    }
+    Ok((File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?, stat))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open_file(directory: BorrowedFd<'_>, name: &Path, _: bool) -> io::Result<(File, Stat)> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = openat(directory, name, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(io::Error::other("it is no file any more"));
+    }
+    Ok((file.into(), stat))
+}
+
+fn enter(directory: &OwnedFd, own: &Path, path: PathBuf) -> Result<Level> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = openat(directory, own, flags, Mode::empty())
+        .map_err(|error| ArchiveError::new(&path, "open", error))?;
+    Level::of(opened, path)
 }
 
 fn header_number(number: u32, path: &Path) -> Result<u32> {

@@ -1,5 +1,5 @@
-//! How a native container process comes to be: forked into the right PID namespace, prepared by our own code, then by
-//! `libcontainer`, until it waits for its start.
+//! How the first process of a native container comes to be: forked into a new PID namespace, prepared by our own code,
+//! then by `libcontainer`, until it waits for its start.
 
 use std::error::Error;
 use std::fs;
@@ -26,34 +26,18 @@ use rustix::net::{
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions};
 use rustix::termios::Winsize;
-use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
+use rustix::thread::UnshareFlags;
 
-use super::executor::{Workload, WorkloadExecutor, exit};
+use super::executor::{Workload, WorkloadExecutor};
+use super::privileges::{self, exit};
+use super::surroundings::set_streams;
 use super::{RuntimeError, Streams};
 use crate::cgroup::Prepared;
 use crate::host;
 use crate::seccomp;
 use crate::spec::{ProcessPlan, UMASK};
 
-/// Which process of a container it is.
-pub(super) enum Kind<'a> {
-    /// Process 1 of new namespaces.
-    First {
-        /// With an init of ours above the command.
-        init: bool,
-        /// With a network of its own, in which nothing is up yet.
-        own_network: bool,
-    },
-    /// A process of the namespaces of the process behind the handle.
-    Further {
-        /// From `pidfd_open`.
-        pidfd: &'a OwnedFd,
-        /// Those of its namespaces, beside that of processes, that are not the caller's own.
-        namespaces: ThreadNameSpaceType,
-    },
-}
-
-/// Everything that a new process is made from.
+/// Everything that a first process is made from.
 pub(super) struct Birth<'a> {
     /// What `libcontainer` is to do.
     pub(super) spec: Spec,
@@ -67,8 +51,10 @@ pub(super) struct Birth<'a> {
     pub(super) streams: Streams,
     /// Where a socket may be made for a moment.
     pub(super) directory: &'a Path,
-    /// First or further.
-    pub(super) kind: Kind<'a>,
+    /// With an init of ours above the command.
+    pub(super) init: bool,
+    /// With a network of its own, in which nothing is up yet.
+    pub(super) own_network: bool,
 }
 
 /// A process that waits for a byte.
@@ -97,13 +83,9 @@ impl Birth<'_> {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(system("make a pipe"));
         let (go_reader, go) = pipe()?;
         let (report, report_writer) = pipe()?;
-        let mut workload = Workload::new(self.plan, go_reader, report_writer)?;
-        workload.seccomp = self.seccomp;
-        if let Kind::First { init, own_network } = self.kind {
-            workload.init = init;
-            workload.loopback = own_network;
-            workload.dies_with_parent = true;
-        }
+        let mut workload = Workload::new(self.plan, self.seccomp, go_reader, report_writer)?;
+        workload.init = self.init;
+        workload.loopback = self.own_network;
         let (console, container_console) = match self.streams {
             Streams::Terminal { .. } => {
                 rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -114,11 +96,7 @@ impl Birth<'_> {
         };
         let rootfs = self.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let args = ContainerArgs {
-            container_type: match self.kind {
-                Kind::First { .. } => ContainerType::InitContainer,
-                // Errors come through the channel and the pipe, not through one more descriptor.
-                Kind::Further { .. } => ContainerType::TenantContainer { exec_notify_fd: -1 },
-            },
+            container_type: ContainerType::InitContainer,
             syscall: SyscallType::Linux,
             spec: Rc::new(self.spec),
             rootfs,
@@ -144,9 +122,8 @@ impl Birth<'_> {
         };
         let (mut main_sender, mut main_receiver) = channel::main_channel().map_err(failed)?;
         let (init_sender, mut init_receiver) = channel::init_channel().map_err(failed)?;
-        let pid = fork_into(&self.kind, || {
+        let pid = fork_into_new_namespace(|| {
             let child = Child {
-                kind: &self.kind,
                 group: self.group,
                 plan: self.plan,
                 streams: &self.streams,
@@ -171,14 +148,19 @@ impl Birth<'_> {
             Ok(Born { process, terminal, go, report })
         });
         if born.is_err() {
-            if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
-                // ESRCH: it has ended by itself.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-            reap(pid);
+            kill(pid);
         }
         born
     }
+}
+
+/// Kills a child that has not been waited for, and waits for it.
+pub(super) fn kill(pid: u32) {
+    if let Some(pid) = Pid::from_raw(pid.cast_signed()) {
+        // ESRCH: it has ended by itself.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    reap(pid);
 }
 
 /// What the child said, without what the channel says about itself.
@@ -225,11 +207,11 @@ fn failed_socket(path: &Path) -> impl Fn(libcontainer::notify_socket::NotifyList
     }
 }
 
-/// Forks into a new PID namespace or that of the target.
+/// Forks into a new PID namespace.
 ///
 /// A process chooses such a namespace for its next children, and only root of the host could choose its own again.
 /// So a process in between makes the choice, and makes the new process a child not of itself but of its own parent.
-fn fork_into(kind: &Kind<'_>, child: impl FnOnce()) -> Result<u32, RuntimeError> {
+fn fork_into_new_namespace(child: impl FnOnce()) -> Result<u32, RuntimeError> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(system("make a pipe"))?;
     // SAFETY: the C library's own fork leaves its locks usable in the child, which does what any program may do, and
     // never returns into the code of its caller.
@@ -237,7 +219,7 @@ fn fork_into(kind: &Kind<'_>, child: impl FnOnce()) -> Result<u32, RuntimeError>
         -1 => return Err(RuntimeError::System { doing: "fork", source: io::Error::last_os_error() }),
         0 => {
             drop(reader);
-            let message = match fork_sibling(kind) {
+            let message = match fork_sibling() {
                 Ok(0) => {
                     drop(writer);
                     child();
@@ -266,14 +248,9 @@ fn fork_into(kind: &Kind<'_>, child: impl FnOnce()) -> Result<u32, RuntimeError>
 }
 
 /// To be called by a process of one thread. Returns 0 in the new process.
-fn fork_sibling(kind: &Kind<'_>) -> io::Result<libc::pid_t> {
-    match kind {
-        // SAFETY: only children to come are in the new namespace.
-        Kind::First { .. } => unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?,
-        Kind::Further { pidfd, .. } => {
-            rustix::thread::move_into_thread_name_spaces(pidfd.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
-        }
-    }
+fn fork_sibling() -> io::Result<libc::pid_t> {
+    // SAFETY: only children to come are in the new namespace.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
     // SAFETY: without a stack and without shared memory this is `fork`, in a process of one thread that holds no locks.
     match unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) } {
         -1 => Err(io::Error::last_os_error()),
@@ -307,7 +284,6 @@ pub(super) fn receive_terminal(
 
 /// The new process, before `libcontainer` takes it over.
 struct Child<'a> {
-    kind: &'a Kind<'a>,
     group: Option<&'a Prepared>,
     plan: &'a ProcessPlan,
     streams: &'a Streams,
@@ -345,89 +321,18 @@ impl Child<'_> {
             move |error: io::Error| format!("cannot {doing}: {error}")
         };
         rustix::process::umask(Mode::from_raw_mode(UMASK));
-        reset_signals();
+        privileges::reset_signals();
         if let Some(group) = self.group {
             group.join().map_err(say("join the control group"))?;
         }
-        if let Kind::Further { pidfd, namespaces } = self.kind {
-            // A process of the container must not look into this one before it is one of them.
-            rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
-                .map_err(|errno| say("hide from the container")(errno.into()))?;
-            rustix::thread::move_into_thread_name_spaces(pidfd.as_fd(), *namespaces)
-                .map_err(|errno| say("enter the container's namespaces")(errno.into()))?;
-        }
-        for limit in &self.plan.rlimits {
-            let value = libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() };
-            // SAFETY: the structure outlives the call.
-            if unsafe { libc::setrlimit(limit.typ() as _, &raw const value) } != 0 {
-                let name = format!("set the limit {} to {}:{}", limit.typ(), limit.soft(), limit.hard());
-                return Err(say(&name)(io::Error::last_os_error()));
-            }
-        }
-        // Also when there are none: the caller's groups are not the container's.
-        let groups = &self.plan.user.groups;
-        // SAFETY: pointer and length are of one slice.
-        if unsafe { libc::setgroups(groups.len(), groups.as_ptr()) } != 0 {
-            let error = io::Error::last_os_error();
-            // A user namespace of one user only may not set groups, and has none that could be kept.
-            if error.raw_os_error() != Some(libc::EPERM) || !groups.is_empty() && !host::in_user_namespace() {
-                return Err(say("set the supplementary groups")(error));
-            }
-        }
+        privileges::set_limits(self.plan)?;
+        privileges::set_groups(&self.plan.user.groups).map_err(say("set the supplementary groups"))?;
         if let Streams::Pipes { stdin, stdout, stderr } = self.streams {
             set_streams([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])
                 .map_err(say("set the standard streams"))?;
         }
         Ok(())
     }
-}
-
-/// Those of the namespaces of the process `pid` that are not this process's own. One's own can be entered only by who
-/// owns them, which root of a user namespace is not of the host's.
-pub(super) fn foreign_namespaces(pid: u32) -> io::Result<ThreadNameSpaceType> {
-    use ThreadNameSpaceType as Kind;
-    let kinds = [
-        ("mnt", Kind::MOUNT),
-        ("net", Kind::NETWORK),
-        ("ipc", Kind::INTER_PROCESS_COMMUNICATION),
-        ("uts", Kind::HOST_NAME_AND_NIS_DOMAIN_NAME),
-        ("cgroup", Kind::CONTROL_GROUP),
-    ];
-    let mut foreign = Kind::empty();
-    for (name, kind) in kinds {
-        if fs::read_link(format!("/proc/{pid}/ns/{name}"))? != fs::read_link(format!("/proc/self/ns/{name}"))?
-        {
-            foreign |= kind;
-        }
-    }
-    Ok(foreign)
-}
-
-/// The workload starts with no signal blocked or ignored, whatever the caller does with signals.
-fn reset_signals() {
-    for signal in 1..65 {
-        // SAFETY: the default action has no code of this program; signals that cannot be changed are refused.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
-    // SAFETY: both sets live on the stack.
-    unsafe {
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-    }
-}
-
-fn set_streams(streams: [BorrowedFd<'_>; 3]) -> io::Result<()> {
-    // First out of the way: one of them may be 0, 1 or 2 and be overwritten before it is copied.
-    let copies = streams.map(|stream| rustix::io::fcntl_dupfd_cloexec(stream, 3));
-    for (number, copy) in (0..).zip(copies) {
-        let copy = copy?;
-        // SAFETY: takes descriptors that are open; the result is one of the three standard ones.
-        if unsafe { libc::dup2(copy.as_raw_fd(), number) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
 
 fn with_causes(error: &dyn Error) -> String {

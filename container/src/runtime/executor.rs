@@ -1,31 +1,29 @@
-//! The last steps of a container's process before it becomes the workload.
+//! The last steps of the first process of a container before it becomes the workload.
 //!
 //! `libcontainer` calls [`libcontainer::workload::Executor`] when namespaces, mounts and user are the container's:
 //!
 //! 1. `validate`: the working directory is made if it is missing, and checked to be the container's; terminals and
 //!    pipes become the user's; the process asks to be killed with its supervisor. Errors come back from `create`.
-//! 2. `exec`: waits for the byte that `start` sends; gives up capabilities; loads the system call filter, as late as it
-//!    can be, so that it has only to allow `execve`; looks for the command along the container's `PATH`. Errors go
-//!    into a pipe that `execve` closes, so that the caller knows of success too.
+//! 2. `exec`: waits for the byte that `start` sends, gives up capabilities, and becomes the [`Launcher`], which loads the
+//!    system call filter, as late as it can be, so that it has only to allow `execve`; and looks for the command along
+//!    the container's `PATH`. Errors go into a pipe that `execve` closes, so that the caller knows of success too.
 //!
-//! The filter is loaded before capabilities are given up where the workload may gain privileges: without
-//! `no_new_privs` the kernel wants `CAP_SYS_ADMIN` for it.
+//! Until then nobody else is in the container who could look into this process. With `--init` it forks first, and
+//! becomes the launcher twice: process 1 reaps and passes signals on, its child becomes the command.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString};
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Component, Path, PathBuf};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::rc::Rc;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
-use rustix::io::Errno;
 
 use super::RuntimeError;
-use super::init_shim;
+use super::launcher::{Launcher, Part};
+use super::privileges::exit;
+use super::surroundings::{enter_directory, own_streams};
 use crate::capabilities::CapabilitySet;
 use crate::seccomp::Program;
 use crate::spec::ProcessPlan;
@@ -33,23 +31,15 @@ use crate::spec::ProcessPlan;
 /// What is left to do before the command runs.
 #[derive(Debug)]
 pub(super) struct Workload {
-    command: CString,
-    args: Vec<CString>,
-    env: Vec<CString>,
-    /// Where to look for a command without a slash.
-    path: Vec<String>,
+    launcher: Launcher,
     cwd: PathBuf,
     uid: u32,
     terminal: bool,
     capabilities: CapabilitySet,
-    no_new_privileges: bool,
-    pub(super) seccomp: Option<Program>,
     /// Process 1 is an init of ours, and the command its child.
     pub(super) init: bool,
     /// The network is new, and its loopback interface to be set up.
     pub(super) loopback: bool,
-    /// Killed when the thread that made it ends.
-    pub(super) dies_with_parent: bool,
     /// A byte comes when the command may run; end of file means that nobody wants it any more.
     pub(super) go: OwnedFd,
     /// Where errors after `go` are written to; closed by `execve`.
@@ -58,52 +48,23 @@ pub(super) struct Workload {
 
 impl Workload {
     /// The workload of `plan`; `go` and `report` are the container's ends of their pipes.
-    pub(super) fn new(plan: &ProcessPlan, go: OwnedFd, report: OwnedFd) -> Result<Self, RuntimeError> {
-        let text = |text: &String| {
-            CString::new(text.as_str()).map_err(|_| {
-                RuntimeError::Invalid(format!("`{}` has a NUL byte in it", text.replace('\0', "\\0")))
-            })
-        };
-        let path = plan.env.iter().find_map(|line| line.strip_prefix("PATH=")).unwrap_or_default();
+    pub(super) fn new(
+        plan: &ProcessPlan,
+        seccomp: Option<Program>,
+        go: OwnedFd,
+        report: OwnedFd,
+    ) -> Result<Self, RuntimeError> {
         Ok(Self {
-            command: text(&plan.args[0])?,
-            args: plan.args.iter().map(text).collect::<Result<_, _>>()?,
-            env: plan.env.iter().map(text).collect::<Result<_, _>>()?,
-            path: path.split(':').map(str::to_owned).collect(),
+            launcher: Launcher::new(plan, seccomp)?,
             cwd: PathBuf::from(&plan.cwd),
             uid: plan.user.uid,
             terminal: plan.terminal,
             capabilities: plan.capabilities,
-            no_new_privileges: plan.no_new_privileges,
-            seccomp: None,
             init: false,
             loopback: false,
-            dies_with_parent: false,
             go,
             report,
         })
-    }
-}
-
-/// How an error after `go` reads in the pipe: a byte for its kind, then its text.
-const NOT_FOUND: u8 = b'N';
-const NOT_EXECUTABLE: u8 = b'X';
-const OTHER: u8 = b'E';
-
-/// Reads what a process of `command` reported until it became its command.
-pub(super) fn read_report(report: OwnedFd, command: &str) -> Result<(), RuntimeError> {
-    let mut bytes = Vec::new();
-    File::from(report).read_to_end(&mut bytes).map_err(|source| RuntimeError::System {
-        doing: "read what the container's process reports",
-        source,
-    })?;
-    let command = command.to_owned();
-    let reason = String::from_utf8_lossy(bytes.get(1..).unwrap_or_default()).into_owned();
-    match bytes.first() {
-        None => Ok(()),
-        Some(&NOT_FOUND) => Err(RuntimeError::CommandNotFound { command }),
-        Some(&NOT_EXECUTABLE) => Err(RuntimeError::CommandNotExecutable { command, reason }),
-        Some(_) => Err(RuntimeError::Runtime { runtime: "libcontainer".into(), doing: "start", reason }),
     }
 }
 
@@ -128,71 +89,14 @@ impl Executor for WorkloadExecutor {
 
 impl Workload {
     fn prepare(&self) -> Result<(), String> {
-        if self.dies_with_parent {
-            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-                .map_err(|errno| format!("cannot ask to be killed with the supervisor: {errno}"))?;
-        }
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .map_err(|errno| format!("cannot ask to be killed with the supervisor: {errno}"))?;
         if self.loopback {
             set_loopback_up().map_err(|error| format!("cannot set the loopback interface up: {error}"))?;
         }
-        self.enter_directory()?;
-        if self.uid != 0 {
-            for number in 0..3 {
-                self.own_stream(number);
-            }
-        }
+        enter_directory(&self.cwd)?;
+        own_streams(self.uid, self.terminal);
         Ok(())
-    }
-
-    /// Makes the working directory if it is missing, as Docker does, and goes there.
-    fn enter_directory(&self) -> Result<(), String> {
-        let failed = |doing: &str, error: &dyn std::fmt::Display| {
-            format!("cannot {doing} the working directory {}: {error}", self.cwd.display())
-        };
-        match std::env::set_current_dir(&self.cwd) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.make_directory().map_err(|error| failed("make", &error))?;
-                std::env::set_current_dir(&self.cwd)
-            }
-            other => other,
-        }
-        .map_err(|error| failed("enter", &error))?;
-        // An image may name /proc/self/fd/<n> for it and so hope to come upon a directory of the host that is still
-        // open; the kernel tells such a place by a name that is not absolute.
-        match std::env::current_dir() {
-            Ok(directory) if directory.is_absolute() => Ok(()),
-            Ok(_) => Err(failed("enter", &"it is not in the container")),
-            Err(error) => Err(failed("enter", &error)),
-        }
-    }
-
-    fn make_directory(&self) -> io::Result<()> {
-        let mut path = PathBuf::from("/");
-        for part in self.cwd.components() {
-            let Component::Normal(part) = part else { continue };
-            path.push(part);
-            match DirBuilder::new().mode(0o755).create(&path) {
-                // This process is already the workload's user, but the directory is root's, as Docker has it.
-                Ok(()) => std::os::unix::fs::lchown(&path, Some(0), Some(0))?,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// A pipe or terminal of the container belongs to its user, so that `/dev/stdout` can be opened. What else the
-    /// caller gave (its own files) is left alone. Failure costs only that.
-    fn own_stream(&self, number: i32) {
-        // SAFETY: 0, 1 and 2 are open for as long as this process lives.
-        let stream = unsafe { BorrowedFd::borrow_raw(number) };
-        let Ok(stat) = rustix::fs::fstat(stream) else { return };
-        let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
-        if kind == rustix::fs::FileType::Fifo
-            || self.terminal && kind == rustix::fs::FileType::CharacterDevice
-        {
-            let _ = rustix::fs::fchown(stream, rustix::process::Uid::from_raw(self.uid).into(), None);
-        }
     }
 
     fn run(&self) -> ! {
@@ -202,105 +106,41 @@ impl Workload {
             // Whoever made this process is gone.
             _ => exit(1),
         }
-        if self.init {
+        if self.init
+            && let Some(child) = become_parent(self.terminal)
+        {
             // Signals are passed on to a child that may become another user.
-            let needed = self.capabilities.common(CapabilitySet::KILL);
-            init_shim::become_parent_of(self.terminal, || give_up(needed));
+            self.launcher.run(Part::Init { child }, self.capabilities.common(CapabilitySet::KILL))
         }
-        let (kind, text) = match self.restrict() {
-            Err(text) => (OTHER, text),
-            Ok(()) => self.execute(),
-        };
-        let _ = File::from(self.report.try_clone().unwrap_or_else(|_| exit(1)))
-            .write_all(&[&[kind], text.as_bytes()].concat());
-        exit(if kind == NOT_FOUND { 127 } else { 126 })
+        self.launcher.run(Part::Command { report: self.report.as_fd() }, self.capabilities)
     }
+}
 
-    /// Gives up what the workload is not to have.
-    fn restrict(&self) -> Result<(), String> {
-        let load = || match &self.seccomp {
-            Some(program) => {
-                program.load().map_err(|error| format!("cannot load the system call filter: {error}"))
+/// Forks: `None` in the new child, which is to be the workload. In its parent, which is to be init, all signals are
+/// blocked: they are its to pass on.
+fn become_parent(terminal: bool) -> Option<i32> {
+    // SAFETY: plain calls on sets that live on the stack; this process has one thread, so that the child's memory is
+    // whole.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before = all;
+        libc::sigfillset(&raw mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+        match libc::fork() {
+            -1 => exit(126),
+            0 => {
+                // A process group of its own, so that signals that a terminal sends reach it once.
+                libc::setpgid(0, 0);
+                if terminal {
+                    // SIGTTOU, which this would raise in a background group, is blocked.
+                    libc::tcsetpgrp(0, libc::getpgrp());
+                }
+                libc::sigprocmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+                None
             }
-            None => Ok(()),
-        };
-        let drop =
-            || give_up(self.capabilities).map_err(|errno| format!("cannot give up capabilities: {errno}"));
-        if self.no_new_privileges {
-            drop()?;
-            load()
-        } else {
-            load()?;
-            drop()
+            child => Some(child),
         }
     }
-
-    /// Becomes the command; returns why it could not.
-    fn execute(&self) -> (u8, String) {
-        let name = self.command.to_bytes();
-        if name.contains(&b'/') {
-            return self.explain(self.try_execute(&self.command), &self.command);
-        }
-        let mut refused = None;
-        for directory in &self.path {
-            let directory = if directory.is_empty() { "." } else { directory };
-            let Ok(path) = CString::new([directory.as_bytes(), b"/", name].concat()) else { continue };
-            match self.try_execute(&path) {
-                Errno::NOENT if !exists(&path) => {}
-                Errno::NOTDIR => {}
-                // As execvp(3): what may not be executed is passed over, and told of if nothing else is found.
-                Errno::ACCESS => refused = refused.or(Some(path)),
-                errno => return self.explain(errno, &path),
-            }
-        }
-        match refused {
-            Some(path) => self.explain(Errno::ACCESS, &path),
-            None => (NOT_FOUND, String::new()),
-        }
-    }
-
-    fn explain(&self, errno: Errno, path: &CStr) -> (u8, String) {
-        let text = match errno {
-            Errno::NOENT | Errno::NOTDIR if !exists(path) => return (NOT_FOUND, String::new()),
-            Errno::NOENT => "the interpreter that it names is not in the container".to_owned(),
-            Errno::ACCESS if is_directory(path) => "it is a directory".to_owned(),
-            Errno::ACCESS => "permission denied".to_owned(),
-            Errno::NOEXEC => {
-                "it is neither a program for this processor nor a script that names its interpreter"
-                    .to_owned()
-            }
-            other => io::Error::from(other).to_string(),
-        };
-        (NOT_EXECUTABLE, text)
-    }
-
-    fn try_execute(&self, path: &CStr) -> Errno {
-        let pointers = |texts: &[CString]| {
-            texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>()
-        };
-        let (args, env) = (pointers(&self.args), pointers(&self.env));
-        // SAFETY: both arrays end with null and point to texts that outlive the call.
-        unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
-        Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
-    }
-}
-
-fn metadata(path: &CStr) -> io::Result<fs::Metadata> {
-    fs::metadata(Path::new(std::ffi::OsStr::new(&*path.to_string_lossy())))
-}
-
-fn exists(path: &CStr) -> bool {
-    metadata(path).is_ok()
-}
-
-fn is_directory(path: &CStr) -> bool {
-    metadata(path).is_ok_and(|metadata| metadata.is_dir())
-}
-
-/// Ends this process without running what its image's origin registered for its own end.
-pub(super) fn exit(code: i32) -> ! {
-    // SAFETY: `_exit` does not return and touches no memory.
-    unsafe { libc::_exit(code) }
 }
 
 /// Sets the interface `lo` of this process's network up, as every OCI runtime does.
@@ -318,64 +158,4 @@ fn set_loopback_up() -> io::Result<()> {
         libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCSIFFLAGS, &raw const request)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Reduces this process's capabilities to `keep`; what programs inherit besides is emptied.
-fn give_up(keep: CapabilitySet) -> io::Result<()> {
-    let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    for number in 0..64 {
-        if keep.bits() & 1 << number != 0 {
-            continue;
-        }
-        // SAFETY: takes numbers only.
-        let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number as libc::c_ulong, 0, 0, 0) };
-        if result < 0 {
-            // The first number that this kernel does not know.
-            match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::EINVAL) => break,
-                error => return Err(error),
-            }
-        }
-    }
-    // SAFETY: takes numbers only.
-    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into())?;
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h): two words of each set.
-    const VERSION: u32 = 0x2008_0522;
-    let word = |word: u64| Data { effective: word as u32, permitted: word as u32, inheritable: 0 };
-    let header = Header { version: VERSION, pid: 0 };
-    let data = [word(keep.bits() & 0xffff_ffff), word(keep.bits() >> 32)];
-    // SAFETY: both structures have the kernel's layout for this version and outlive the call.
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reports_come_back_as_the_errors_that_decide_exit_codes() {
-        let read = |bytes: &[u8]| {
-            let (reader, writer) = rustix::pipe::pipe().unwrap();
-            File::from(writer).write_all(bytes).unwrap();
-            read_report(reader, "cmd")
-        };
-        assert!(read(b"").is_ok());
-        assert!(matches!(read(b"N"), Err(RuntimeError::CommandNotFound { command }) if command == "cmd"));
-        assert!(
-            matches!(read(b"Xwhy"), Err(RuntimeError::CommandNotExecutable { reason, .. }) if reason == "why")
-        );
-        assert!(matches!(read(b"Ewhy"), Err(RuntimeError::Runtime { reason, .. }) if reason == "why"));
-    }
 }

@@ -15,8 +15,11 @@ mod birth;
 mod error;
 mod executor;
 mod external;
-mod init_shim;
+mod further;
+mod launcher;
 mod native;
+mod privileges;
+mod surroundings;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -27,6 +30,9 @@ use crate::spec::ProcessPlan;
 
 pub(crate) use error::RuntimeError;
 pub(crate) use kiln_instance::streams::Streams;
+
+/// How errors call `libcontainer` and what is ours around it.
+const NATIVE: &str = "the native runtime";
 
 /// Everything that is needed to make an instance's first process.
 #[derive(Debug)]
@@ -130,7 +136,7 @@ impl Waiting {
                     doing: "start the container",
                     source: errno.into(),
                 })?;
-                executor::read_report(report, &command)
+                launcher::read_report(report, &command, "start")
             }
             Self::External { program, dir, record } => external::start(&program, &dir, &record),
             Self::Nothing => Err(RuntimeError::Invalid("the container was started before".into())),

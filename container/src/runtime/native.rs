@@ -1,19 +1,20 @@
 //! The native runtime: `libcontainer` in this process.
 //!
-//! What `libcontainer` does between `fork` and `execve` (namespaces, mounts, devices, `pivot_root`, sysctls, masked
-//! paths, the user) is done by its `container_init_process`, and the last steps by our own
-//! `Executor`. Its front (`ContainerBuilder`) is not used: it joins every control group
+//! What `libcontainer` does between `fork` and `execve` of a first process (namespaces, mounts, devices, `pivot_root`,
+//! sysctls, masked paths, the user) is done by its `container_init_process`, and the last steps by our own
+//! `Executor`; further processes are made by our own code alone. Its front (`ContainerBuilder`) is not used: it joins every control group
 //! hierarchy, each with a lock that waits for all processors, forks twice, and keeps a state file of its own; one
 //! fork is enough here, since the caller can put its *next* child into a PID namespace.
 
 use std::path::PathBuf;
 
 use kiln_contract::{ExecSpec, InstanceDir, InstanceRecord, ProcessId};
-use oci_spec::runtime::{LinuxBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder};
+use oci_spec::runtime::{Spec, UserBuilder};
 use rustix::process::{Pid, PidfdFlags};
 use std::os::fd::OwnedFd;
 
-use super::birth::{Birth, Kind, foreign_namespaces, reap};
+use super::birth::Birth;
+use super::further::{Further, foreign_namespaces};
 use super::{Created, Executed, Launch, NetworkNamespace, OciRuntime, RuntimeError, Streams, Waiting};
 use crate::cgroup::{self, Cgroup};
 use crate::spec::{self, Identity, Ingredients, ProcessPlan};
@@ -54,7 +55,8 @@ impl OciRuntime for Native {
                 group: group.as_ref(),
                 streams,
                 directory: dir.path(),
-                kind: Kind::First { init: record.spec.init, own_network: network == NetworkNamespace::New },
+                init: record.spec.init,
+                own_network: network == NetworkNamespace::New,
             }
             .give()
         });
@@ -78,7 +80,7 @@ impl OciRuntime for Native {
     fn exec(
         &self,
         record: &InstanceRecord,
-        dir: &InstanceDir,
+        _: &InstanceDir,
         exec: &ExecSpec,
         streams: Streams,
     ) -> Result<Executed, RuntimeError> {
@@ -95,21 +97,15 @@ impl OciRuntime for Native {
         let user = kiln_accounts::resolve(&root, who, &record.spec.process.groups)?;
         let plan = spec::exec_plan(record, exec, user, spec::exec_capabilities(record, exec)?)?;
         let group = record.cgroup.as_deref().map(|path| cgroup::existing(&Cgroup::at(path)));
-        let born = Birth {
-            spec: for_exec(&plan)?,
-            plan: &plan,
+        Further {
             seccomp: seccomp::program(record, plan.capabilities)?,
+            plan: &plan,
             group: group.as_ref(),
             streams,
-            directory: dir.path(),
-            kind: Kind::Further { pidfd: &pidfd, namespaces },
+            pidfd: &pidfd,
+            namespaces,
         }
-        .give()?;
-        if let Err(error) = Waiting::native(born.go, born.report, &plan).start() {
-            reap(born.process.pid);
-            return Err(error);
-        }
-        Ok(Executed { process: born.process, terminal: born.terminal })
+        .run()
     }
 
     fn brings_up_loopback(&self) -> bool {
@@ -138,20 +134,6 @@ fn for_libcontainer(mut spec: Spec, plan: &ProcessPlan) -> Result<Spec, RuntimeE
             .set_rlimits(None);
     }
     Ok(spec)
-}
-
-/// The same for a process that is in its namespaces already.
-fn for_exec(plan: &ProcessPlan) -> Result<Spec, RuntimeError> {
-    let wrong = |error: oci_spec::OciSpecError| RuntimeError::Invalid(error.to_string());
-    let mut linux = LinuxBuilder::default().build().map_err(wrong)?;
-    linux.set_namespaces(None).set_masked_paths(None).set_readonly_paths(None).set_resources(None);
-    let spec = SpecBuilder::default()
-        .root(RootBuilder::default().path("/").build().map_err(wrong)?)
-        .process(plan.to_oci()?)
-        .linux(linux)
-        .build()
-        .map_err(wrong)?;
-    for_libcontainer(spec, plan)
 }
 
 /// A handle on a process that is surely the one that is meant.

@@ -53,6 +53,18 @@ impl std::fmt::Debug for Program {
 }
 
 impl Program {
+    /// Bytes of an instruction (`struct sock_filter`).
+    pub(crate) const INSTRUCTION: u64 = 8;
+
+    /// The instructions as the kernel reads them.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let bytes = |step: &libc::sock_filter| {
+            let ([a, b], [c, d, e, f]) = (step.code.to_ne_bytes(), step.k.to_ne_bytes());
+            [a, b, step.jt, step.jf, c, d, e, f]
+        };
+        self.0.iter().flat_map(bytes).collect()
+    }
+
     /// Compiles a policy. Calls that an architecture does not have are passed over.
     ///
     /// # Errors

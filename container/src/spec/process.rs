@@ -2,8 +2,8 @@
 
 use kiln_contract::{ExecSpec, InstanceRecord, Ulimit};
 use oci_spec::runtime::{
-    LinuxCapabilitiesBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder,
-    UserBuilder,
+    Capabilities, LinuxCapabilitiesBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process,
+    ProcessBuilder, UserBuilder,
 };
 
 use super::{Identity, builder, hostname, option};
@@ -182,10 +182,12 @@ impl ProcessPlan {
     pub(crate) fn to_oci(&self) -> Result<Process, RuntimeError> {
         let set = self.capabilities.to_oci();
         // Inheritable and ambient stay empty: with them, set-user-id-less programs would hand capabilities on.
+        // Others than root lose theirs with `execve`, and must not have them when it looks for the command.
+        let held = if self.user.uid == 0 { set.clone() } else { Capabilities::default() };
         let capabilities = LinuxCapabilitiesBuilder::default()
-            .bounding(set.clone())
-            .effective(set.clone())
-            .permitted(set)
+            .bounding(set)
+            .effective(held.clone())
+            .permitted(held)
             .inheritable([])
             .ambient([])
             .build()

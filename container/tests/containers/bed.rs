@@ -65,6 +65,7 @@ impl Bed {
             init: false,
             remove: false,
             runtime: RuntimeChoice::Native,
+            machine: kiln_contract::MachineSpec::default(),
         }
     }
 

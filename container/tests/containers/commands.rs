@@ -14,7 +14,8 @@ pub(crate) fn dispatch(arguments: &[String]) -> Option<ExitCode> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ended = match words[..] {
         ["supervise", id, ready] => supervise(id, ready),
-        ["test-start", name] => start(name),
+        ["test-start", name] => start(name, true),
+        ["test-start", "--no-sig-proxy", name] => start(name, false),
         ["test-attach", name] => attach(name),
         ["test-exec", name, ..] => exec(name, &words[2..]),
         _ => return None,
@@ -51,11 +52,11 @@ fn supervise(id: &str, ready: &str) -> Result<Option<u8>, BackendError> {
     Ok(Some(0))
 }
 
-fn start(name: &str) -> Result<Option<u8>, BackendError> {
+fn start(name: &str, signal_proxy: bool) -> Result<Option<u8>, BackendError> {
     kiln_container::prepare()?;
     let containers = Containers::open(&home())?;
     let id = containers.find(name)?.id;
-    let mode = StartMode::Foreground { stdio: stdio(), detach_keys: "ctrl-p,ctrl-q".into() };
+    let mode = StartMode::Foreground { stdio: stdio(), detach_keys: "ctrl-p,ctrl-q".into(), signal_proxy };
     Ok(containers.start(&id, mode)?.map(|status| status.code))
 }
 

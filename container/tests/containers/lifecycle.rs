@@ -14,6 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("exit codes are the command's own, or tell why there was none", exit_codes),
     ("a container in the foreground with --rm leaves nothing, however it ends", foreground_leaves_nothing),
     ("a signal to a command in the foreground reaches its container", signals_are_proxied),
+    ("a signal to a command that passes none on ends it and not its container", signals_are_kept),
     ("stopping gives time to end, and then no more", stopping),
     ("a paused container does nothing until it is resumed, and can be stopped", pausing),
     ("ten containers start at once", ten_at_once),
@@ -130,6 +131,28 @@ fn signals_are_proxied() {
             bed.containers.remove(&record.id, FORCE).unwrap();
         }
     }
+}
+
+fn signals_are_kept() {
+    let bed = Bed::new();
+    let script = "trap 'echo got TERM; exit 9' TERM; echo ready; while true; do sleep 0.01; done";
+    let record = bed.containers.create(&bed.spec("kept", &["sh", "-c", script])).unwrap();
+    let mut child = bed
+        .command(&["test-start", "--no-sig-proxy", "kept"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(15), "{status}");
+    assert!(lines.next().is_none());
+    assert_eq!(bed.look(&record).status, InstanceStatus::Running);
+    bed.containers.stop(&record.id, None).unwrap();
+    assert_eq!(bed.look(&record).exit.unwrap().code, 9);
+    assert_eq!(bed.log(&record), "ready\ngot TERM\n");
 }
 
 fn stopping() {

@@ -24,6 +24,12 @@ pub(crate) struct Args {
     /// Show nothing while pulling
     #[arg(short, long)]
     quiet: bool,
+    /// Whether signals are passed on to a workload without a terminal; else they end this command only
+    #[arg(
+        long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", action = clap::ArgAction::Set
+    )]
+    sig_proxy: bool,
     /// Print help
     #[arg(long, action = clap::ArgAction::HelpShort)]
     help: Option<bool>,
@@ -41,7 +47,11 @@ impl Args {
         let mode = if self.detach {
             StartMode::Detached
         } else {
-            StartMode::Foreground { stdio: context::stdio()?, detach_keys: self.workload.detach_keys }
+            StartMode::Foreground {
+                stdio: context::stdio()?,
+                detach_keys: self.workload.detach_keys,
+                signal_proxy: self.sig_proxy,
+            }
         };
         match instances.start(&record.id, mode) {
             Ok(Some(status)) => Ok(ended(&status)),

@@ -46,7 +46,7 @@ impl Args {
             let null = std::fs::File::open("/dev/null");
             stdio.stdin = null.map_err(|error| CliError::file("cannot open /dev/null", error))?.into();
         }
-        let mode = StartMode::Foreground { stdio, detach_keys: self.detach_keys };
+        let mode = StartMode::Foreground { stdio, detach_keys: self.detach_keys, signal_proxy: true };
         Ok(instances.start(&record.id, mode)?.map_or(Exit::SUCCESS, |status| ended(&status)))
     }
 }

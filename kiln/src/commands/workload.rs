@@ -184,7 +184,7 @@ pub(crate) struct NetworkArgs {
     /// A fixed address
     #[arg(long, visible_alias = "ip6", value_name = "ADDRESS")]
     pub(crate) ip: Option<IpAddr>,
-    /// Publish a port on the host; ranges and `/udp` too
+    /// Publish a port on the host; ranges and `/udp` too (of `8000-8010:80`, the first that is free)
     #[arg(short, long, value_name = "[[ADDRESS:]PORT:]PORT")]
     pub(crate) publish: Vec<String>,
     /// Publish all ports that the image exposes, at ports that the host chooses

@@ -1,8 +1,7 @@
 //! `kiln cp`: between the host's files and an instance, as tar streams in between.
 //!
-//! The instance's side is the back end's business. The host's side is here: [`pack`] reads files into an archive,
-//! [`unpack`] writes an archive into a directory that no entry of it leaves, and this file decides, as Docker does,
-//! what lands where:
+//! The instance's side is the back end's business. The host's side is here; both read and write archives with
+//! [`kiln_container::archive`], which no entry leaves. What lands where is decided as Docker does:
 //!
 //! | source | destination is missing | is a file | is a directory |
 //! |---|---|---|---|
@@ -10,18 +9,19 @@
 //! | a directory | becomes it | an error | goes into it |
 //! | `directory/.` | becomes it | an error | its entries go into it |
 
-mod pack;
 mod place;
-mod unpack;
 
+use std::ffi::OsStr;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use kiln_container::archive::{Archive, Base, Confine, Devices, Pack, Top, Unpack, pack};
 use kiln_contract::{BackendError, ErrorKind, InstanceId, RuntimeBackend};
 
 use crate::backends::Backends;
 use crate::error::{CliError, Result};
+use crate::exit;
 use place::{Kind, Placement, Source, place};
 
 /// How files are copied.
@@ -46,12 +46,38 @@ pub(crate) fn to_host(
     let source = Source::new(from);
     let there = kind_on_host(to)?;
     receive(instances, id, &source.path, options.follow, |archive| {
-        unpack::unpack(archive, options.owners, |kind, name| {
+        unpack(archive, options.owners, |kind, name| {
             // `/` in an instance has no name of its own.
             let named = source.path.file_name().map_or_else(|| PathBuf::from(name), PathBuf::from);
             place(&Source { path: named, ..source.clone() }, kind, to, there)
         })
     })
+}
+
+/// Unpacks an archive on the host, where `place` says, once it has seen what the topmost entry is and what it is called.
+fn unpack(
+    archive: &mut dyn Read,
+    owners: bool,
+    place: impl FnOnce(Kind, &OsStr) -> Result<Placement>,
+) -> Result<()> {
+    let archive = Archive::open(archive).map_err(CliError::archive("cannot read what the instance sends"))?;
+    let Some((is_directory, name)) = archive.top() else { return Ok(()) };
+    let Placement { directory, name } = place(if is_directory { Kind::Directory } else { Kind::File }, name)?;
+    let base = Base::open(&directory, Confine::Beneath).map_err(|error| {
+        CliError::file(format!("cannot open the directory {}", directory.display()), error)
+    })?;
+    let left_out = |path: &Path| {
+        let path = directory.join(path);
+        exit::print_line("warning", &format!("{} is left out: it is a device node", path.display()));
+    };
+    let options = Unpack {
+        owners,
+        devices: Devices::LeftOut(&left_out),
+        top: Some(name.as_deref().map_or(Top::Left, Top::Named)),
+    };
+    archive
+        .unpack(&base, Path::new(""), &options)
+        .map_err(CliError::archive(format!("cannot copy to {}", directory.display())))
 }
 
 /// Writes an archive of `from` in an instance to standard output.
@@ -75,21 +101,30 @@ pub(crate) fn from_host(
     options: Options,
 ) -> Result<()> {
     let source = Source::new(from);
-    let metadata = if options.follow { source.path.metadata() } else { source.path.symlink_metadata() };
-    let metadata =
-        metadata.map_err(|error| CliError::file(format!("cannot read {}", from.display()), error))?;
-    let kind = if metadata.is_dir() { Kind::Directory } else { Kind::File };
-    // `.` and `..` are named by what they are.
-    let named = match source.path.file_name() {
-        Some(_) => source.path.clone(),
-        None => source.path.canonicalize().unwrap_or_else(|_| source.path.clone()),
+    let cannot_read = |error| CliError::file(format!("cannot read {}", from.display()), error);
+    // What is in a link can only be what is in the directory that it leads to.
+    let follow = options.follow || source.entries_only || from.as_os_str().as_encoded_bytes().ends_with(b"/");
+    let metadata = if follow { source.path.metadata() } else { source.path.symlink_metadata() };
+    let kind = if metadata.map_err(cannot_read)?.is_dir() { Kind::Directory } else { Kind::File };
+    // Where a link leads to is found out first; `.` and `..` are named by what they are.
+    let real = match source.path.file_name() {
+        Some(_) if !follow => source.path.clone(),
+        _ => source.path.canonicalize().map_err(cannot_read)?,
     };
+    let named = if source.path.file_name().is_some() { source.path.clone() } else { real.clone() };
     let there = kind_in_instance(instances, id, to)?;
-    let Placement { directory, name } = place(&Source { path: named, ..source.clone() }, kind, to, there)?;
+    let Placement { directory, name } = place(&Source { path: named, ..source }, kind, to, there)?;
+    let top = name.as_deref().map_or(Top::Left, Top::Named);
+    let (parent, own) = parent_and_name(&real);
+    let base = Base::open(parent, Confine::InRoot).map_err(cannot_read)?;
+    let what = Pack { path: own, top, follow: false, owners: options.owners };
     let (mut reader, writer) = pipe()?;
     thread::scope(|scope| {
         let packer = scope.spawn(|| {
-            pack::pack(&source.path, name.as_deref(), options, BufWriter::with_capacity(BUFFER, writer))
+            let mut writer = BufWriter::with_capacity(BUFFER, writer);
+            pack(&base, &what, &mut writer)
+                .map_err(CliError::archive(format!("cannot copy {}", from.display())))?;
+            writer.flush().map_err(|error| CliError::file("cannot hand over the archive", error))
         });
         let sent = instances.copy_in(id, &directory, &mut reader);
         drop(reader);
@@ -101,6 +136,15 @@ pub(crate) fn from_host(
             (Ok(()), packed) => packed,
         }
     })
+}
+
+/// The directory that something is in, and what it is called there. The root of all is in itself.
+fn parent_and_name(path: &Path) -> (&Path, &Path) {
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if parent.as_os_str().is_empty() => (Path::new("."), Path::new(name)),
+        (Some(parent), Some(name)) => (parent, Path::new(name)),
+        _ => (Path::new("/"), Path::new("")),
+    }
 }
 
 /// Unpacks the archive on standard input into the directory `to` of an instance.
@@ -182,12 +226,11 @@ fn kind_in_instance(instances: &Backends, id: &InstanceId, path: &Path) -> Resul
     }
     let mut head = Vec::new();
     let sent = instances.copy_out(id, path, true, &mut FirstBlocks(&mut head));
-    let mut archive = tar::Archive::new(&head[..]);
-    let first =
-        archive.entries().ok().and_then(|mut entries| entries.next()).and_then(std::result::Result::ok);
-    match (first, sent) {
-        (Some(entry), _) if entry.header().entry_type().is_dir() => Ok(Some(Kind::Directory)),
-        (Some(_), _) => Ok(Some(Kind::File)),
+    let mut head = &head[..];
+    let first = Archive::open(&mut head).ok();
+    match (first.as_ref().and_then(Archive::top), sent) {
+        (Some((true, _)), _) => Ok(Some(Kind::Directory)),
+        (Some((false, _)), _) => Ok(Some(Kind::File)),
         (None, Err(error)) if error.kind() != ErrorKind::NotFound => Err(error.into()),
         (None, _) => Ok(None),
     }

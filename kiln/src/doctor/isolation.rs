@@ -10,6 +10,7 @@ pub(super) fn examine(root: bool) -> Vec<Finding> {
     findings.push(subordinate_ids(root));
     findings.extend(cgroups(Path::new("/sys/fs/cgroup"), root));
     findings.push(seccomp());
+    findings.push(programs_in_memory(&fs::read_to_string("/proc/sys/vm/memfd_noexec").unwrap_or_default()));
     findings
 }
 
@@ -168,6 +169,19 @@ fn seccomp() -> Finding {
     }
 }
 
+/// `setting` is `vm.memfd_noexec`; nothing before Linux 6.3.
+fn programs_in_memory(setting: &str) -> Finding {
+    let what = "programs in memory";
+    match setting.trim() {
+        "2" => Finding::fail(
+            what,
+            "none may be run: vm.memfd_noexec is 2, and every container begins with one",
+            "sysctl vm.memfd_noexec=1",
+        ),
+        _ => Finding::ok(what, "can be run: containers never run Kiln's own file"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
@@ -180,6 +194,15 @@ mod tests {
         assert_eq!(subordinate(text, "nobody", 5), 0);
         assert_eq!(user_name("root:x:0:0::/root:/bin/sh\nme:x:1000:1000::/:/bin/sh\n", 1000), "me");
         assert_eq!(user_name("", 7), "7");
+    }
+
+    #[test]
+    fn hosts_that_run_no_programs_from_memory_are_told() {
+        for (setting, verdict) in
+            [("", Verdict::Ok), ("0\n", Verdict::Ok), ("1\n", Verdict::Ok), ("2\n", Verdict::Fail)]
+        {
+            assert_eq!(programs_in_memory(setting).verdict, verdict, "{setting}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `--publish`, `--publish-all` and `--expose`.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use kiln_contract::{Protocol, PublishSpec};
 
@@ -27,7 +28,13 @@ pub(crate) fn ports(
         for container_port in container {
             let there = |p: &PublishSpec| p.container_port == container_port && p.protocol == protocol;
             if all && !ports.iter().any(there) {
-                ports.push(PublishSpec { host_address: None, host_port: 0, container_port, protocol });
+                ports.push(PublishSpec {
+                    host_address: None,
+                    host_port: 0,
+                    host_port_last: None,
+                    container_port,
+                    protocol,
+                });
             }
         }
     }
@@ -61,37 +68,40 @@ fn parse(text: &str) -> Result<Vec<PublishSpec>> {
         None => (None, rest),
     };
     let (container, protocol) = parse_range_with_protocol(container).map_err(bad)?;
-    let host = host.map(|host| parse_range(host, 0)).transpose().map_err(bad)?;
-    if let Some(host) = &host
-        && host.len() != container.len()
-    {
-        return Err(bad(format!(
-            "{} ports of the host for {} of the container",
-            host.len(),
-            container.len()
-        )));
+    let host = host.map_or(Ok(0..=0), |host| parse_range(host, 0)).map_err(bad)?;
+    if *host.start() == 0 && *host.end() != 0 {
+        return Err(bad("0 lets the host choose, and begins no range".into()));
     }
-    Ok(container
-        .into_iter()
-        .enumerate()
-        .map(|(index, container_port)| PublishSpec {
-            host_address,
-            host_port: host.as_ref().map_or(0, |ports| ports[index]),
-            container_port,
-            protocol,
-        })
-        .collect())
+    let publish = |host_port, host_port_last, container_port| PublishSpec {
+        host_address,
+        host_port,
+        host_port_last,
+        container_port,
+        protocol,
+    };
+    let (of_host, of_container) = (host.len(), container.len());
+    match (of_host, of_container) {
+        // As Docker: whichever of them is free.
+        (2.., 1) => Ok(vec![publish(*host.start(), Some(*host.end()), *container.start())]),
+        _ if *host.start() == 0 => {
+            Ok(container.map(|container_port| publish(0, None, container_port)).collect())
+        }
+        _ if of_host == of_container => {
+            Ok(host.zip(container).map(|(host, container)| publish(host, None, container)).collect())
+        }
+        _ => Err(bad(format!("{of_host} ports of the host for {of_container} of the container"))),
+    }
 }
 
 /// `80` or `80/udp`: what `kiln port` takes.
 pub(crate) fn parse_container_port(text: &str) -> std::result::Result<(u16, Protocol), String> {
     match parse_range_with_protocol(text)? {
-        (ports, protocol) if ports.len() == 1 => Ok((ports[0], protocol)),
+        (ports, protocol) if ports.len() == 1 => Ok((*ports.start(), protocol)),
         _ => Err(format!("`{text}` is more than one port")),
     }
 }
 
-fn parse_range_with_protocol(text: &str) -> std::result::Result<(Vec<u16>, Protocol), String> {
+fn parse_range_with_protocol(text: &str) -> std::result::Result<(RangeInclusive<u16>, Protocol), String> {
     let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
     let protocol = match protocol.to_ascii_lowercase().as_str() {
         "tcp" => Protocol::Tcp,
@@ -101,7 +111,7 @@ fn parse_range_with_protocol(text: &str) -> std::result::Result<(Vec<u16>, Proto
     Ok((parse_range(ports, 1)?, protocol))
 }
 
-fn parse_range(text: &str, lowest: u16) -> std::result::Result<Vec<u16>, String> {
+fn parse_range(text: &str, lowest: u16) -> std::result::Result<RangeInclusive<u16>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let one = |text: &str| {
         let port = text
@@ -111,11 +121,7 @@ fn parse_range(text: &str, lowest: u16) -> std::result::Result<Vec<u16>, String>
         port.ok_or_else(|| format!("`{text}` is not a port ({lowest} to 65535)"))
     };
     let (first, last) = (one(first)?, one(last)?);
-    if first > last {
-        Err(format!("the range {first}-{last} runs backwards"))
-    } else {
-        Ok((first..=last).collect())
-    }
+    if first > last { Err(format!("the range {first}-{last} runs backwards")) } else { Ok(first..=last) }
 }
 
 /// Published ports as tables show them: `0.0.0.0:8080->80/tcp, 9000/udp`.
@@ -128,12 +134,16 @@ fn show_port(port: &PublishSpec) -> String {
     if port.host_port == 0 { inside } else { format!("{}->{inside}", host_side(port)) }
 }
 
-/// `0.0.0.0:8080`, `[::1]:8080`.
+/// `0.0.0.0:8080`, `[::1]:8080`; `0.0.0.0:8000-8010` if one of these is still to be taken.
 pub(crate) fn host_side(port: &PublishSpec) -> String {
+    let ports = match port.host_port_last {
+        None => port.host_port.to_string(),
+        Some(last) => format!("{}-{last}", port.host_port),
+    };
     match port.host_address {
-        None => format!("0.0.0.0:{}", port.host_port),
-        Some(IpAddr::V4(address)) => format!("{address}:{}", port.host_port),
-        Some(IpAddr::V6(address)) => format!("[{address}]:{}", port.host_port),
+        None => format!("0.0.0.0:{ports}"),
+        Some(IpAddr::V4(address)) => format!("{address}:{ports}"),
+        Some(IpAddr::V6(address)) => format!("[{address}]:{ports}"),
     }
 }
 
@@ -156,6 +166,10 @@ mod tests {
             ("::8080:80", "[::]:8080->80/tcp"),
             ("8000-8002:80-82", "0.0.0.0:8000->80/tcp, 0.0.0.0:8001->81/tcp, 0.0.0.0:8002->82/tcp"),
             ("90-91", "90/tcp, 91/tcp"),
+            ("8000-8010:80", "0.0.0.0:8000-8010->80/tcp"),
+            ("[::1]:8000-8010:80/udp", "[::1]:8000-8010->80/udp"),
+            ("8000-8000:80", "0.0.0.0:8000->80/tcp"),
+            ("0:80-81", "80/tcp, 81/tcp"),
             ("0:80", "80/tcp"),
         ];
         for (text, expected) in table {
@@ -175,7 +189,9 @@ mod tests {
             "0",
             "65536",
             "80/sctp",
-            "8000-8010:80",
+            "8000-8010:80-81",
+            "8000:80-81",
+            "0-10:80",
             "82-80",
             "1.2.3:80:80",
             "[::1:80",

@@ -304,6 +304,7 @@ mod tests {
             let port = PublishSpec {
                 host_address: address.map(|address| address.parse().unwrap()),
                 host_port: 8080,
+                host_port_last: None,
                 container_port: 80,
                 protocol: Protocol::Tcp,
             };

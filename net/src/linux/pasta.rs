@@ -277,6 +277,7 @@ mod tests {
         let port = |address: Option<&str>, protocol| PublishSpec {
             host_address: address.map(|address| address.parse().unwrap()),
             host_port: 8080,
+            host_port_last: None,
             container_port: 80,
             protocol,
         };

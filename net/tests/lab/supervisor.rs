@@ -21,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(port) => vec![PublishSpec {
             host_address: None,
             host_port: 0,
+            host_port_last: None,
             container_port: port.parse()?,
             protocol: Protocol::Tcp,
         }],

@@ -12,7 +12,7 @@ use kiln_net::usernet::{GatewayOptions, Machine, NameTable, Published, Route};
 use crate::world::{PATIENCE, World, address, ask, exchange, options, runtime, serve_echo, serve_sockets};
 
 fn port(protocol: Protocol, container_port: u16) -> PublishSpec {
-    PublishSpec { host_address: None, host_port: 0, container_port, protocol }
+    PublishSpec { host_address: None, host_port: 0, host_port_last: None, container_port, protocol }
 }
 
 /// Publishes in a thread of its own, until the value that comes with the ports is dropped.

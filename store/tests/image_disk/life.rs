@@ -170,7 +170,7 @@ impl Repair for Nobody {
         Err(std::io::ErrorKind::NotFound.into())
     }
 
-    fn layer(&self, _: &kiln_store::WantedLayer) -> std::io::Result<Box<dyn Read + Send>> {
+    fn layer(&self, _: &kiln_store::WantedLayer) -> std::io::Result<Box<dyn std::io::Read + Send>> {
         Err(std::io::ErrorKind::NotFound.into())
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 
-use kiln_contract::ExecSpec;
+use kiln_contract::{ExecSpec, RuntimeChoice};
 
 use super::bed::{Bed, own, pipes, runtimes, wait};
 use crate::runtime::{NetworkNamespace, RuntimeError, Streams, choose};
@@ -108,13 +108,23 @@ fn a_further_process_has_a_terminal_of_its_own() {
         let Some(mut bed) = Bed::new(&runtime, &["sleep", "60"]) else { return };
         let (streams, _ours) = pipes();
         bed.launch(streams).unwrap();
-        let spec = ExecSpec { args: own(&["sh", "-c", "stty size; tty"]), tty: true, ..ExecSpec::default() };
+        let script = "stty size; tty; echo mine >/dev/tty; stat -c %u $(tty)";
+        let spec = ExecSpec {
+            args: own(&["sh", "-c", script]),
+            tty: true,
+            user: Some("app".into()),
+            ..ExecSpec::default()
+        };
         let runtime_value = choose(&runtime).unwrap();
         let streams = Streams::Terminal { size: Some((20, 60)) };
         let executed = runtime_value.exec(&bed.record, &bed.dir, &spec, streams).unwrap();
         let text = read_terminal(&mut File::from(executed.terminal.unwrap()));
         wait(executed.process);
-        assert!(text.contains("/dev/pts/0"), "{runtime:?}: {text}");
+        // crun leaves it to root.
+        let owner = if runtime == RuntimeChoice::Native { "1000\r\n" } else { "" };
+        for part in ["/dev/pts/0\r\n", "mine\r\n", owner] {
+            assert!(text.contains(part), "{runtime:?}: {text}");
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bed;
 mod further;
+mod hostile;
 mod limits;
 mod rootless;
 mod running;
