@@ -8,6 +8,7 @@
 mod lab;
 
 mod datagrams;
+mod device;
 mod hostile;
 mod names;
 mod policy;
