@@ -129,7 +129,7 @@ async fn share(
 fn attach(kernel: &OwnedFd, root: &str, target: &str, flags: MountFlags, file: bool) -> Result<(), Failure> {
     let number = kernel.as_raw_fd();
     let options = format!(
-        "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=mmap,msize={MESSAGE}"
+        "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=none,msize={MESSAGE}"
     );
     let options = CString::new(options).doing("say how it is mounted")?;
     let doing = || format!("mount the share at {target}");

@@ -19,7 +19,7 @@ use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::process::{Child, Command};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::agent::{Entry, Machine, aside};
 use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
@@ -122,10 +122,57 @@ async fn start(
 /// This end of a process's streams.
 struct Ends {
     input: Option<Pipe>,
-    output: Option<Pipe>,
-    errors: Option<Pipe>,
+    output: Option<Pieces>,
+    errors: Option<Pieces>,
+    /// Told when the process has ended: what it wrote is there then.
+    ended: watch::Sender<bool>,
     /// The terminal, for its size.
     terminal: Option<OwnedFd>,
+}
+
+/// What comes out of a stream, piece by piece; one waits until it is taken.
+type Pieces = mpsc::Receiver<Vec<u8>>;
+
+/// Reads a stream in a task. What was spliced into a pipe from a share is only there when the share's server has answered, so
+/// the reading itself is done aside.
+fn pieces(from: OwnedFd, mut ended: watch::Receiver<bool>) -> io::Result<Pieces> {
+    let from = Arc::new(pipe(from)?);
+    let (read, pieces) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut draining = false;
+        loop {
+            let mut ready = tokio::select! {
+                ready = from.readable() => match ready {
+                    Ok(ready) => Some(ready),
+                    Err(_) => return,
+                },
+                // What its descendants keep open is theirs: what it wrote itself is there already.
+                _ = ended.wait_for(|ended| *ended), if !draining => { draining = true; None }
+            };
+            let reading = Arc::clone(&from);
+            let outcome = tokio::task::spawn_blocking(move || {
+                let mut buffer = vec![0; MAX_CHUNK];
+                let count = io::Read::read(&mut reading.get_ref(), &mut buffer)?;
+                buffer.truncate(count);
+                Ok::<_, io::Error>(buffer)
+            });
+            match outcome.await {
+                Ok(Ok(piece)) if !piece.is_empty() => {
+                    if read.send(piece).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock && !draining => {
+                    if let Some(ready) = &mut ready {
+                        ready.clear_ready();
+                    }
+                }
+                // Its end, or that of a terminal that nobody has open any more, or nothing more to drain.
+                _ => return,
+            }
+        }
+    });
+    Ok(pieces)
 }
 
 /// One end of a pipe or the near side of a terminal.
@@ -148,7 +195,8 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
     if !process.env.iter().any(|variable| variable.starts_with("HOME=")) {
         command.env("HOME", &user.home);
     }
-    let mut ends = Ends { input: None, output: None, errors: None, terminal: None };
+    let (ended, watched) = watch::channel(false);
+    let mut ends = Ends { input: None, output: None, errors: None, ended, terminal: None };
     let made = "make its streams";
     if let Some(size) = process.terminal {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
@@ -162,7 +210,7 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
         command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
         ends.terminal = Some(master.try_clone().doing("make a terminal")?);
         ends.input = Some(pipe(master.try_clone().doing(made)?).doing(made)?);
-        ends.output = Some(pipe(master).doing(made)?);
+        ends.output = Some(pieces(master, watched).doing(made)?);
     } else {
         let new = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing(made);
         if process.stdin {
@@ -174,10 +222,10 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
         }
         let (ours, theirs) = new()?;
         command.stdout(theirs);
-        ends.output = Some(pipe(ours).doing(made)?);
+        ends.output = Some(pieces(ours, watched.clone()).doing(made)?);
         let (ours, theirs) = new()?;
         command.stderr(theirs);
-        ends.errors = Some(pipe(ours).doing(made)?);
+        ends.errors = Some(pieces(ours, watched).doing(made)?);
     }
     let entrance = machine.workload.entrance().as_raw_fd();
     let plan = Plan {
@@ -300,7 +348,6 @@ async fn carry(
     let Attachment { reader, mut writer } = attachment;
     let (inputs, mut input) = mpsc::channel(4);
     let listening = tokio::spawn(listen(reader, inputs));
-    let (mut out, mut err) = (vec![0; MAX_CHUNK], vec![0; MAX_CHUNK]);
     let mut pending: Vec<u8> = Vec::new();
     let mut closing = false;
     let mut listens = true;
@@ -315,12 +362,12 @@ async fn carry(
             break Came::Over;
         }
         tokio::select! {
-            read = read_some(&mut ends.output, &mut out) => match read {
-                Some(count) => message::send(&mut writer, &Output::Stdout(out[..count].to_vec())).await?,
+            piece = next(&mut ends.output) => match piece {
+                Some(piece) => message::send(&mut writer, &Output::Stdout(piece)).await?,
                 None => ends.output = None,
             },
-            read = read_some(&mut ends.errors, &mut err) => match read {
-                Some(count) => message::send(&mut writer, &Output::Stderr(err[..count].to_vec())).await?,
+            piece = next(&mut ends.errors) => match piece {
+                Some(piece) => message::send(&mut writer, &Output::Stderr(piece)).await?,
                 None => ends.errors = None,
             },
             written = write_some(&ends.input, &pending), if !pending.is_empty() => match written {
@@ -341,8 +388,7 @@ async fn carry(
             },
             ended = child.wait(), if status.is_none() => {
                 *status = Some(code_of(&ended));
-                // What its descendants keep open is theirs: a moment for what it wrote itself is enough.
-                settle(ends, &mut writer, &mut out).await?;
+                ends.ended.send_replace(true);
             }
         }
     };
@@ -350,32 +396,11 @@ async fn carry(
     Ok(came)
 }
 
-/// After the process has ended: sends what is in its streams, and closes them.
-async fn settle(ends: &mut Ends, writer: &mut WriteHalf<Stream>, buffer: &mut [u8]) -> Result<(), LinkError> {
-    for (end, errors) in [(ends.output.take(), false), (ends.errors.take(), true)] {
-        let Some(end) = end else { continue };
-        // Not waited for: whatever the process wrote is there already.
-        while let Ok(count @ 1..) = io::Read::read(&mut end.get_ref(), buffer) {
-            let bytes = buffer[..count].to_vec();
-            let output = if errors { Output::Stderr(bytes) } else { Output::Stdout(bytes) };
-            message::send(writer, &output).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Reads what comes next; `None` at the end. Never, if there is no stream.
-async fn read_some(end: &mut Option<Pipe>, buffer: &mut [u8]) -> Option<usize> {
-    let Some(pipe) = end else { return std::future::pending().await };
-    loop {
-        let mut ready = pipe.readable().await.ok()?;
-        match ready.try_io(|pipe| io::Read::read(&mut pipe.get_ref(), buffer)) {
-            Ok(Ok(0)) => return None,
-            Ok(Ok(count)) => return Some(count),
-            // A terminal that nobody has open any more.
-            Ok(Err(_)) => return None,
-            Err(_) => {}
-        }
+/// The next piece; `None` at the end. Never, if there is no stream.
+async fn next(pieces: &mut Option<Pieces>) -> Option<Vec<u8>> {
+    match pieces {
+        Some(pieces) => pieces.recv().await,
+        None => std::future::pending().await,
     }
 }
 

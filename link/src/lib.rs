@@ -24,6 +24,8 @@
 //!     let (service, mut stream) = session.accept().await.unwrap();
 //!     assert_eq!(service, service::CONTROL);
 //!     stream.write_all(b"hi").await.unwrap();
+//!     stream.shutdown().await.unwrap();
+//!     assert!(session.accept().await.is_none(), "until the host has gone");
 //! });
 //! let link = HostLink::greet(host).await.unwrap();
 //! let session = link.begin().await.unwrap();
@@ -31,6 +33,7 @@
 //! let mut answer = String::new();
 //! stream.read_to_string(&mut answer).await.unwrap();
 //! assert_eq!(answer, "hi");
+//! drop(session);
 //! # guest.await.unwrap();
 //! # });
 //! ```

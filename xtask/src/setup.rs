@@ -50,6 +50,7 @@ const TESTS: &[Needed] = &[
     needed("btrfs", "btrfs-progs", "counts what is shared"),
     needed("mkfs.xfs", "xfsprogs", "a filesystem with reflinks"),
     needed("mke2fs", "e2fsprogs", "makes the template of machines' disks"),
+    needed("filefrag", "e2fsprogs", "looks at what files share"),
     needed("e2fsck", "e2fsprogs", "checks machines' disks"),
     needed("newuidmap", "uidmap", "rootless containers"),
     needed("fusermount3", "fuse3", "rootless containers"),

@@ -215,10 +215,14 @@ documents! {
     the_rootless_guide_does_what_it_says: "docs/guides/rootless.md",
     the_registries_guide_does_what_it_says: "docs/guides/registries.md",
     the_networking_guide_does_what_it_says: "docs/guides/networking.md",
+    the_guide_to_machines_does_what_it_says: "docs/guides/machines.md",
     the_troubleshooting_guide_does_what_it_says: "docs/guides/troubleshooting.md",
     the_page_on_the_store_does_what_it_says: "docs/concepts/store.md",
     the_page_on_layers_does_what_it_says: "docs/concepts/layers-and-trees.md",
     the_page_on_supervisors_does_what_it_says: "docs/concepts/supervisor.md",
+    the_page_on_disks_does_what_it_says: "docs/concepts/disks.md",
+    the_page_on_machines_does_what_it_says: "docs/concepts/machines.md",
+    the_page_on_network_policy_does_what_it_says: "docs/concepts/network-policy.md",
     the_page_on_volumes_of_machines_does_what_it_says: "docs/concepts/volumes-of-machines.md",
 }
 

@@ -8,6 +8,8 @@ mod isolation;
 #[cfg(target_os = "linux")]
 mod kernel;
 #[cfg(target_os = "linux")]
+mod machines;
+#[cfg(target_os = "linux")]
 mod storage;
 
 use kiln_contract::Home;
@@ -79,6 +81,7 @@ pub(crate) fn examine(home: &Home) -> Vec<Finding> {
         let verdict = if well { Verdict::Ok } else { Verdict::Warn };
         Finding::new(verdict, what, why)
     }));
+    findings.extend(machines::examine(home));
     findings
 }
 

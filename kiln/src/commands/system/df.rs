@@ -1,6 +1,6 @@
 //! `kiln system df`.
 
-use kiln_contract::{ByteSize, RuntimeBackend};
+use kiln_contract::{BackendError, ByteSize, DisksUsage, RuntimeBackend};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -40,6 +40,12 @@ struct Usage {
     instances: Vec<Named>,
     /// What is in volumes.
     volumes: Vec<Named>,
+    /// What the writable disks of machines take, each by itself: what it shares with others is counted with each.
+    disks: Vec<Named>,
+    /// What they take together: what several of them share is counted once.
+    disk_bytes: u64,
+    /// Machines saved when their guest was ready.
+    templates: Vec<Named>,
 }
 
 /// Something with a name and a size.
@@ -63,7 +69,26 @@ impl Args {
         let volumes = context.volumes()?.list()?;
         let volumes =
             volumes.into_iter().map(|volume| Named { bytes: disk_usage(&volume.path), name: volume.name });
+        let disks = if context.home().disks().exists() {
+            kiln_disk::open(context.home(), &kiln_disk::Choice::Auto)
+                .map_err(BackendError::from)?
+                .backend
+                .usage()?
+        } else {
+            DisksUsage::default()
+        };
+        let templates = kiln_machine::Templates::open(context.home()).list()?;
         let usage = Usage {
+            disk_bytes: disks.taken,
+            disks: disks
+                .disks
+                .iter()
+                .map(|(id, usage)| Named { name: id.to_string(), bytes: usage.exclusive + usage.shared })
+                .collect(),
+            templates: templates
+                .iter()
+                .map(|template| Named { name: template.key().short(), bytes: disk_usage(template.saved()) })
+                .collect(),
             images: stored.images,
             layers: stored.layers,
             objects: stored.objects,
@@ -105,8 +130,14 @@ impl Args {
             "what they wrote to their roots".to_owned(),
         ]);
         table.row(["Volumes".to_owned(), volumes.len().to_string(), size(sum(volumes)), String::new()]);
+        let (disks, templates) = (&usage.disks, &usage.templates);
+        let shared = "disks of machines; what they share is counted once".to_owned();
+        table.row(["Disks".to_owned(), disks.len().to_string(), size(usage.disk_bytes), shared]);
+        let made = "machines start from them; made again when needed".to_owned();
+        table.row(["Templates".to_owned(), templates.len().to_string(), size(sum(templates)), made]);
         out.table(&table)?;
-        for (title, all) in [("INSTANCE", instances), ("VOLUME", volumes)] {
+        let all = [("INSTANCE", instances), ("VOLUME", volumes), ("DISK", disks), ("TEMPLATE", templates)];
+        for (title, all) in all {
             if self.verbose && !all.is_empty() {
                 let mut table = Table::new([title, "SIZE"]).right("SIZE");
                 for one in all {
