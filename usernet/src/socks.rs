@@ -9,6 +9,7 @@
 //! ```
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -19,6 +20,8 @@ const VERSION: u8 = 5;
 const NO_AUTHENTICATION: u8 = 0;
 const NO_METHOD: u8 = 0xff;
 const CONNECT: u8 = 1;
+/// For a client to take the news that it was refused.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// How a `CONNECT` ended (RFC 1928 §6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,11 +119,17 @@ where
 {
     let mut request = vec![VERSION, 1, NO_AUTHENTICATION, VERSION, CONNECT, 0];
     target.encode(&mut request);
-    stream.write_all(&request).await?;
-    stream.flush().await?;
+    let sent = async {
+        stream.write_all(&request).await?;
+        stream.flush().await
+    };
+    let sent = sent.await;
 
     let mut method = [0; 2];
-    stream.read_exact(&mut method).await?;
+    if let Err(error) = stream.read_exact(&mut method).await {
+        // A server that refuses everything may not have listened; if it said nothing either, that is the reason.
+        return Err(sent.err().unwrap_or(error).into());
+    }
     match method {
         [VERSION, NO_AUTHENTICATION] => {}
         [VERSION, _] => return Err(WireError::Authentication.into()),
@@ -207,16 +216,33 @@ where
     stream.flush().await
 }
 
-/// Tells a client that its request will not be carried out, without reading it.
+/// Tells a client that its request will not be carried out, without looking at it, and ends the stream.
 ///
 /// # Errors
 /// What the stream says.
 pub async fn refuse<S>(stream: &mut S, reply: Reply) -> io::Result<()>
 where
-    S: AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
     stream.write_all(&[VERSION, NO_AUTHENTICATION]).await?;
-    answer(stream, reply).await
+    refuse_request(stream, reply).await
+}
+
+/// Tells a client that its request, which was [`accept`]ed, is not carried out, and ends the stream.
+///
+/// # Errors
+/// What the stream says.
+pub async fn refuse_request<S>(stream: &mut S, reply: Reply) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    answer(stream, reply).await?;
+    stream.shutdown().await?;
+    // A stream that is dropped before its end was seen is a reset, which may overtake the answer.
+    let mut rest = [0; 512];
+    let end = async { while stream.read(&mut rest).await.is_ok_and(|read| read > 0) {} };
+    let _ = tokio::time::timeout(LINGER, end).await;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -226,7 +252,7 @@ mod tests {
     use tokio::io::duplex;
 
     fn block_on<T>(work: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(work)
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(work)
     }
 
     /// What the server makes of `bytes`, and what it answers.
@@ -320,9 +346,21 @@ mod tests {
     fn a_client_that_is_refused_unheard_understands_it() {
         block_on(async {
             let (mut client, mut server) = duplex(4096);
-            refuse(&mut server, Reply::Failed).await.unwrap();
-            let error = connect(&mut client, &"example.org:80".parse().unwrap()).await.unwrap_err();
-            assert_eq!(error.reply(), Some(Reply::Failed));
+            let target = "example.org:80".parse().unwrap();
+            let asking = async {
+                let told = connect(&mut client, &target).await;
+                drop(client);
+                told.unwrap_err().reply()
+            };
+            let (told, refused) = tokio::join!(asking, refuse(&mut server, Reply::Failed));
+            assert_eq!(told, Some(Reply::Failed));
+            refused.unwrap();
+
+            // Gone before anything was asked.
+            let (mut client, mut server) = duplex(4096);
+            server.write_all(b"\x05\x00\x05\x01\x00\x01\0\0\0\0\0\0").await.unwrap();
+            drop(server);
+            assert_eq!(connect(&mut client, &target).await.unwrap_err().reply(), Some(Reply::Failed));
         });
     }
 

@@ -75,12 +75,12 @@ impl Gateway {
             Ok(server) => server,
             Err(Failure::Denied(denied)) => {
                 self.deny(&self.tally.denied_connections, "a connection", &target, denied);
-                let _ = socks::answer(&mut stream, Reply::NotAllowed).await;
+                let _ = socks::refuse_request(&mut stream, Reply::NotAllowed).await;
                 return;
             }
             Err(Failure::Failed(reply, error)) => {
                 tracing::debug!(guest, %target, error, "a connection was not made");
-                let _ = socks::answer(&mut stream, reply).await;
+                let _ = socks::refuse_request(&mut stream, reply).await;
                 return;
             }
         };

@@ -171,7 +171,7 @@ mod tests {
             with(|answer| {
                 answer.truncate(12);
                 answer[5] = 0;
-                answer[3] = 1
+                answer[3] = 1;
             }),
             "a format error"
         );

@@ -338,6 +338,10 @@ impl Peers {
     }
 
     fn note(&mut self, seen: SocketAddr, real: SocketAddr, echo: bool, sequence: u16) {
+        if let Some(peer) = self.by_real.get_mut(&(real, echo)).filter(|peer| peer.seen == seen) {
+            (peer.used, peer.sequence) = (Instant::now(), sequence);
+            return;
+        }
         if self.by_real.len() >= MOST_PEERS
             && !self.by_real.contains_key(&(real, echo))
             && let Some(oldest) = self.by_real.iter().min_by_key(|(_, peer)| peer.used).map(|(key, _)| *key)

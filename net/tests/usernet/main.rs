@@ -7,7 +7,9 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod bulk;
 mod datagrams;
+mod device;
 mod hostile;
 mod names;
 mod policy;

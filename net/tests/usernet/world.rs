@@ -165,8 +165,10 @@ impl World {
             far.run(&format!("ip {line}")).unwrap();
         }
         guest.run("ip link set lo up").unwrap();
-        // A kernel reports no more than a few failures a second to the same host.
         far.inside(|| {
+            // What is sent beyond it is lost without a word. (New namespaces begin with what the machine has.)
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+            // A kernel reports no more than a few failures a second to the same host.
             std::fs::write("/proc/sys/net/ipv4/icmp_ratelimit", "0").unwrap();
             std::fs::write("/proc/sys/net/ipv6/icmp/ratelimit", "0").unwrap();
         });
@@ -189,12 +191,12 @@ impl World {
                     let (service, stream) = Far::arrive(far);
                     let gateway = Arc::clone(&serving);
                     match service {
-                        kiln_usernet::TCP => {
-                            drop(tokio::spawn(async move { gateway.serve_tcp(stream).await }))
-                        }
-                        kiln_usernet::UDP => {
-                            drop(tokio::spawn(async move { gateway.serve_udp(stream).await }))
-                        }
+                        kiln_usernet::TCP => drop(tokio::spawn(async move {
+                            gateway.serve_tcp(stream).await;
+                        })),
+                        kiln_usernet::UDP => drop(tokio::spawn(async move {
+                            gateway.serve_udp(stream).await;
+                        })),
                         other => panic!("service {other}"),
                     }
                 }
@@ -218,12 +220,12 @@ impl World {
                         let (service, stream) = Far::arrive(far);
                         let config = Arc::clone(&config);
                         match service {
-                            kiln_usernet::TCP => {
-                                drop(tokio::spawn(async move { guest::serve_tcp(stream, &config).await }))
-                            }
-                            kiln_usernet::UDP => {
-                                drop(tokio::spawn(async move { guest::serve_udp(stream, &config).await }))
-                            }
+                            kiln_usernet::TCP => drop(tokio::spawn(async move {
+                                guest::serve_tcp(stream, &config).await;
+                            })),
+                            kiln_usernet::UDP => drop(tokio::spawn(async move {
+                                guest::serve_udp(stream, &config).await;
+                            })),
                             other => panic!("service {other}"),
                         }
                     }

@@ -35,16 +35,17 @@ where
         Ok(Err(error)) => return tracing::debug!(%error, "the host's request was not understood"),
         Err(_) => return tracing::debug!("the host asked for nothing"),
     };
-    let (reply, server) = match connect(&target, config).await {
-        Ok(server) => (Reply::Succeeded, Some(server)),
-        Err(error) => (Reply::from(&error), None),
+    let mut server = match connect(&target, config).await {
+        Ok(server) => server,
+        Err(error) => {
+            let _ = socks::refuse_request(&mut stream, Reply::from(&error)).await;
+            return;
+        }
     };
-    if socks::answer(&mut stream, reply).await.is_err() {
+    if socks::answer(&mut stream, Reply::Succeeded).await.is_err() {
         return;
     }
-    if let Some(mut server) = server
-        && let Err(error) = splice(&mut stream, &mut server).await
-    {
+    if let Err(error) = splice(&mut stream, &mut server).await {
         // The server is told that this was no orderly end.
         let _ = server.set_zero_linger();
         tracing::debug!(%error, %target, "a connection to a published port ended early");

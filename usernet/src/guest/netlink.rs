@@ -46,24 +46,14 @@ pub(super) fn configure(index: u32, config: &TunConfig) -> Result<(), GuestError
     link.attribute(IFLA_MTU, &u32::from(config.mtu).to_ne_bytes());
     link.attribute(IFLA_TXQLEN, &QUEUE.to_ne_bytes());
     netlink.request(link).map_err(GuestError::doing(format!("putting {name} up (MTU {})", config.mtu)))?;
-    let v4 = config.ipv4.map(|v4| (IpAddr::V4(v4.address), v4.prefix, IpAddr::V4(v4.gateway)));
-    let v6 = config.ipv6.map(|v6| (IpAddr::V6(v6.address), v6.prefix, IpAddr::V6(v6.gateway)));
-    for (address, prefix, gateway) in v4.into_iter().chain(v6) {
-        let mut message = Message::new(RTM_NEWADDR, REPLACE_OR_CREATE);
-        message.bytes(&[family(address), prefix, IFA_F_NODAD, 0]).word(index);
-        message.attribute(IFA_LOCAL, &octets(address)).attribute(IFA_ADDRESS, &octets(address));
-        netlink
-            .request(message)
-            .map_err(GuestError::doing(format!("giving {name} the address {address}/{prefix}")))?;
-
-        let mut message = Message::new(RTM_NEWROUTE, REPLACE_OR_CREATE);
-        let scope_universe = 0;
-        message.bytes(&[family(address), 0, 0, 0]);
-        message.bytes(&[RT_TABLE_MAIN, RTPROT_BOOT, scope_universe, RTN_UNICAST]).word(0);
-        message.attribute(RTA_OIF, &index.to_ne_bytes()).attribute(RTA_GATEWAY, &octets(gateway));
-        netlink
-            .request(message)
-            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))?;
+    if let Some(v4) = config.ipv4 {
+        netlink.add(index, name, v4.address.into(), v4.prefix, v4.gateway.into())?;
+    }
+    if let Some(v6) = config.ipv6
+        && let Err(error) = netlink.add(index, name, v6.address.into(), v6.prefix, v6.gateway.into())
+    {
+        // A kernel without it, or one that was told to do without (`ipv6.disable`, `disable_ipv6`).
+        tracing::warn!(%error, "the guest has no IPv6");
     }
     Ok(())
 }
@@ -110,6 +100,31 @@ impl Netlink {
     fn open() -> io::Result<Self> {
         // No protocol is NETLINK_ROUTE, whose number is 0.
         Ok(Self(socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?))
+    }
+
+    /// An address, and the default route by way of a gateway.
+    fn add(
+        &mut self,
+        index: u32,
+        name: &str,
+        address: IpAddr,
+        prefix: u8,
+        gateway: IpAddr,
+    ) -> Result<(), GuestError> {
+        let mut message = Message::new(RTM_NEWADDR, REPLACE_OR_CREATE);
+        message.bytes(&[family(address), prefix, IFA_F_NODAD, 0]).word(index);
+        message.attribute(IFA_LOCAL, &octets(address)).attribute(IFA_ADDRESS, &octets(address));
+        self.request(message)
+            .map_err(GuestError::doing(format!("giving {name} the address {address}/{prefix}")))?;
+
+        let mut message = Message::new(RTM_NEWROUTE, REPLACE_OR_CREATE);
+        let scope_universe = 0;
+        message.bytes(&[family(address), 0, 0, 0]);
+        message.bytes(&[RT_TABLE_MAIN, RTPROT_BOOT, scope_universe, RTN_UNICAST]).word(0);
+        message.attribute(RTA_OIF, &index.to_ne_bytes()).attribute(RTA_GATEWAY, &octets(gateway));
+        self.request(message)
+            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))?;
+        Ok(())
     }
 
     /// Sends one request and waits until the kernel has carried it out.

@@ -252,12 +252,15 @@ impl<O: Open> Stack<O> {
                         *times += 1;
                         return;
                     }
-                    if let Some(task) = connections.remove(&ends).and_then(|entry| entry.task) {
+                    if segment.rst
+                        && let Some(task) = connections.remove(&ends).and_then(|entry| entry.task)
+                    {
                         task.abort();
                     }
                 }
                 None => {}
             }
+            // What belongs to a connection of the past is answered with RST; an RST is not answered.
             if !opening || connections.len() >= self.device.config().limits.connections {
                 drop(connections);
                 return packet::send_reset(&self.device, packet.bytes);
@@ -297,22 +300,33 @@ impl Dialling {
             () = self.abandoned() => return,
         };
         let Leave { connections, ends, number } = &self.leave;
-        let syn = connections.with(ends, *number, |entry| match &entry.state {
-            Stage::Dialling { syn, .. } => syn.clone(),
-            Stage::Open(_) => Vec::new(),
+        // With the table held: the program's answer to our SYN-ACK must find the connection there.
+        let answered = connections.with(ends, *number, |entry| {
+            let Stage::Dialling { syn, .. } = &entry.state else { return None };
+            match &dialled {
+                Err(error) => {
+                    self.refuse(syn, error);
+                    None
+                }
+                Ok(_) => {
+                    let connection = self.answer(syn)?;
+                    entry.state = Stage::Open(Arc::clone(&connection));
+                    Some(connection)
+                }
+            }
         });
-        let Some(syn) = syn else { return };
-        let stream = match dialled {
-            Ok(stream) => stream,
-            Err(error) => return self.refuse(&syn, &error),
-        };
+        if let (Some(Some(connection)), Ok(stream)) = (answered, dialled) {
+            connection.carry(stream).await;
+        }
+    }
+
+    fn answer(&self, syn: &[u8]) -> Option<Arc<Connection>> {
         let buffers = Buffers::take(&self.buffers, self.device.config().limits.buffer);
-        let Some(connection) = Connection::answer(&self.device, self.clock, buffers, ends.1, &syn) else {
-            return packet::send_reset(&self.device, &syn);
-        };
-        let connection = Arc::new(connection);
-        connections.with(ends, *number, |entry| entry.state = Stage::Open(Arc::clone(&connection)));
-        connection.carry(stream).await;
+        let connection = Connection::answer(&self.device, self.clock, buffers, self.leave.ends.1, syn);
+        if connection.is_none() {
+            packet::send_reset(&self.device, syn);
+        }
+        connection.map(Arc::new)
     }
 
     async fn dial<O: Open>(&self, opener: &O) -> Result<O::Stream, SocksError> {
