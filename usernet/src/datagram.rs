@@ -288,6 +288,28 @@ mod tests {
         assert_eq!((seen.len(), error), (frames().len() - 1, Some(io::ErrorKind::UnexpectedEof)));
     }
 
+    /// Guests of templates made by another version speak to this one: these bytes must not change.
+    #[test]
+    fn frames_are_the_bytes_that_they_were_at_first() {
+        let v4: Target = "192.0.2.1:53".parse().unwrap();
+        let v6: Target = "[2001:db8::1]:7".parse().unwrap();
+        let samples: [(Frame, &[u8]); 4] = [
+            (Frame::datagram(v4.clone(), b"q"), b"\x00\x09\x01\x01\xc0\x00\x02\x01\x00\x35q"),
+            (Frame::datagram("a.b:1".parse::<Target>().unwrap(), b""), b"\x00\x08\x01\x03\x03a.b\x00\x01"),
+            (
+                Frame::echo(v6, b"data"),
+                b"\x00\x18\x02\x04\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x01\x00\x07data",
+            ),
+            (Frame::unreachable(v4, Unreachable::Port), b"\x00\x09\x03\x01\xc0\x00\x02\x01\x00\x35\x02"),
+        ];
+        for (frame, bytes) in samples {
+            let mut encoded = Vec::new();
+            assert!(frame.encode(&mut encoded));
+            assert_eq!(encoded, bytes, "{frame:?}");
+            assert_eq!(read(bytes, 100), (vec![frame], None));
+        }
+    }
+
     #[test]
     fn two_ends_that_send_without_reading_do_not_wait_for_each_other_for_ever() {
         block_on(async {

@@ -7,7 +7,7 @@
 //! ```no_run
 //! # use std::sync::Arc;
 //! # use kiln_net::usernet::{Gateway, GatewayOptions};
-//! # async fn accept() -> (u16, tokio::io::DuplexStream) { unimplemented!() }
+//! # async fn accept() -> (u16, tokio::io::DuplexStream) { std::future::pending().await }
 //! # async fn example() {
 //! let gateway = Arc::new(Gateway::new(GatewayOptions { guest: "web".into(), ..GatewayOptions::default() }));
 //! loop {

@@ -1,6 +1,5 @@
 //! The names of the guest's own network, and how what they lead to is reached.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
@@ -121,20 +120,5 @@ impl Names for NameTable {
 
     fn route(&self, address: IpAddr) -> Option<Route> {
         self.find(address, |neighbour| neighbour.route.clone())
-    }
-}
-
-/// The names of what is connected to a bridge are in its file; a plain map serves tests and projects.
-impl Names for HashMap<String, Vec<IpAddr>> {
-    fn addresses(&self, name: &str) -> Option<Vec<IpAddr>> {
-        self.get(name).cloned()
-    }
-
-    fn name(&self, address: IpAddr) -> Option<String> {
-        self.iter().find(|(_, addresses)| addresses.contains(&address)).map(|(name, _)| name.clone())
-    }
-
-    fn route(&self, address: IpAddr) -> Option<Route> {
-        self.values().any(|addresses| addresses.contains(&address)).then_some(Route::Address(address))
     }
 }

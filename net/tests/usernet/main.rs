@@ -7,6 +7,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod bulk;
 mod datagrams;
 mod device;
 mod hostile;

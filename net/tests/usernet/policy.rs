@@ -82,6 +82,17 @@ fn the_host_itself_is_closed_in_every_form_that_leads_there() {
 }
 
 #[test]
+fn an_address_of_the_hosts_own_is_open_to_a_guest_that_was_given_it_in_full() {
+    let Some(world) = World::start(options(&["10.77.0.0/24", "10.77.0.1:7000"])) else { return };
+    serve_host(7000);
+    serve_host(7001);
+    let stream = world.connect(&format!("{HOST}:7000")).unwrap();
+    assert_eq!(exchange(&stream, b"to the host").unwrap(), b"to the host");
+    assert_eq!(world.connect(&format!("{HOST}:7001")).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(world.gateway.counters().denied_connections, 1);
+}
+
+#[test]
 fn the_hosts_loopback_is_open_to_a_guest_that_was_given_it_at_the_ports_it_was_given() {
     let Some(world) = World::start(options(&["host-loopback:7000", "host-loopback:7002"])) else { return };
     let at = SocketAddr::from(([127, 0, 0, 1], 7000));

@@ -28,6 +28,8 @@ const SHARE: usize = 16;
 const ROUNDS: usize = 16;
 /// A timer that is not needed is put this far away.
 const NEVER: Duration = Duration::from_secs(3600);
+/// As soon as a timer can.
+const SOON: Duration = Duration::from_millis(1);
 
 /// Memory for buffers, returned when dropped.
 #[derive(Debug)]
@@ -85,6 +87,9 @@ struct Machine {
     handle: SocketHandle,
     /// Of the task that carries this connection.
     waker: Option<Waker>,
+    /// Both ends have said their last. All that smoltcp still has to do is to forget everything after ten seconds, also
+    /// what the host has not taken yet.
+    resting: bool,
     _buffers: Buffers,
 }
 
@@ -121,6 +126,7 @@ impl Connection {
             sockets,
             handle,
             waker: None,
+            resting: false,
             _buffers: buffers,
         };
         machine.receive(syn);
@@ -179,12 +185,17 @@ impl Machine {
 
     /// Sends whatever is to be sent now.
     fn send(&mut self) {
+        if self.resting {
+            return;
+        }
         let mut device = Wire { tun: &self.tun, incoming: None };
         let now = self.clock.now();
         while self.interface.poll_egress(now, &mut device, &mut self.sockets) != PollResult::None {}
+        self.resting = self.socket().state() == State::TimeWait;
     }
 
     fn reset(&mut self) {
+        self.resting = false;
         self.socket().abort();
         self.send();
     }
@@ -212,9 +223,10 @@ impl Machine {
                 }
             };
             self.send();
-            match self.socket().state() {
-                // Reset by the program, unless both ends had been seen. (An RST for a SYN-ACK leads back to LISTEN.)
-                State::Closed | State::Listen if !(ends.program && ends.host && !ends.told) => {
+            let socket = self.socket();
+            match socket.state() {
+                // What the program had sent before comes first. (An RST for a SYN-ACK leads back to LISTEN.)
+                State::Closed | State::Listen if socket.recv_queue() == 0 && (ends.told || !ends.program) => {
                     return Poll::Ready(());
                 }
                 // The last FIN is answered. Were the answer lost, an RST would answer its repetition: harmless.
@@ -227,7 +239,10 @@ impl Machine {
             }
             let now = self.clock.now();
             let wait = match self.interface.poll_at(now, &self.sockets) {
-                Some(at) => Duration::from_micros((at - now).total_micros()),
+                _ if self.resting => NEVER,
+                Some(at) if at > now => Duration::from_micros((at - now).total_micros()),
+                // It was sent just now whatever could be.
+                Some(_) => SOON,
                 None => NEVER,
             };
             let deadline = tokio::time::Instant::now() + wait;
@@ -250,11 +265,12 @@ impl Machine {
     ) -> std::io::Result<bool> {
         for _ in 0..ROUNDS {
             let socket = self.socket();
+            // Its FIN may be there long before the last of its bytes is taken.
+            ends.program |= matches!(
+                socket.state(),
+                State::CloseWait | State::LastAck | State::Closing | State::TimeWait
+            );
             if !socket.can_recv() {
-                ends.program |= matches!(
-                    socket.state(),
-                    State::CloseWait | State::LastAck | State::Closing | State::TimeWait
-                );
                 let done = if ends.told {
                     return Ok(false);
                 } else if ends.program {
