@@ -138,6 +138,7 @@ impl Further<'_> {
             set_streams([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])
                 .map_err(cannot("set the standard streams"))?;
         }
+        let user_namespace = host::in_user_namespace();
         move_into_thread_name_spaces(self.pidfd.as_fd(), self.namespaces)
             .map_err(cannot("enter the container's namespaces"))?;
         if let Some(socket) = terminal {
@@ -145,10 +146,11 @@ impl Further<'_> {
         }
         privileges::set_limits(self.plan)?;
         let user = &self.plan.user;
-        privileges::set_groups(&user.groups).map_err(cannot("set the supplementary groups"))?;
+        privileges::set_groups(&user.groups, user_namespace)
+            .map_err(cannot("set the supplementary groups"))?;
         own_streams(user.uid, terminal.is_some());
         privileges::become_user(user.uid, user.gid).map_err(cannot("become its user"))?;
-        enter_directory(Path::new(&self.plan.cwd))?;
+        enter_directory(Path::new(&self.plan.cwd), false)?;
         if self.plan.no_new_privileges {
             set_no_new_privs(true).map_err(cannot("renounce new privileges"))?;
         }
