@@ -8,6 +8,7 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=launcher");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=RUSTC_LINKER");
     let variable = |name: &str| env::var(name).unwrap_or_else(|error| panic!("{name}: {error}"));
     if variable("CARGO_CFG_TARGET_OS") != "linux" {
         return;
@@ -30,6 +31,10 @@ fn main() {
         "link-arg=-Wl,--build-id=none,-z,noseparate-code,-z,norelro",
     ] {
         command.args(["-C", option]);
+    }
+    if variable("CARGO_CFG_TARGET_ENV") == "musl" {
+        // It would bring the start files of its own C library along.
+        command.args(["-C", "link-self-contained=no"]);
     }
     if let Ok(linker) = env::var("RUSTC_LINKER") {
         command.arg("-C").arg(format!("linker={linker}"));

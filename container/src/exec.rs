@@ -97,18 +97,18 @@ fn show(
     let mut stdout = Some(std::fs::File::from(stdio.stdout.try_clone().map_err(fail)?));
     let mut buffer = [0; 16 << 10];
     // So many blocks at the most: what writes faster than it is shown must not keep this from all else.
+    // `false` if nobody reads it any more.
     let mut show = |ends: &mut Ends, most: usize| {
-        let mut some = false;
         for _ in 0..most {
             let Some(bytes) = ends.read(LogStream::Stdout, &mut buffer) else { break };
-            some = true;
-            if let Some(file) = &mut stdout
-                && io::Write::write_all(file, bytes).is_err()
-            {
+            if let Some(Err(error)) = stdout.as_mut().map(|file| io::Write::write_all(file, bytes)) {
                 stdout = None;
+                if error.kind() == io::ErrorKind::BrokenPipe {
+                    return false;
+                }
             }
         }
-        some
+        true
     };
     loop {
         if let Some(status) = reap(process) {
@@ -166,7 +166,13 @@ fn show(
             }
         }
         ends.write_input();
-        show(&mut ends, 1);
+        if !show(&mut ends, 1) {
+            // Its terminal goes with this command, and so does the process.
+            drop(raw);
+            drop(signals);
+            signals::die(libc::SIGPIPE);
+            return Ok(None);
+        }
     }
 }
 

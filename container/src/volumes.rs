@@ -200,8 +200,14 @@ impl Volumes {
         };
         match fs::metadata(source) {
             Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && create => {
-                fs::create_dir_all(source).map_err(failed)
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !create => {
+                Err(failed(error).hint("make it first; `-v` makes what is missing"))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(source).map_err(|error| {
+                    BackendError::caused(format!("cannot make {} to bind it", source.display()), error)
+                        .of_kind(ErrorKind::Invalid)
+                })
             }
             Err(error) => Err(failed(error)),
         }

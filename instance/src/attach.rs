@@ -58,8 +58,15 @@ pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, Ba
     loop {
         while let Some((kind, payload)) = connection.buffered().map_err(fail)? {
             match kind {
-                Kind::Stdout => write(&mut out[0], &payload),
-                Kind::Stderr => write(&mut out[1], &payload),
+                Kind::Stdout | Kind::Stderr => {
+                    if !write(&mut out[usize::from(kind == Kind::Stderr)], &payload) {
+                        // The workload goes on: it is not this command's alone.
+                        drop(raw);
+                        drop(signals);
+                        signals::die(libc::SIGPIPE);
+                        return Ok(End::Detached);
+                    }
+                }
                 Kind::Message => {
                     match control::parse(&payload).map_err(|error| fail(io::Error::other(error)))? {
                         Reply::Exited { status } => return Ok(End::Exited(status)),
@@ -155,11 +162,9 @@ pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, Ba
     }
 }
 
-/// What nobody reads any more is not written any more; the workload goes on.
-fn write(to: &mut Option<File>, bytes: &[u8]) {
-    if let Some(file) = to
-        && file.write_all(bytes).is_err()
-    {
-        *to = None;
-    }
+/// `false` if nobody reads it any more. What cannot be written for another reason (a full disk) is left out from then on.
+fn write(to: &mut Option<File>, bytes: &[u8]) -> bool {
+    let Some(Err(error)) = to.as_mut().map(|file| file.write_all(bytes)) else { return true };
+    *to = None;
+    error.kind() != io::ErrorKind::BrokenPipe
 }

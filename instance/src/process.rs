@@ -104,6 +104,20 @@ pub fn descendants(pid: u32) -> Vec<u32> {
     found
 }
 
+/// Whether a process neither handles nor ignores nor blocks a signal. `false` if that cannot be told.
+pub(crate) fn leaves_to_the_kernel(pid: u32, signal: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let set = |name: &str| {
+        let bits = status.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(bits.trim(), 16).ok()
+    };
+    let Some(sets) = ["SigBlk:", "SigIgn:", "SigCgt:"].map(set).into_iter().collect::<Option<Vec<_>>>()
+    else {
+        return false;
+    };
+    (1..=64).contains(&signal) && sets.iter().all(|bits| bits & 1 << (signal - 1) == 0)
+}
+
 /// A `pid` as rustix has it.
 pub fn raw(pid: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(pid).ok()?)
@@ -175,6 +189,23 @@ mod tests {
         }
         drop(child.stdin.take());
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_a_process_does_with_a_signal_is_told() {
+        let mut child = Command::new("sh")
+            .args(["-c", "trap : INT; trap '' HUP; echo; read line"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let left = [libc::SIGINT, libc::SIGHUP, libc::SIGTERM]
+            .map(|signal| leaves_to_the_kernel(child.id(), signal));
+        assert_eq!(left, [false, false, true]);
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!leaves_to_the_kernel(child.id(), libc::SIGTERM));
     }
 
     #[test]

@@ -74,6 +74,11 @@ impl Drop for Signals {
 /// takes it any more.
 pub fn die(signal: i32) {
     if let Some(signal) = crate::process::named(signal) {
+        if signal == rustix::process::Signal::PIPE {
+            // It is Rust's own start that ignores it, and not (as with `nohup`) who started this command.
+            // SAFETY: the default action has no code of this program.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        }
         let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
     }
 }

@@ -32,6 +32,7 @@ const STYLES: Styles = Styles::styled()
     disable_help_subcommand = true,
     subcommand_required = true,
     arg_required_else_help = true,
+    args_override_self = true,
     max_term_width = 100,
 )]
 pub(crate) struct Cli {
@@ -117,7 +118,14 @@ enum Command {
 /// The commands on whose way milliseconds and kilobytes count, by themselves: building the definitions of all the
 /// others takes some ten percent of the time of a whole `kiln run`, and a supervisor would keep the memory.
 #[derive(Debug, Parser)]
-#[command(name = "kiln", bin_name = "kiln", version, styles = STYLES, max_term_width = 100)]
+#[command(
+    name = "kiln",
+    bin_name = "kiln",
+    version,
+    styles = STYLES,
+    args_override_self = true,
+    max_term_width = 100,
+)]
 struct Quick {
     #[command(flatten)]
     global: GlobalArgs,
@@ -154,12 +162,21 @@ fn parse(words: &[OsString]) -> std::result::Result<Cli, clap::Error> {
     }
 }
 
+/// `kiln help run` is `kiln run --help`, as in Docker.
+fn help_as_flag(mut words: Vec<OsString>) -> Vec<OsString> {
+    if words.get(1).is_some_and(|word| word == "help") {
+        words.remove(1);
+        words.push("--help".into());
+    }
+    words
+}
+
 /// Everything: completion, parsing, running, ending.
 pub(crate) fn main() -> ExitCode {
     if std::env::var_os("COMPLETE").is_some() {
         CompleteEnv::with_factory(Cli::command).complete();
     }
-    let words: Vec<OsString> = std::env::args_os().collect();
+    let words = help_as_flag(std::env::args_os().collect());
     match parse(&words) {
         Ok(cli) => {
             let owner = cli.command.owner();
@@ -292,6 +309,27 @@ mod tests {
     }
 
     #[test]
+    fn the_last_of_a_flag_that_takes_one_value_counts() {
+        let line = "kiln run --rm --rm --name a -e A=1 --name b -e B=2 alpine";
+        let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        let shown = format!("{:?}", parse(&words).unwrap().command);
+        assert!(shown.contains("name: Some(\"b\")") && shown.contains("[\"A=1\", \"B=2\"]"), "{shown}");
+    }
+
+    #[test]
+    fn help_may_come_first() {
+        let table = [
+            ("kiln help", "kiln --help"),
+            ("kiln help image ls", "kiln image ls --help"),
+            ("kiln run help", "kiln run help"),
+        ];
+        for (typed, meant) in table {
+            let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+            assert_eq!(help_as_flag(words(typed)), words(meant));
+        }
+    }
+
+    #[test]
     fn quick_commands_parse_as_they_do_among_the_others() {
         let table = [
             "kiln run -it --rm alpine sh -c x",
@@ -305,6 +343,7 @@ mod tests {
             "kiln exec web",
             "kiln --bogus run alpine",
             "kiln supervise nonsense 3",
+            "kiln run --rm --rm --name a -e A=1 --name b -e B=2 alpine",
         ];
         for line in table {
             let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();

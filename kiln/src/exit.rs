@@ -19,6 +19,7 @@ use anstyle::{AnsiColor, Style};
 use kiln_contract::{ErrorKind, ExitStatus};
 
 use crate::error::CliError;
+use crate::suggest;
 
 /// What a successful command ends with: 0, or the workload's own code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +87,9 @@ pub(crate) fn finish_usage(error: &clap::Error, words: &[OsString]) -> ExitCode 
     let _ = error.print();
     if !error.use_stderr() {
         return ExitCode::SUCCESS;
+    }
+    if let Some(hint) = suggest::hint(error, words) {
+        print_line("hint", hint);
     }
     match verb(words) {
         Some("run" | "create" | "exec") => ExitCode::from(KILN_FAILED),

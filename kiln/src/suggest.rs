@@ -1,4 +1,10 @@
-//! «Did you mean …»: the nearest of several names.
+//! What was most likely meant: the nearest of several names, and Kiln's words for Docker's.
+
+use std::ffi::OsString;
+
+use clap::error::ErrorKind;
+
+use crate::exit;
 
 /// The candidate that `typed` was most likely meant to be, if one is near: it begins with what was typed, or at
 /// most a third of its letters (and at most three) differ.
@@ -34,9 +40,52 @@ fn distance(a: &str, b: &str) -> usize {
     rows[a.len()][b.len()]
 }
 
+/// What to type instead of a line that was refused, where its writer thought of Docker.
+pub(crate) fn hint(error: &clap::Error, words: &[OsString]) -> Option<&'static str> {
+    match error.kind() {
+        ErrorKind::InvalidSubcommand => exit::verb(words).and_then(for_docker_verb),
+        ErrorKind::InvalidValue if words.iter().any(|word| word.as_encoded_bytes().starts_with(b"{{")) => {
+            Some("there are no templates: `--format jsonl` gives every field, and `jq` takes what you want")
+        }
+        _ => None,
+    }
+}
+
+fn for_docker_verb(verb: &str) -> Option<&'static str> {
+    Some(match verb {
+        "build" | "builder" | "buildx" => {
+            "Kiln builds no images: `kiln commit` makes one of an instance, `kiln image import` takes what others built"
+        }
+        "container" => "instances need no word before the verb: `kiln ls`, `kiln run`, `kiln rm`",
+        "export" => "`kiln cp INSTANCE:/ -` writes the root of an instance to standard output",
+        "history" => "`kiln image history`",
+        "import" => "`kiln image import`",
+        "info" => "`kiln system info`",
+        "version" => "`kiln --version`",
+        _ => return None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_of_docker_are_answered_with_those_of_kiln() {
+        use clap::{CommandFactory, Parser};
+        let hint = |line: &str| {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            super::hint(&crate::cli::Cli::try_parse_from(&words).unwrap_err(), &words)
+        };
+        assert_eq!(hint("kiln history alpine"), Some("`kiln image history`"));
+        assert_eq!(hint("kiln frobnicate"), None);
+        assert!(hint("kiln ps --format {{.ID}}").unwrap().contains("jsonl"));
+        assert_eq!(hint("kiln ps --format xml"), None);
+        let verbs: Vec<String> =
+            crate::cli::Cli::command().get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+        let ours = verbs.iter().find(|verb| for_docker_verb(verb).is_some());
+        assert_eq!(ours, None, "a verb of ours is answered as if it were none");
+    }
 
     #[test]
     fn near_names_are_suggested_and_far_ones_are_not() {

@@ -10,7 +10,7 @@ use common::{Home, write};
 #[test]
 fn lines_that_make_no_sense_end_with_2_or_for_workloads_125() {
     let home = Home::new();
-    let table: [(&[&str], i32); 14] = [
+    let table: [(&[&str], i32); 16] = [
         (&["--bogus"], 2),
         (&["ps", "--bogus"], 2),
         (&["frobnicate"], 2),
@@ -25,6 +25,8 @@ fn lines_that_make_no_sense_end_with_2_or_for_workloads_125() {
         (&["cp", "a", "b"], 2),
         (&["rename", "x", "no/name"], 2),
         (&["network", "create", "-x"], 2),
+        (&["network", "create", "--subnet", "10.0.0.0/33", "x"], 2),
+        (&["history", "x"], 2),
     ];
     for (words, code) in table {
         let ended = home.kiln(words);
@@ -40,6 +42,7 @@ fn help_and_version_go_to_standard_output() {
     assert_eq!(home.ok(["--version"]), format!("kiln {}", env!("CARGO_PKG_VERSION")));
     assert!(home.ok(["--help"]).contains("Usage: kiln"));
     assert!(home.ok(["run", "--help"]).contains("--publish-all"));
+    assert_eq!(home.ok(["help", "run"]), home.ok(["run", "--help"]));
     assert!(!home.path().exists(), "help makes no home");
 }
 
@@ -63,6 +66,15 @@ fn a_reader_that_went_away_ends_a_command_quietly() {
     let child = home.command(["completion", "bash"]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     let ended = common::Ended::from(child.wait_with_output().unwrap());
     assert_eq!((ended.code, ended.stderr.as_str()), (141, ""), "{ended:?}");
+}
+
+#[test]
+fn nothing_on_standard_input_is_no_image() {
+    let home = Home::new();
+    let child = home.command(["image", "import", "-", "empty"]).stdin(Stdio::null()).output().unwrap();
+    let ended = common::Ended::from(child);
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stderr.contains("there is nothing on standard input"), "{ended:?}");
 }
 
 #[test]

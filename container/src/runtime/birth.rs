@@ -31,7 +31,7 @@ use rustix::thread::UnshareFlags;
 use super::executor::{Workload, WorkloadExecutor};
 use super::privileges::{self, exit};
 use super::surroundings::set_streams;
-use super::{RuntimeError, Streams};
+use super::{NATIVE, RuntimeError, Streams};
 use crate::cgroup::Prepared;
 use crate::host;
 use crate::seccomp;
@@ -74,7 +74,7 @@ fn system(doing: &'static str) -> impl Fn(Errno) -> RuntimeError {
 }
 
 fn failed(reason: impl std::fmt::Display) -> RuntimeError {
-    RuntimeError::Runtime { runtime: "libcontainer".into(), doing: "create", reason: reason.to_string() }
+    RuntimeError::Runtime { runtime: NATIVE.into(), doing: "create", reason: reason.to_string() }
 }
 
 impl Birth<'_> {
@@ -326,7 +326,8 @@ impl Child<'_> {
             group.join().map_err(say("join the control group"))?;
         }
         privileges::set_limits(self.plan)?;
-        privileges::set_groups(&self.plan.user.groups).map_err(say("set the supplementary groups"))?;
+        privileges::set_groups(&self.plan.user.groups, host::in_user_namespace())
+            .map_err(say("set the supplementary groups"))?;
         if let Streams::Pipes { stdin, stdout, stderr } = self.streams {
             set_streams([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])
                 .map_err(say("set the standard streams"))?;

@@ -49,7 +49,7 @@ pub(crate) enum RuntimeError {
     /// The runtime, in this process or not, said no.
     #[error("{runtime} cannot {doing} the container: {reason}")]
     Runtime {
-        /// `libcontainer`, or the program's path.
+        /// `Kiln` itself, or the program's path.
         runtime: String,
         /// A verb.
         doing: &'static str,

@@ -94,7 +94,7 @@ impl Workload {
         if self.loopback {
             set_loopback_up().map_err(|error| format!("cannot set the loopback interface up: {error}"))?;
         }
-        enter_directory(&self.cwd)?;
+        enter_directory(&self.cwd, true)?;
         own_streams(self.uid, self.terminal);
         Ok(())
     }

@@ -14,15 +14,16 @@
 //!
 //! With a filter of the user's own, that must allow `clone` and `setsid`, besides `execve`.
 
-use std::fs::{self, File};
-use std::io::{self, IoSlice, Read};
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, socketpair, sockopt,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
@@ -64,11 +65,14 @@ impl Further<'_> {
     pub(super) fn run(mut self) -> Result<Executed, RuntimeError> {
         let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(system("make a pipe"));
         let (report, its_report) = pipe()?;
-        let (told, its_told) = pipe()?;
+        let (told, its_told) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .and_then(|(ours, its)| sockopt::set_socket_passcred(&ours, true).map(|()| (ours, its)))
+                .map_err(system("make a socket"))?;
         let launcher = Launcher::new(self.plan, self.seccomp.take())?;
         let (terminal, its_terminal) = match self.streams {
             Streams::Terminal { .. } => {
-                rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                     .map(|(ours, its)| (Some(ours), Some(its)))
                     .map_err(system("make a socket"))?
             }
@@ -92,20 +96,18 @@ impl Further<'_> {
         };
         // The other ends are closed here, so that the end of either side is seen by the other.
         drop((its_report, its_told, its_terminal));
-        let mut number = [0; 4];
-        let told = File::from(told).read_exact(&mut number);
         reap(between);
+        let told = told_by(&told, between);
         let command = &self.plan.args[0];
         let failed = |reason: &str| RuntimeError::Runtime {
             runtime: NATIVE.into(),
             doing: ENTER,
             reason: reason.to_owned(),
         };
-        if told.is_err() {
+        let Some(pid) = told else {
             read_report(report, command, ENTER)?;
             return Err(failed("the process that was to make its process ended"));
-        }
-        let pid = u32::from_ne_bytes(number);
+        };
         let size = match self.streams {
             Streams::Terminal { size } => size,
             Streams::Pipes { .. } => None,
@@ -138,6 +140,7 @@ impl Further<'_> {
             set_streams([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])
                 .map_err(cannot("set the standard streams"))?;
         }
+        let user_namespace = host::in_user_namespace();
         move_into_thread_name_spaces(self.pidfd.as_fd(), self.namespaces)
             .map_err(cannot("enter the container's namespaces"))?;
         if let Some(socket) = terminal {
@@ -145,10 +148,11 @@ impl Further<'_> {
         }
         privileges::set_limits(self.plan)?;
         let user = &self.plan.user;
-        privileges::set_groups(&user.groups).map_err(cannot("set the supplementary groups"))?;
+        privileges::set_groups(&user.groups, user_namespace)
+            .map_err(cannot("set the supplementary groups"))?;
         own_streams(user.uid, terminal.is_some());
         privileges::become_user(user.uid, user.gid).map_err(cannot("become its user"))?;
-        enter_directory(Path::new(&self.plan.cwd))?;
+        enter_directory(Path::new(&self.plan.cwd), false)?;
         if self.plan.no_new_privileges {
             set_no_new_privs(true).map_err(cannot("renounce new privileges"))?;
         }
@@ -157,6 +161,29 @@ impl Further<'_> {
 }
 
 const ENTER: &str = "enter";
+
+/// The number that the process `sender`, which has ended, sent. The process that it made had the same socket for a moment,
+/// and so may have had whoever may look into that: what others send is passed over.
+fn told_by(socket: &OwnedFd, sender: u32) -> Option<u32> {
+    // More than the socket holds.
+    for _ in 0..1024 {
+        let mut number = [0; 4];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        let received = recvmsg(socket, &mut [IoSliceMut::new(&mut number)], &mut control, flags).ok()?;
+        let by_sender = control.drain().any(|message| {
+            matches!(message, RecvAncillaryMessage::ScmCredentials(who)
+                if who.pid.as_raw_nonzero().get().cast_unsigned() == sender)
+        });
+        match received.bytes {
+            0 => return None,
+            4 if by_sender => return Some(u32::from_ne_bytes(number)),
+            _ => {}
+        }
+    }
+    None
+}
 
 fn cannot<E: Into<io::Error>>(doing: &'static str) -> impl Fn(E) -> String {
     move |error| format!("cannot {doing}: {}", error.into())
@@ -212,4 +239,25 @@ pub(super) fn foreign_namespaces(pid: u32) -> io::Result<ThreadNameSpaceType> {
         }
     }
     Ok(foreign)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn the_number_of_the_new_process_is_taken_from_who_made_it_only() {
+        let (ours, its) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        sockopt::set_socket_passcred(&ours, true).unwrap();
+        rustix::io::write(&its, &7_u32.to_ne_bytes()).unwrap();
+        let mut sender =
+            Command::new("printf").arg(r"\001\002\003\004").stdout(Stdio::from(its)).spawn().unwrap();
+        sender.wait().unwrap();
+        let expected = u32::from_ne_bytes([1, 2, 3, 4]);
+        assert_eq!(told_by(&ours, sender.id()), Some(expected));
+        assert_eq!(told_by(&ours, sender.id()), None);
+    }
 }

@@ -316,7 +316,7 @@ mod tests {
             (number(b'F', libc::EFAULT), "filter: Bad address"),
         ] {
             let got = read(&bytes).unwrap_err().to_string();
-            assert!(got.starts_with("the native runtime cannot start the container: "), "{got}");
+            assert!(got.starts_with("Kiln cannot start the container: "), "{got}");
             assert!(got.contains(expected), "{got}");
         }
     }

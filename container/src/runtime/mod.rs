@@ -31,8 +31,8 @@ use crate::spec::ProcessPlan;
 pub(crate) use error::RuntimeError;
 pub(crate) use kiln_instance::streams::Streams;
 
-/// How errors call `libcontainer` and what is ours around it.
-const NATIVE: &str = "the native runtime";
+/// How errors call `libcontainer` and what is ours around it: a user need not know of the parts.
+const NATIVE: &str = "Kiln";
 
 /// Everything that is needed to make an instance's first process.
 #[derive(Debug)]

@@ -9,7 +9,6 @@ use rustix::thread::{
 };
 
 use crate::capabilities::CapabilitySet;
-use crate::host;
 use crate::spec::ProcessPlan;
 
 /// Applies the limits of `plan`.
@@ -29,13 +28,14 @@ pub(super) fn set_limits(plan: &ProcessPlan) -> Result<(), String> {
     Ok(())
 }
 
-/// Sets the supplementary groups; also when there are none: the caller's are not the container's.
-pub(super) fn set_groups(groups: &[u32]) -> io::Result<()> {
+/// Sets the supplementary groups; also when there are none: the caller's are not the container's. To be told whether this
+/// process is in a user namespace: in a container, it cannot find out.
+pub(super) fn set_groups(groups: &[u32], user_namespace: bool) -> io::Result<()> {
     // SAFETY: pointer and length are of one slice.
     if unsafe { libc::setgroups(groups.len(), groups.as_ptr()) } != 0 {
         let error = io::Error::last_os_error();
         // A user namespace of one user only may not set groups, and has none that could be kept.
-        if error.raw_os_error() != Some(libc::EPERM) || !groups.is_empty() && !host::in_user_namespace() {
+        if error.raw_os_error() != Some(libc::EPERM) || !groups.is_empty() && !user_namespace {
             return Err(error);
         }
     }

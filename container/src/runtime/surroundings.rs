@@ -37,14 +37,14 @@ pub(super) fn own_streams(uid: u32, terminal: bool) {
     }
 }
 
-/// Makes the working directory if it is missing, as Docker does, and goes there. To be called in the container, as its
-/// user.
-pub(super) fn enter_directory(directory: &Path) -> Result<(), String> {
+/// Goes to the working directory; with `make`, makes it first if it is missing, as Docker does for first processes. To
+/// be called in the container, as its user.
+pub(super) fn enter_directory(directory: &Path, make: bool) -> Result<(), String> {
     let failed = |doing: &str, error: &dyn std::fmt::Display| {
         format!("cannot {doing} the working directory {}: {error}", directory.display())
     };
     match std::env::set_current_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if make && error.kind() == io::ErrorKind::NotFound => {
             make_directory(directory).map_err(|error| failed("make", &error))?;
             std::env::set_current_dir(directory)
         }

@@ -8,6 +8,7 @@ use oci_spec::runtime::{
 
 use super::{Identity, builder, hostname, option};
 use crate::capabilities::CapabilitySet;
+use crate::host::{self, Id};
 use crate::runtime::RuntimeError;
 use kiln_accounts::User;
 
@@ -98,6 +99,15 @@ fn complete(
     }
     if let Some(text) = given.args.iter().chain(&given.env).find(|text| text.contains('\0')) {
         return Err(RuntimeError::Invalid(format!("`{}` has a NUL byte in it", text.replace('\0', "\\0"))));
+    }
+    // Supplementary groups are another matter: who may have none just has none.
+    for (what, kind, number) in [("user", Id::User, user.uid), ("group", Id::Group, user.gid)] {
+        if !host::maps(kind, number) {
+            return Err(RuntimeError::Unsupported(format!(
+                "the {what} {number} is none of those that you may have in containers: /etc/subuid and /etc/subgid give \
+                 no number for it (kiln system doctor)"
+            )));
+        }
     }
     let cwd = if given.cwd.is_empty() { "/" } else { given.cwd };
     if !cwd.starts_with('/') {

@@ -14,6 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("exit codes are the command's own, or tell why there was none", exit_codes),
     ("a container in the foreground with --rm leaves nothing, however it ends", foreground_leaves_nothing),
     ("a signal to a command in the foreground reaches its container", signals_are_proxied),
+    ("a signal that nobody handles ends a container in the foreground", signals_of_the_kernel),
     ("a signal to a command that passes none on ends it and not its container", signals_are_kept),
     ("stopping gives time to end, and then no more", stopping),
     ("a paused container does nothing until it is resumed, and can be stopped", pausing),
@@ -128,6 +129,27 @@ fn signals_are_proxied() {
         assert_eq!(lines.next().unwrap().unwrap(), "got TERM");
         assert_eq!(child.wait().unwrap().code(), Some(9));
         if !remove {
+            bed.containers.remove(&record.id, FORCE).unwrap();
+        }
+    }
+}
+
+fn signals_of_the_kernel() {
+    let bed = Bed::new();
+    for (signal, remove) in [(rustix::process::Signal::INT, false), (rustix::process::Signal::TERM, true)] {
+        let mut spec = bed.spec("sleepy", &["sh", "-c", "echo ready; sleep 1000"]);
+        spec.remove = remove;
+        let record = bed.containers.create(&spec).unwrap();
+        let mut child =
+            bed.command(&["test-start", "sleepy"]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+        let expected = 128 + signal.as_raw();
+        assert_eq!(child.wait().unwrap().code(), Some(expected));
+        if !remove {
+            assert_eq!(i32::from(bed.look(&record).exit.unwrap().code), expected);
             bed.containers.remove(&record.id, FORCE).unwrap();
         }
     }

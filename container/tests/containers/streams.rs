@@ -15,6 +15,10 @@ pub(crate) const TESTS: &[Test] = &[
     ("input reaches the workload to its last byte, and so does the output that it makes", through),
     ("an attached command sees what is written from then on, and how it ends", attaching),
     ("two that are attached see the same", two_attached),
+    (
+        "output that nobody reads any more ends who writes it in the foreground, and who shows it",
+        nobody_reads,
+    ),
     ("a further process has its own streams and exit code", exec),
 ];
 
@@ -155,6 +159,31 @@ fn two_attached() {
         let output = child.wait_with_output().unwrap();
         assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"hello\n"[..], &b"oops\n"[..]));
     }
+}
+
+fn nobody_reads() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let bed = Bed::new();
+    let first_line = |words: &[&str]| {
+        let mut command = bed.command(words);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut byte = [0];
+        child.stdout.take().unwrap().read_exact(&mut byte).unwrap();
+        let mut status = None;
+        crate::bed::wait_until("the command ends", || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    };
+    // Not removed at its end, so that its output passes through the command. `yes` says why, and fails.
+    let record = bed.containers.create(&bed.spec("yes", &["yes"])).unwrap();
+    assert_eq!(first_line(&["test-start", "yes"]).code(), Some(1));
+    assert_eq!(bed.look(&record).exit.unwrap().code, 1);
+
+    let record = bed.run(&bed.spec("ticks", &["sh", "-c", "while true; do echo tick; sleep 0.01; done"]));
+    assert_eq!(first_line(&["test-attach", "ticks"]).signal(), Some(13));
+    assert_eq!(bed.look(&record).status, kiln_contract::InstanceStatus::Running);
 }
 
 fn exec() {

@@ -162,12 +162,16 @@ impl Console {
             .map(|(stream, (fd, _))| (stream, fd))
     }
 
-    /// Writes to a stream that is ready.
-    pub(super) fn write(&mut self, stream: LogStream) {
+    /// Writes to a stream that is ready. `false` if nobody reads it any more.
+    pub(super) fn write(&mut self, stream: LogStream) -> bool {
         let (fd, waiting) = &mut self.out[stream as usize];
-        if waiting.write_to(fd).is_err() {
-            // Nobody reads it: the workload goes on unseen.
-            waiting.clear();
+        match waiting.write_to(fd) {
+            Ok(()) => true,
+            Err(error) => {
+                // A full disk, say: the workload goes on unseen.
+                waiting.clear();
+                error.kind() != io::ErrorKind::BrokenPipe
+            }
         }
     }
 

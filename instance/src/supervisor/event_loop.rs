@@ -46,8 +46,8 @@ impl Supervisor {
                 Source::WorkloadOutput(stream) => self.on_output(stream),
                 Source::ConsoleInput => self.on_console_input(),
                 Source::ConsoleOutput(stream) => {
-                    if let Some(console) = &mut self.console {
-                        console.write(stream);
+                    if self.console.as_mut().is_some_and(|console| !console.write(stream)) {
+                        self.on_reader_gone(stream);
                     }
                 }
                 Source::Probe => {
@@ -144,9 +144,7 @@ impl Supervisor {
                 libc::SIGCHLD => self.reap(),
                 // The size of a terminal that the workload does not have.
                 libc::SIGWINCH => {}
-                _ if self.proxies_signals => {
-                    let _ = self.signal(signal);
-                }
+                _ if self.proxies_signals => self.pass_on(signal),
                 // The host shuts down, or an administrator wants it to end.
                 libc::SIGTERM | libc::SIGINT => self.stop(None),
                 _ => {}
@@ -166,7 +164,7 @@ impl Supervisor {
             };
             let code = u8::try_from(code).unwrap_or(u8::MAX);
             if self.run.as_ref().is_some_and(|run| run.process.pid == pid) {
-                self.ended = Some(code);
+                self.ended = Some(self.dies_of.take().map_or(code, |signal| 128 + signal));
             } else if let Some(health) = &mut self.health
                 && health.probe().is_some_and(|probe| probe.process.pid == pid)
             {
@@ -257,6 +255,20 @@ impl Supervisor {
                     ends.input_ended = true;
                     ends.write_input();
                 }
+            }
+        }
+    }
+
+    /// Whoever read the output of this command has gone (`kiln run … | head -1`): the workload learns it as it would if it
+    /// wrote there itself, at its next write. Unless somebody else is looking.
+    fn on_reader_gone(&mut self, stream: LogStream) {
+        let attached = self.clients.iter().any(|client| matches!(client.role, Role::Attached(_)));
+        if let Some(run) = &mut self.run
+            && !attached
+        {
+            match stream {
+                LogStream::Stdout => run.ends.stdout = None,
+                LogStream::Stderr => run.ends.stderr = None,
             }
         }
     }

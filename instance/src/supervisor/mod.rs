@@ -58,6 +58,8 @@ struct Supervisor {
     run: Option<Run>,
     /// Of the run's first process, once it was reaped.
     ended: Option<u8>,
+    /// The signal for which it was killed, since it would have died of it.
+    dies_of: Option<u8>,
     health: Option<Health>,
     restarts: Restarts,
     restart_at: Option<Instant>,
@@ -191,6 +193,7 @@ impl Supervisor {
             log: None,
             run: None,
             ended: None,
+            dies_of: None,
             health: None,
             restarts: Restarts::new(record.spec.restart),
             restart_at: None,

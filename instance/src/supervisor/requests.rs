@@ -126,6 +126,22 @@ impl Supervisor {
         }
     }
 
+    /// Passes a signal that this command got on to the workload.
+    ///
+    /// The kernel spares process 1 of a namespace what it does not handle: who typed Ctrl-C would wait for ever. What
+    /// the signal would do to any other process is done to it.
+    pub(super) fn pass_on(&mut self, number: i32) {
+        let deadly = matches!(number, libc::SIGHUP | libc::SIGINT | libc::SIGQUIT | libc::SIGTERM);
+        let spared =
+            self.run.as_ref().is_some_and(|run| process::leaves_to_the_kernel(run.process.pid, number));
+        if deadly && spared {
+            self.dies_of = u8::try_from(number).ok();
+            self.kill();
+        } else {
+            let _ = self.signal(number);
+        }
+    }
+
     /// Sends a signal to the workload's first process.
     pub(super) fn signal(&self, number: i32) -> Result<(), BackendError> {
         let Some(run) = &self.run else {

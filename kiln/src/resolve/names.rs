@@ -87,6 +87,16 @@ pub(crate) fn check_name(flag: &'static str, name: &str) -> Result<()> {
     }
 }
 
+/// Refuses what cannot be a host name: `HOST_NAME_MAX` is 64.
+pub(crate) fn check_hostname(name: &str) -> Result<()> {
+    if is_name(name) && name.len() <= 64 {
+        Ok(())
+    } else {
+        let why = "a host name is [a-zA-Z0-9][a-zA-Z0-9_.-]*, at most 64 characters";
+        Err(ResolveError::value("--hostname", name, why))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;

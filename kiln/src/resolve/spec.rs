@@ -28,6 +28,8 @@ pub(crate) fn instance_spec(
     host: &Host<'_>,
 ) -> Result<InstanceSpec> {
     names::check_name("--name", name)?;
+    let hostname = args.network.hostname.clone().filter(|name| !name.is_empty());
+    hostname.as_deref().map_or(Ok(()), names::check_hostname)?;
     if args.rm && args.restart != RestartPolicy::No {
         return Err(ResolveError::Conflict(format!(
             "--rm excludes --restart {}: what is removed cannot be started again",
@@ -42,7 +44,7 @@ pub(crate) fn instance_spec(
         image: args.image.clone(),
         image_id: image.id,
         layers: image.layers.clone(),
-        hostname: args.network.hostname.clone(),
+        hostname,
         mounts: mounts::mounts(settings, mount_words(args), host)?,
         network: NetworkSpec { allow: args.network.allow.clone(), ..network::network(network_words(args))? },
         ports: ports::ports(settings, &args.network.publish, args.network.publish_all, &args.network.expose)?,
@@ -76,8 +78,10 @@ fn is_init(command: &[String]) -> bool {
 
 fn process(args: &WorkloadArgs, image: &ImageSettings, host: &Host<'_>) -> Result<ProcessSpec> {
     let typed = environment::Typed { files: &args.process.env_file, variables: &args.process.env };
-    let cwd = args.process.workdir.as_deref().unwrap_or(&image.working_dir);
-    if args.process.workdir.is_some() && !cwd.starts_with('/') {
+    // As Docker: an empty one, from a script's empty variable, is none.
+    let typed_cwd = args.process.workdir.as_deref().filter(|cwd| !cwd.is_empty());
+    let cwd = typed_cwd.unwrap_or(&image.working_dir);
+    if typed_cwd.is_some() && !cwd.starts_with('/') {
         return Err(ResolveError::value("--workdir", cwd, "it must be an absolute path in the container"));
     }
     let typed_command = match &args.command[..] {
@@ -126,6 +130,9 @@ fn limits(args: &WorkloadArgs) -> Result<Resources> {
 fn security(args: &WorkloadArgs, host: &Host<'_>) -> Result<SecuritySpec> {
     let typed = &args.security;
     let options = typed.security_opt.iter().map(|text| security_option(text, host)).collect::<Result<_>>()?;
+    if let Some(word) = typed.sysctl.iter().find(|word| !word.contains('=')) {
+        return Err(ResolveError::value("--sysctl", word, "it is name=value"));
+    }
     let sysctls: Map = labels::label_map("--sysctl", &typed.sysctl)?;
     Ok(SecuritySpec {
         cap_add: typed.cap_add.clone(),
@@ -264,6 +271,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_empty_is_as_if_it_were_not_typed() {
+        let got = spec(r#"{"WorkingDir":"/srv"}"#, &["-w", "", "-u", "", "img", "x"]).unwrap();
+        assert_eq!((got.process.cwd.as_str(), got.process.user.as_str()), ("/srv", ""));
+    }
+
+    #[test]
     fn runtimes_are_found_in_the_path() {
         let choice = |words: &[&str]| spec("{}", &[words, &["img", "x"]].concat()).map(|spec| spec.runtime);
         assert_eq!(choice(&[]), Ok(RuntimeChoice::Native));
@@ -274,7 +287,10 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        let table: [&[&str]; 9] = [
+        let table: [&[&str]; 12] = [
+            &["--hostname", "a b", "img", "x"],
+            &["--hostname", "a234567890123456789012345678901234567890123456789012345678901234x", "img", "x"],
+            &["--sysctl", "net.core.somaxconn", "img", "x"],
             &["--rm", "--restart", "always", "img", "x"],
             &["-w", "relative", "img", "x"],
             &["--security-opt", "magic", "img", "x"],

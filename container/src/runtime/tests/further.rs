@@ -47,6 +47,8 @@ fn further_processes_are_in_the_container() {
             assert_eq!(outcome.stdout.trim_end(), expected, "{script} by {runtime:?}: {outcome:?}");
         }
         assert_eq!(bed.exec(&["sh", "-c", "exit 9"], |_| {}).unwrap().code, 9, "{runtime:?}");
+        let lost = bed.exec(&["true"], |exec| exec.cwd = Some("/no/such".into())).map(|outcome| outcome.code);
+        assert!(!matches!(lost, Ok(0)) && !bed.root.join("no").exists(), "{runtime:?}: {lost:?}");
         if let Some(cgroup) = bed.cgroup() {
             let (streams, _ours) = pipes();
             let spec = ExecSpec { args: own(&["sleep", "60"]), ..ExecSpec::default() };

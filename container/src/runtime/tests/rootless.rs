@@ -48,6 +48,12 @@ fn inside() {
         let outcome = bed.run().unwrap_or_else(|error| panic!("host network, {runtime:?}: {error}"));
         assert!(outcome.stdout.contains("CapEff:\t00000000a80425fb"), "{runtime:?}: {outcome:?}");
 
+        if !whole {
+            let Some(mut bed) = Bed::new(&runtime, &["true"]) else { return };
+            bed.record.spec.process.user = "app".into();
+            let error = bed.run().unwrap_err().to_string();
+            assert!(error.contains("the user 1000 is none of those that you may have"), "{error}");
+        }
         if whole {
             let Some(mut bed) = Bed::new(&runtime, &["sh", "-c", "id -u; id -G"]) else { return };
             bed.record.spec.process.user = "app".into();

@@ -1,5 +1,6 @@
 //! `kiln image import`.
 
+use std::io::{self, BufRead, IsTerminal};
 use std::path::PathBuf;
 
 use clap::ValueEnum;
@@ -7,7 +8,7 @@ use kiln_contract::{ByteSize, Platform};
 
 use super::image_name;
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{CliError, Result};
 use crate::exit::Exit;
 use crate::output::Out;
 use crate::progress;
@@ -69,6 +70,9 @@ impl Args {
 
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let name = self.image.as_deref().map(image_name).transpose()?;
+        if self.source.as_os_str() == "-" {
+            expect_input()?;
+        }
         let store = context.store()?;
         let progress = progress::new(self.quiet);
         let images = kiln_registry::import(
@@ -86,5 +90,21 @@ impl Args {
         }
         out.flush()?;
         Ok(Exit::SUCCESS)
+    }
+}
+
+/// Nothing at all is no archive, although a tar may end at once. What is looked at here is still there for the reader.
+fn expect_input() -> Result<()> {
+    let missing = |what: &str| {
+        Err(CliError::failed(what).with_hint("for example: docker save IMAGE | kiln image import -"))
+    };
+    let mut stdin = io::stdin().lock();
+    if stdin.is_terminal() {
+        return missing("standard input is a terminal, and an archive is not text");
+    }
+    match stdin.fill_buf() {
+        Ok([]) => missing("there is nothing on standard input"),
+        Ok(_) => Ok(()),
+        Err(error) => Err(CliError::file("cannot read standard input", error)),
     }
 }

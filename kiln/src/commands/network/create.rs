@@ -17,7 +17,7 @@ pub(crate) struct Args {
     /// Its name
     name: String,
     /// Its addresses (10.90.0.0/24); a free range otherwise
-    #[arg(long, value_name = "SUBNET")]
+    #[arg(long, value_name = "SUBNET", value_parser = subnet)]
     subnet: Option<IpNet>,
     /// The host's address on it; the first of the range otherwise
     #[arg(long, value_name = "ADDRESS")]
@@ -31,6 +31,12 @@ pub(crate) struct Args {
     /// What makes it
     #[arg(short, long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge"])]
     driver: String,
+}
+
+fn subnet(text: &str) -> std::result::Result<IpNet, String> {
+    text.parse().map_err(|_| {
+        format!("`{text}` is not a subnet (an address and the length of its prefix: 10.90.0.0/24)")
+    })
 }
 
 impl Args {
