@@ -210,7 +210,7 @@ impl Steps<'_> {
         };
         let Some((top, rest)) = file.split_once('/') else { return };
         match verb {
-            "CC" | "AS" if !matches!(top, "scripts" | "tools") => {
+            "CC" | "AS" if !matches!(top, "" | "scripts" | "tools") => {
                 self.files += 1;
                 self.open.entry(top.to_owned()).or_insert_with(|| {
                     self.progress.begin(Step { name: top.into(), verb: "compile", total: None })

@@ -21,7 +21,7 @@ use crate::arch::Arch;
 use crate::compression::read_bounded;
 use crate::error::{BootError, Result};
 use crate::image::Form;
-use crate::modules::MAX_MODULE;
+use crate::modules::{MAX_MODULE, is_module_name};
 
 /// The version of `kernel.json`. A newer one is refused; new fields that older programs may ignore do not change it.
 pub const FORMAT: u32 = 1;
@@ -194,12 +194,6 @@ pub(crate) const VMLINUX: &str = "vmlinux";
 /// Where the module `name` of the kernel in `directory` is.
 pub(crate) fn module_file(directory: &Path, name: &str) -> PathBuf {
     directory.join("modules").join(format!("{name}.ko"))
-}
-
-/// What the kernel itself allows: names are C identifiers, but for a digit in front (`9p`).
-pub(crate) fn is_module_name(name: &str) -> bool {
-    // MODULE_NAME_LEN, less the final zero.
-    (1..56).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 pub(crate) fn read_file(path: &Path, limit: u64) -> Result<Vec<u8>> {

@@ -38,7 +38,8 @@ impl Kernels {
     }
 
     /// Installs a kernel with what machines need of its modules, under `name` or, without one, its version. A kernel
-    /// that is installed already under this name is given back as it is.
+    /// that is installed already under this name is given back as it is. Distributions give several kernels the same
+    /// version; the next ones are named `VERSION-2` and so on.
     ///
     /// # Errors
     /// [`BootError::Lacks`] names what the kernel would have to have; [`BootError::NameTaken`] if another kernel has
@@ -59,23 +60,44 @@ impl Kernels {
         if config.as_ref().is_some_and(|config| !config.has("CONFIG_MODULE_SIG_FORCE")) {
             resolved.modules.iter_mut().for_each(|module| modules::slim(&mut module.content));
         }
-        let name = name.unwrap_or(&image.version);
-        check_name(name)?;
         let digest = digest(of_kernel, &resolved);
         let made = staging.path().join("made");
-        let record = record(name, source, digest, &image, &resolved);
-        write(&made, &record, &image, &resolved, config.as_ref())?;
+        let mut record = record(source, digest, &image, &resolved);
+        write(&made, &image, &resolved, config.as_ref())?;
         staging.settle()?;
-        let target = self.directory.join(name);
         let lock = staging::lock(&self.directory)?;
-        if target.exists() {
-            let installed = Kernel::load(&target)?;
-            let same = installed.digest() == digest;
-            return if same { Ok(installed) } else { Err(BootError::NameTaken { name: name.into() }) };
-        }
+        record.name = match self.name(name, &image.version, digest)? {
+            Name::Free(name) => name,
+            Name::Installed(kernel) => return Ok(*kernel),
+        };
+        write_record(&made, &record)?;
+        let target = self.directory.join(&record.name);
         fs::rename(&made, &target).map_err(BootError::doing("make", &target))?;
         drop(lock);
         Kernel::load(&target)
+    }
+
+    /// The name for a new kernel: the one that was asked for, or one made from its version.
+    fn name(&self, asked: Option<&str>, version: &str, digest: Digest) -> Result<Name> {
+        let names: Vec<String> = match asked {
+            Some(name) => vec![name.to_owned()],
+            None => std::iter::once(version.to_owned())
+                .chain((2..100).map(|number| format!("{version}-{number}")))
+                .collect(),
+        };
+        for name in &names {
+            check_name(name)?;
+            let directory = self.directory.join(name);
+            if !directory.exists() {
+                return Ok(Name::Free(name.clone()));
+            }
+            match Kernel::load(&directory) {
+                Ok(kernel) if kernel.digest() == digest => return Ok(Name::Installed(Box::new(kernel))),
+                Err(error) if asked.is_some() => return Err(error),
+                _ => {}
+            }
+        }
+        Err(BootError::NameTaken { name: names.into_iter().next().unwrap_or_default() })
     }
 
     /// Installs from the first of `sources` that has a kernel for machines, as [`Self::install`] does. Why the others
@@ -101,7 +123,7 @@ impl Kernels {
         self.install(last, name, progress)
     }
 
-    /// All kernels, the newest version first.
+    /// All kernels, the newest version first, and of several with the same the one that was installed last.
     ///
     /// # Errors
     /// If the directory cannot be read. Kernels whose record cannot be read are left out.
@@ -121,8 +143,11 @@ impl Kernels {
                 }
             }
         }
-        kernels
-            .sort_by(|a, b| version::compare(b.version(), a.version()).then_with(|| a.name().cmp(b.name())));
+        kernels.sort_by(|a, b| {
+            version::compare(b.version(), a.version())
+                .then_with(|| b.record().created.cmp(&a.record().created))
+                .then_with(|| a.name().cmp(b.name()))
+        });
         Ok(kernels)
     }
 
@@ -210,6 +235,14 @@ impl Kernels {
     }
 }
 
+/// What is to be done with a new kernel.
+enum Name {
+    /// It gets this name.
+    Free(String),
+    /// It is there already.
+    Installed(Box<Kernel>),
+}
+
 /// `modules`, with what is built in by the configuration.
 fn built_in(mut modules: ModuleTree, config: Option<&Config>, progress: &dyn Progress) -> ModuleTree {
     match config {
@@ -224,19 +257,19 @@ fn built_in(mut modules: ModuleTree, config: Option<&Config>, progress: &dyn Pro
     modules
 }
 
-fn record(name: &str, source: &Source, digest: Digest, image: &Image, resolved: &Resolved) -> KernelRecord {
+/// All that is known of a kernel but its name.
+fn record(source: &Source, digest: Digest, image: &Image, resolved: &Resolved) -> KernelRecord {
     let kernels = image.content.len() + image.vmlinux.as_ref().map_or(0, |vmlinux| vmlinux.elf.len());
     let modules_size: usize = resolved.modules.iter().map(|module| module.content.len()).sum();
     let modules = resolved.modules.iter().map(|module| ModuleRecord {
         name: module.name.clone(),
         needs: module.needs.clone(),
-        // Those of devices are long, and none comes later.
-        aliases: module.aliases.iter().filter(|alias| !alias.contains([':', '*', ' '])).cloned().collect(),
+        aliases: module.aliases.iter().filter(|alias| is_asked_for(alias)).cloned().collect(),
         at_boot: module.at_boot,
     });
     KernelRecord {
         format: FORMAT,
-        name: name.into(),
+        name: String::new(),
         version: image.version.clone(),
         arch: image.arch,
         source: source.clone(),
@@ -252,6 +285,12 @@ fn record(name: &str, source: &Source, digest: Digest, image: &Image, resolved: 
     }
 }
 
+/// Whether a module is asked for by this name. Those of devices have colons and patterns, and no device comes later;
+/// anything else that is not plain would not stand on a line of a list.
+fn is_asked_for(alias: &str) -> bool {
+    alias.bytes().all(|byte| byte.is_ascii_graphic() && !b":*?[".contains(&byte))
+}
+
 /// Of the kernel and its modules, each by its digest, so that nothing can move from one into the next.
 fn digest(kernel: Digest, resolved: &Resolved) -> Digest {
     let mut list = format!("kernel {kernel}\n");
@@ -261,34 +300,38 @@ fn digest(kernel: Digest, resolved: &Resolved) -> Digest {
     Digest::of(list.as_bytes())
 }
 
-fn write(
-    directory: &Path,
-    record: &KernelRecord,
-    image: &Image,
-    resolved: &Resolved,
-    config: Option<&Config>,
-) -> Result<()> {
-    let modules = directory.join("modules");
-    fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
-    let put =
-        |path: PathBuf, content: &[u8]| fs::write(&path, content).map_err(BootError::doing("write", &path));
-    if !image.content.is_empty() {
-        put(directory.join(IMAGE), &image.content)?;
-    }
-    if let Some(vmlinux) = &image.vmlinux {
-        put(directory.join(VMLINUX), &vmlinux.elf)?;
-    }
-    for module in &resolved.modules {
-        put(module_file(directory, &module.name), &module.content)?;
-    }
-    if let Some(config) = config {
-        put(directory.join("config"), config.text())?;
-    }
+/// A file of a kernel.
+fn put(path: &Path, content: &[u8]) -> Result<()> {
+    fs::write(path, content).map_err(BootError::doing("write", path))
+}
+
+fn write_record(directory: &Path, record: &KernelRecord) -> Result<()> {
     let path = directory.join("kernel.json");
     let mut json = serde_json::to_vec_pretty(record)
         .map_err(|error| BootError::Format { path: path.clone(), reason: error.to_string() })?;
     json.push(b'\n');
-    put(path, &json)
+    put(&path, &json)?;
+    let file = fs::File::open(&path).and_then(|file| file.sync_all());
+    file.map_err(BootError::doing("write out", &path))
+}
+
+/// Everything but the record.
+fn write(directory: &Path, image: &Image, resolved: &Resolved, config: Option<&Config>) -> Result<()> {
+    let modules = directory.join("modules");
+    fs::create_dir_all(&modules).map_err(BootError::doing("make", &modules))?;
+    if !image.content.is_empty() {
+        put(&directory.join(IMAGE), &image.content)?;
+    }
+    if let Some(vmlinux) = &image.vmlinux {
+        put(&directory.join(VMLINUX), &vmlinux.elf)?;
+    }
+    for module in &resolved.modules {
+        put(&module_file(directory, &module.name), &module.content)?;
+    }
+    if let Some(config) = config {
+        put(&directory.join("config"), config.text())?;
+    }
+    Ok(())
 }
 
 /// Names are directories, and appear in tables and on command lines.

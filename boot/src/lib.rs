@@ -33,10 +33,8 @@ mod kernel;
 mod kernels;
 mod linux_source;
 mod modules;
-mod parameters;
 mod staging;
 mod tools;
-mod tsc;
 mod version;
 mod vmlinux;
 

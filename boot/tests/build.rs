@@ -22,6 +22,7 @@ allnoconfig:
 \t\tgrep -v '^$(LOSE)=' > $(O)/.config
 vmlinux:
 \t@echo '  HOSTCC  scripts/basic/fixdep'
+\t@echo '  CC      /build/tools/objtool/check.o'
 \t@echo '  CC      mm/slub.o'
 \t@echo '  AR      mm/built-in.a'
 \t@echo '  CC      fs/ext4/super.o'

@@ -269,6 +269,16 @@ fn a_kernel_keeps_its_name_and_the_newest_is_the_default_until_one_is_chosen() {
     assert!(matches!(error, BootError::NameTaken { .. }), "{error}");
     kernels.install(&monolithic("6.1.100"), Some("old"), &Silent).unwrap();
     assert_eq!(kernels.find("old").unwrap().version(), "6.1.100");
+    // Another kernel of the same version gets a name of its own, and goes before the older one.
+    let mut rebuilt = bzimage("6.10.2");
+    rebuilt[0xf00] = 1;
+    let path = directory.path().join("rebuilt");
+    std::fs::write(&path, rebuilt).unwrap();
+    for _ in 0..2 {
+        let kernel = kernels.install(&Source::Path(path.clone()), None, &Silent).unwrap();
+        assert_eq!(kernel.name(), "6.10.2-2");
+    }
+    assert_eq!(names()[..2], ["6.10.2-2", "6.10.2"]);
     for bad in ["", "default", "..", "a/b", ".hidden", "a b"] {
         assert!(
             matches!(kernels.install(&monolithic("1"), Some(bad), &Silent), Err(BootError::BadName { .. })),
@@ -400,4 +410,17 @@ fn a_record_with_a_module_that_would_be_a_path_is_refused() {
         let error = Kernel::load(directory.path()).unwrap_err();
         assert!(error.to_string().contains("cannot name a module"), "{name}: {error}");
     }
+}
+
+#[test]
+fn names_in_a_kernel_that_would_break_the_lists_of_an_initramfs_are_left_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut files = package_files();
+    let bridge = &mut files.iter_mut().find(|(path, _)| path.ends_with("/bridge.ko")).unwrap().1;
+    *bridge = module(&["depends=", "alias=one two", "alias=two\nthree", "alias=pci:v*", "alias=fine"]);
+    files.push((format!("./lib/modules/{VERSION}/kernel/a\n/modules/evil.ko"), module(&["depends="])));
+    let package = deb(directory.path(), "data.tar", &tar(&files));
+    let kernel = kernels(directory.path()).install(&Source::Packages(vec![package]), None, &Silent).unwrap();
+    assert_eq!(text(&kernel, "modules/alias"), "fine bridge\n");
+    assert_eq!(text(&kernel, "modules/later"), "/modules/bridge.ko\n");
 }

@@ -6,6 +6,7 @@ mod slim;
 mod tree;
 mod wanted;
 
+pub(crate) use modinfo::is_module_name;
 pub(crate) use resolve::{Resolved, resolve};
 pub(crate) use slim::slim;
 pub(crate) use tree::{MAX_MODULE, MAX_MODULES, ModuleTree, module_name};

@@ -72,6 +72,13 @@ fn before(names: &str) -> Vec<String> {
     wanted
 }
 
+/// What the kernel itself allows: names are C identifiers, but for a digit in front (`9p`). They become names of files
+/// and stand on lines of lists.
+pub(crate) fn is_module_name(name: &str) -> bool {
+    // MODULE_NAME_LEN, less the final zero.
+    (1..56).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
 /// A module's name as the kernel has it: files and lists may have `-` for `_`.
 pub(crate) fn normal(name: &str) -> String {
     name.replace('-', "_")

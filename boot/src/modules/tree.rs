@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::modinfo::normal;
+use super::modinfo::{is_module_name, normal};
 use super::wanted::Wanted;
 use crate::compression;
 use crate::error::{BootError, Result};
@@ -96,7 +96,7 @@ impl ModuleTree {
 pub(crate) fn module_name(path: &str) -> Option<String> {
     let file = path.rsplit('/').next()?;
     let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"].iter().find_map(|end| file.strip_suffix(end))?;
-    (!stem.is_empty()).then(|| normal(stem))
+    Some(normal(stem)).filter(|name| is_module_name(name))
 }
 
 /// The text of a list, if it is there.
