@@ -175,7 +175,7 @@ async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, 
         image: image(home, &record, &Silent)?,
         disk: disks.path(&disk)?,
     };
-    let services = Services::prepare(&record.spec)?;
+    let services = Services::prepare(home, &record.spec)?;
     let life = Life::restore(&qemu, &template, saved.as_deref(), &paths).await?;
     let ground = Ground { record, dir, disks, disk, template, saved };
     let outcome = live(&ground, life, services, supervisor, &signals).await;
