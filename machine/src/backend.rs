@@ -296,6 +296,7 @@ impl RuntimeBackend for Machines {
         let source = self.verbs.truth(id)?;
         let mut spec = source.spec.clone();
         name.clone_into(&mut spec.name);
+        spec.transient = false;
         // A fork is somebody else: it gets a host name of its own unless one was chosen.
         // Volumes are shared, as by any two instances that name the same: those without a name stay until neither is there.
         let fork = self.instances().create(&spec, source.volumes.clone())?;
