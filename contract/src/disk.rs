@@ -263,6 +263,15 @@ pub trait DiskBackend: Send + Sync {
     /// # Errors
     /// It cannot be removed.
     fn remove(&self, id: &DiskId) -> Result<(), BackendError>;
+
+    /// [`remove`](Self::remove) that does not wait for the room to be free: the disk is gone for everybody, and its blocks
+    /// are given back by and by. Freeing many takes a file system longer than a short machine lives.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    fn discard(&self, id: &DiskId) -> Result<(), BackendError> {
+        self.remove(id)
+    }
 }
 
 #[cfg(test)]

@@ -70,7 +70,8 @@ pub trait Hypervisor: Send + Sync {
     fn capabilities(&self) -> Capabilities;
     /// Makes a machine that boots; it does not run yet. The machine ends with the calling thread.
     fn create(&self, config: &VmConfig) -> Result<Box<dyn Vm>, BackendError>;
-    /// Makes a machine from what [`Vm::save`] wrote to the directory `saved`; it is paused, and ends with the calling thread.
+    /// Makes a machine from what [`Vm::save`] wrote to the directory `saved`. It goes on as soon as it is restored, without
+    /// being asked to: whoever waits for it hears from its guest. It ends with the calling thread.
     fn restore(&self, _config: &VmConfig, _saved: &Path) -> Result<Box<dyn Vm>, BackendError> {
         Err(BackendError::unsupported(format!("{} cannot restore machines", self.name())))
     }
@@ -92,6 +93,10 @@ pub trait Vm: Send {
     /// whose memory is [`MemoryKind::CopyOnWrite`] what it has written. Its disks are not saved, nor is the memory file.
     fn save(&mut self, _saved: &Path) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this hypervisor cannot save machines"))
+    }
+    /// Why it ended, if it did and said so: what to tell when its guest is not heard any more.
+    fn last_words(&mut self) -> Option<BackendError> {
+        None
     }
     /// What it is doing.
     fn state(&mut self) -> Result<VmState, BackendError>;

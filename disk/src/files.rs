@@ -26,7 +26,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use crate::copy::{Copying, copy, explain};
 use crate::error::Context as _;
-use crate::staging::{Staging, remove_at_once, sweep, sync_directory};
+use crate::staging::{Staging, remove_at_once, remove_behind, set_aside, sweep, sync_directory};
 use crate::template::{self, Identity};
 use crate::{DiskError, Result, room, size, usage};
 
@@ -450,5 +450,12 @@ impl DiskBackend for FileDisks {
 
     fn remove(&self, id: &DiskId) -> std::result::Result<(), BackendError> {
         Ok(self.remove_disk(id)?)
+    }
+
+    fn discard(&self, id: &DiskId) -> std::result::Result<(), BackendError> {
+        if let Some(aside) = set_aside(&self.home(id), &self.root.join(TMP))? {
+            remove_behind(&aside);
+        }
+        Ok(())
     }
 }

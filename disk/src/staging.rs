@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
@@ -50,24 +52,44 @@ impl Staging {
 /// Removes a directory with all that is in it: at once as far as anybody sees, by a rename into `tmp`. Makes nothing new, so
 /// that it works where there is no room at all. Says whether it was there.
 pub(crate) fn remove_at_once(path: &Path, tmp: &Path) -> Result<bool> {
+    let Some(aside) = set_aside(path, tmp)? else { return Ok(false) };
+    remove_aside(&aside);
+    Ok(true)
+}
+
+/// Renames a directory into `tmp`, if it is there: nobody finds it any more.
+pub(crate) fn set_aside(path: &Path, tmp: &Path) -> Result<Option<PathBuf>> {
     loop {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(std::io::Error::other).doing("choose a name in", tmp)?;
-        let removed = tmp.join(format!("removed-{:016x}", u64::from_ne_bytes(random)));
-        match fs::rename(path, &removed) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        let aside = tmp.join(format!("removed-{:016x}", u64::from_ne_bytes(random)));
+        match fs::rename(path, &aside) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error)
-                if [ErrorKind::DirectoryNotEmpty, ErrorKind::AlreadyExists].contains(&error.kind()) =>
-            {
-                continue;
-            }
-            renamed => renamed.doing("remove", path)?,
+                if [ErrorKind::DirectoryNotEmpty, ErrorKind::AlreadyExists].contains(&error.kind()) => {}
+            renamed => return renamed.doing("remove", path).map(|()| Some(aside)),
         }
-        // What stays is swept by whoever opens the disks next.
-        if let Err(error) = fs::remove_dir_all(&removed) {
-            tracing::debug!(path = %removed.display(), %error, "left for another time");
-        }
-        return Ok(true);
+    }
+}
+
+fn remove_aside(aside: &Path) {
+    // What stays is swept by whoever opens the disks next.
+    if let Err(error) = fs::remove_dir_all(aside)
+        && error.kind() != ErrorKind::NotFound
+    {
+        tracing::debug!(path = %aside.display(), %error, "left for another time");
+    }
+}
+
+/// Removes what was set aside in a process of its own, which nobody waits for and which may outlive this one.
+pub(crate) fn remove_behind(aside: &Path) {
+    let mut command = Command::new("rm");
+    command.arg("-rf").arg("--").arg(aside).current_dir("/");
+    // Whoever ends this process with a key does not mean that one.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    match command.spawn() {
+        Ok(mut child) => drop(std::thread::spawn(move || child.wait())),
+        Err(_) => remove_aside(aside),
     }
 }
 
@@ -95,6 +117,23 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_removed_behind_is_out_of_sight_at_once_and_gone_soon() {
+        let parent = tempfile::tempdir().unwrap();
+        let (disk, tmp) = (parent.path().join("disk"), parent.path().join("tmp"));
+        fs::create_dir_all(disk.join("files")).unwrap();
+        fs::create_dir(&tmp).unwrap();
+        let aside = set_aside(&disk, &tmp).unwrap().unwrap();
+        assert!(!disk.exists() && aside.join("files").exists());
+        remove_behind(&aside);
+        let begun = std::time::Instant::now();
+        while aside.exists() {
+            assert!(begun.elapsed().as_secs() < 60, "{} stays", aside.display());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert_eq!(set_aside(&disk, &tmp).unwrap(), None);
+    }
 
     #[test]
     fn a_sweep_takes_what_nobody_holds_and_nothing_else() {

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Duration;
 
 use kiln_link::message::{self, Hello};
 use kiln_link::{GuestLink, Hold, LinkError, Opener, Session, VERSION, service};
@@ -13,6 +14,7 @@ use crate::failure::{Doing as _, Failure, say};
 use crate::init::PidOne;
 use crate::port::Port;
 use crate::process::Attachment;
+use crate::ready::Ready;
 use crate::{control, process};
 
 /// What makes this program the agent.
@@ -24,6 +26,8 @@ pub(crate) struct Machine {
     pub(crate) workload: Arc<Workload>,
     /// Processes that were started over the link, by number: where to send who wants to attach, and their pids.
     pub(crate) processes: Mutex<HashMap<u32, Entry>>,
+    /// What the root and the network are made of, until they are.
+    pub(crate) ready: Mutex<Option<Ready>>,
     /// The network, once there is one.
     pub(crate) network: Mutex<Option<crate::network::Network>>,
     /// What to look after in the root, once there is one.
@@ -44,6 +48,11 @@ impl Machine {
     }
 
     /// The lock, whoever held it last.
+    pub(crate) fn network(&self) -> std::sync::MutexGuard<'_, Option<crate::network::Network>> {
+        self.network.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The lock, whoever held it last.
     pub(crate) fn root(&self) -> std::sync::MutexGuard<'_, Option<crate::root::Root>> {
         self.root.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -61,6 +70,8 @@ pub(crate) fn main() -> ExitCode {
     let ended = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(8)
+        // Those that were made before the machine was saved are there when it is restored.
+        .thread_keep_alive(Duration::from_secs(u64::from(u32::MAX)))
         .build()
         .doing("start")
         .and_then(|runtime| runtime.block_on(run()));
@@ -73,6 +84,8 @@ pub(crate) fn main() -> ExitCode {
 async fn run() -> Result<(), Failure> {
     let pid_one = PidOne::at_stdin()?;
     let workload = Arc::new(Workload::make()?);
+    let ready = Ready::make()?;
+    make_threads().await?;
     let port = Port::open()?;
     let uname = rustix::system::uname();
     let hello = Hello {
@@ -85,6 +98,7 @@ async fn run() -> Result<(), Failure> {
         pid_one,
         workload,
         processes: Mutex::default(),
+        ready: Mutex::new(Some(ready)),
         network: Mutex::default(),
         root: Mutex::default(),
     });
@@ -92,6 +106,19 @@ async fn run() -> Result<(), Failure> {
         let session = link.next_session().await.doing("speak to the host")?;
         tokio::spawn(serve(Arc::clone(&machine), session));
     }
+}
+
+/// Makes the threads that the first process of a workload needs: for being started, and for two streams.
+async fn make_threads() -> Result<(), Failure> {
+    let all = Arc::new(Barrier::new(3));
+    let wait = || {
+        let all = Arc::clone(&all);
+        tokio::task::spawn_blocking(move || all.wait())
+    };
+    for thread in [wait(), wait(), wait()] {
+        thread.await.doing("make threads")?;
+    }
+    Ok(())
 }
 
 /// Holds the workload by freezing its control group.

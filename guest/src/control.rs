@@ -41,10 +41,8 @@ fn sync() -> Result<(), Failure> {
 }
 
 fn grow(machine: &Machine, size: u64) -> Result<(), Failure> {
-    let path = disks::find(disks::DISK)?;
-    disks::wait_for_size(&path, size)?;
     match &*machine.root() {
-        Some(root) => disks::grow(&root.disk, size),
+        Some(root) => disks::grow_to(&root.disk, size),
         None => Err(crate::failure::invalid("there is no disk yet")),
     }
 }

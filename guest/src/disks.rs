@@ -2,15 +2,19 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
-use crate::failure::{Doing as _, Failure, failed};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::mount::{MountFlags, mount};
+
+use crate::failure::{Doing as _, Failure, failed, invalid};
 
 /// The read-only disk with the image: EROFS.
 pub(crate) const IMAGE: &str = "kiln-image";
 /// The writable disk: ext4.
-pub(crate) const DISK: &str = "kiln-disk";
+const DISK: &str = "kiln-disk";
 
 /// `BLKFLSBUF`: forget what was read from the device.
 const FLUSH_BUFFERS: libc::c_ulong = 0x1261;
@@ -18,41 +22,127 @@ const FLUSH_BUFFERS: libc::c_ulong = 0x1261;
 const RESIZE: libc::c_ulong = 0x4008_6610;
 /// Bytes of a block of the writable disk's filesystem.
 const BLOCK: u64 = 4096;
+/// Where ext4 says that it is ext4 (`s_magic`), and how.
+const MAGIC: (u64, [u8; 2]) = (1024 + 0x38, 0xef53_u16.to_le_bytes());
 /// How long the kernel may take to notice that a device has another size.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The path of the device with a serial number. What was cached of it is forgotten: it may be another disk than when the
-/// machine was saved.
+/// The path of the device with a serial number.
 pub(crate) fn find(serial: &str) -> Result<String, Failure> {
     let entries = fs::read_dir("/sys/block").doing("list the disks")?;
     for entry in entries.flatten() {
         let found = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
         if found.trim_end_matches(['\n', '\0']) == serial {
-            let path = format!("/dev/{}", entry.file_name().to_string_lossy());
-            let device = File::open(&path).doing(format_args!("open {path}"))?;
-            // SAFETY: takes no argument.
-            if unsafe { libc::ioctl(device.as_raw_fd(), FLUSH_BUFFERS, 0) } != 0 {
-                return Err(failed(format_args!("flush {path}"), io::Error::last_os_error()));
-            }
-            return Ok(path);
+            return Ok(format!("/dev/{}", entry.file_name().to_string_lossy()));
         }
     }
     Err(failed("find a disk", format_args!("none has the serial number {serial}")))
 }
 
-/// Waits until the device at `path` has `bytes`, as the host says it has.
-pub(crate) fn wait_for_size(path: &str, bytes: u64) -> Result<(), Failure> {
-    let name = path.rsplit('/').next().unwrap_or_default();
+/// Forgets what was cached of a device: it may be another disk than when the machine was saved.
+pub(crate) fn forget(device: &str) -> Result<(), Failure> {
+    let open = File::open(device).doing(format_args!("open {device}"))?;
+    // SAFETY: takes no argument.
+    if unsafe { libc::ioctl(open.as_raw_fd(), FLUSH_BUFFERS, 0) } != 0 {
+        return Err(failed(format_args!("flush {device}"), io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// The writable disk.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    device: String,
+    /// The root of its filesystem, once that is mounted, and the bytes that it then had.
+    mounted: Option<(OwnedFd, u64)>,
+}
+
+impl Disk {
+    pub(crate) fn find() -> Result<Self, Failure> {
+        Ok(Self { device: find(DISK)?, mounted: None })
+    }
+
+    /// Whether there is one to mount. A template that is for machines with disks of their own has none.
+    pub(crate) fn has_filesystem(&self) -> Result<bool, Failure> {
+        let mut magic = [0; 2];
+        File::open(&self.device)
+            .and_then(|device| device.read_exact_at(&mut magic, MAGIC.0))
+            .doing(format_args!("read {}", self.device))?;
+        Ok(magic == MAGIC.1)
+    }
+
+    /// Mounts it at `place`, as large as its device.
+    pub(crate) fn mount(&mut self, place: &str) -> Result<(), Failure> {
+        // No access times: reading must not write. No barriers are given up: what was synced stays. Tables of inodes that
+        // are not in use need no zeros: the filesystem's checksums say which part is.
+        mount(self.device.as_str(), place, "ext4", MountFlags::NOATIME, Some(c"noinit_itable"))
+            .doing("mount the disk")?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = openat(CWD, place, flags, Mode::empty()).doing(format_args!("open {place}"))?;
+        let size = self.size();
+        grow(&root, size)?;
+        self.mounted = Some((root, size));
+        Ok(())
+    }
+
+    /// Puts everything on the device, so that a copy of it now is whole.
+    pub(crate) fn settle(&self) -> Result<(), Failure> {
+        match &self.mounted {
+            Some((root, _)) => rustix::fs::syncfs(root).doing("write to the disk"),
+            None => Ok(()),
+        }
+    }
+
+    /// The root of its filesystem, which is mounted at `place` if it is not yet, and has `bytes`.
+    pub(crate) fn ready(mut self, place: &str, bytes: u64) -> Result<OwnedFd, Failure> {
+        match self.mounted.take() {
+            Some((root, size)) if size == bytes => return Ok(root),
+            Some((root, size)) if size < bytes => {
+                wait_for_size(&self.device, bytes)?;
+                grow(&root, bytes)?;
+                return Ok(root);
+            }
+            Some((_, size)) => {
+                return Err(invalid(format!(
+                    "the disk has {size} bytes already and cannot shrink to {bytes}"
+                )));
+            }
+            None => {}
+        }
+        forget(&self.device)?;
+        wait_for_size(&self.device, bytes)?;
+        self.mount(place)?;
+        self.mounted.map(|(root, _)| root).ok_or_else(|| invalid("the disk is not mounted"))
+    }
+
+    fn size(&self) -> u64 {
+        size(&self.device)
+    }
+}
+
+/// Lets the writable disk's filesystem that `directory` is in grow to `bytes`, which the host says the device has.
+pub(crate) fn grow_to(directory: impl AsFd, bytes: u64) -> Result<(), Failure> {
+    wait_for_size(&find(DISK)?, bytes)?;
+    grow(directory, bytes)
+}
+
+fn size(device: &str) -> u64 {
+    let name = device.rsplit('/').next().unwrap_or_default();
+    let sectors = fs::read_to_string(format!("/sys/block/{name}/size")).unwrap_or_default();
+    sectors.trim().parse::<u64>().unwrap_or(0).saturating_mul(512)
+}
+
+/// Waits until the device has `bytes`, as the host says it has.
+fn wait_for_size(device: &str, bytes: u64) -> Result<(), Failure> {
     let begun = Instant::now();
     loop {
-        let sectors = fs::read_to_string(format!("/sys/block/{name}/size")).unwrap_or_default();
-        let size = sectors.trim().parse::<u64>().unwrap_or(0).saturating_mul(512);
+        let size = size(device);
         if size == bytes {
             return Ok(());
         }
         if begun.elapsed() > PATIENCE {
             return Err(failed(
-                format_args!("use {path}"),
+                format_args!("use {device}"),
                 format_args!("it has {size} bytes and should have {bytes}"),
             ));
         }
@@ -60,8 +150,8 @@ pub(crate) fn wait_for_size(path: &str, bytes: u64) -> Result<(), Failure> {
     }
 }
 
-/// Lets the mounted ext4 filesystem that `directory` is in grow to `bytes`; the kernel refuses to let it shrink.
-pub(crate) fn grow(directory: impl AsFd, bytes: u64) -> Result<(), Failure> {
+/// The kernel refuses to let it shrink.
+fn grow(directory: impl AsFd, bytes: u64) -> Result<(), Failure> {
     let blocks = bytes / BLOCK;
     // SAFETY: reads the 64-bit number of blocks that the pointer leads to.
     if unsafe { libc::ioctl(directory.as_fd().as_raw_fd(), RESIZE, &raw const blocks) } != 0 {

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use kiln_link::{Opener, Stream};
-use kiln_usernet::guest::{Tun, TunConfig, run};
+use kiln_usernet::guest::{Tun, run};
 use tokio::sync::watch;
 
 use crate::failure::{Doing as _, Failure, say};
@@ -26,20 +26,42 @@ impl kiln_usernet::Open for Life {
 pub(crate) struct Network(watch::Sender<Arc<Life>>);
 
 impl Network {
-    /// Makes the device with its addresses and routes, and carries what goes through it.
-    pub(crate) fn start(opener: &Opener) -> Result<Self, Failure> {
-        let tun = Tun::create(&TunConfig::default()).doing("make the network")?;
+    /// Carries what goes through the device.
+    pub(crate) fn start(tun: Tun, opener: &Opener) -> Self {
         let (lives, watched) = watch::channel(Arc::new(Life(opener.clone())));
         tokio::spawn(async move {
             if let Err(error) = run(tun, watched).await {
                 say(format_args!("the network has ended: {error}"));
             }
         });
-        Ok(Self(lives))
+        Self(lives)
     }
 
     /// Goes on with another life. Connections of the one before are reset.
     pub(crate) fn go_on(&self, opener: &Opener) {
         self.0.send_replace(Arc::new(Life(opener.clone())));
     }
+}
+
+/// `127.0.0.1` and `::1` work in every machine.
+pub(crate) fn bring_up_loopback() -> Result<(), Failure> {
+    use std::os::fd::AsRawFd as _;
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .doing("make a socket")?;
+    // SAFETY: all zeros is a value of this type.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the kernel reads the name and the flags, both of which are set.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } != 0 {
+        return Err(crate::failure::failed("bring up loopback", std::io::Error::last_os_error()));
+    }
+    Ok(())
 }

@@ -11,20 +11,27 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use kiln_link::message::Root as Wanted;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount, mount_bind, mount_change, mount_remount,
+    move_mount,
+};
 
-use crate::disks;
+use crate::disks::{self, Disk};
 use crate::failure::{Doing as _, Failure, failed, invalid};
 
 /// Where the root is until it becomes `/`.
 pub(crate) const MOUNT: &str = "/root";
-const IMAGE: &str = "/image";
-const DISK: &str = "/disk";
+pub(crate) const IMAGE: &str = "/image";
+pub(crate) const DISK: &str = "/disk";
+const SHM: &str = "/dev/shm";
+/// Bytes of shared memory unless more or less is asked for.
+const USUAL_SHM: u64 = 64 << 20;
 
 /// A mounted root, and what of it is out of reach once it is `/`.
 #[derive(Debug)]
@@ -37,39 +44,50 @@ pub(crate) struct Root {
     pub(crate) files: OwnedFd,
 }
 
-/// Mounts the root at [`MOUNT`] with everything that belongs to any Linux system.
-pub(crate) fn make(wanted: &Wanted) -> Result<Root, Failure> {
-    for directory in [IMAGE, DISK, MOUNT, crate::mounts::FILES] {
-        std::fs::create_dir_all(directory).doing(format_args!("make {directory}"))?;
-    }
-    let image = disks::find(disks::IMAGE)?;
-    mount(image.as_str(), IMAGE, "erofs", MountFlags::RDONLY, None).doing("mount the image")?;
-    let disk = disks::find(disks::DISK)?;
-    disks::wait_for_size(&disk, wanted.disk_size)?;
-    // No access times: reading must not write. No barriers are given up: what was synced stays.
-    mount(disk.as_str(), DISK, "ext4", MountFlags::NOATIME, None).doing("mount the disk")?;
+/// What a root is made of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    /// The device with the image.
+    pub(crate) image: String,
+    /// The writable disk.
+    pub(crate) disk: Disk,
+    /// Whether that is mounted and no image was seen through it yet.
+    pub(crate) is_new: bool,
+    /// What is mounted in any root.
+    pub(crate) system: System,
+}
+
+/// Makes the directories that a root needs of the mounted writable disk. Whether they were not there.
+pub(crate) fn lay_out() -> Result<bool, Failure> {
+    let mut is_new = false;
     for directory in ["upper", "work"] {
         let path = format!("{DISK}/{directory}");
         match std::fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(failed(format_args!("make {path}"), error));
-            }
-            Ok(()) if directory == "upper" => copy_attributes(IMAGE, &path)?,
-            _ => {}
+            Ok(()) => is_new = true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(failed(format_args!("make {path}"), error)),
         }
     }
-    let root = Root {
-        disk: directory(DISK)?,
-        upper: directory(&format!("{DISK}/upper"))?,
-        files: directory(crate::mounts::FILES)?,
-    };
-    disks::grow(&root.disk, wanted.disk_size)?;
+    Ok(is_new)
+}
+
+/// Mounts the root at [`MOUNT`] with everything that belongs to any Linux system.
+pub(crate) fn make(wanted: &Wanted, parts: Parts) -> Result<Root, Failure> {
+    let Parts { image, disk, is_new, system } = parts;
+    disks::forget(&image)?;
+    mount(image.as_str(), IMAGE, "erofs", MountFlags::RDONLY, None).doing("mount the image")?;
+    let disk = disk.ready(DISK, wanted.disk_size)?;
+    if is_new || lay_out()? {
+        copy_attributes(IMAGE, &format!("{DISK}/upper"))?;
+    }
+    let root =
+        Root { disk, upper: directory(&format!("{DISK}/upper"))?, files: directory(crate::mounts::FILES)? };
     let options = format!("lowerdir={IMAGE},upperdir={DISK}/upper,workdir={DISK}/work");
     let flags = if wanted.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     let options = std::ffi::CString::new(options).doing("say how the root is mounted")?;
     mount("kiln", MOUNT, "overlay", flags, Some(options.as_c_str())).doing("mount the root")?;
     mount_change(MOUNT, MountPropagationFlags::SHARED).doing("share the root's mounts")?;
-    system_mounts(wanted)?;
+    system.mount(wanted)?;
     keep_engines_off_the_overlay(wanted)?;
     Ok(root)
 }
@@ -78,6 +96,10 @@ pub(crate) fn make(wanted: &Wanted) -> Result<Root, Failure> {
 fn copy_attributes(from: &str, to: &str) -> Result<(), Failure> {
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
     let image = std::fs::metadata(from).doing("look at the image's root")?;
+    let made = std::fs::metadata(to).doing("look at the disk")?;
+    if (image.uid(), image.gid(), image.mode()) == (made.uid(), made.gid(), made.mode()) {
+        return Ok(());
+    }
     chown(to, Some(image.uid()), Some(image.gid()))
         .and_then(|()| std::fs::set_permissions(to, std::fs::Permissions::from_mode(image.mode() & 0o7777)))
         .doing("give the root its attributes")
@@ -88,48 +110,80 @@ fn directory(path: &str) -> Result<OwnedFd, Failure> {
         .doing(format_args!("open {path}"))
 }
 
-fn system_mounts(wanted: &Wanted) -> Result<(), Failure> {
-    let hardened = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    let shm = format!("mode=1777,size={}", wanted.shm_size);
-    let table: [(&str, &str, MountFlags, &str); 8] = [
-        ("proc", "/proc", hardened, ""),
-        ("sysfs", "/sys", hardened, ""),
-        ("devtmpfs", "/dev", MountFlags::NOSUID | MountFlags::NOEXEC, ""),
-        ("devpts", "/dev/pts", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=0620,gid=5,ptmxmode=0666"),
-        ("tmpfs", "/dev/shm", MountFlags::NOSUID | MountFlags::NODEV, &shm),
-        ("mqueue", "/dev/mqueue", hardened, ""),
-        ("cgroup2", "/sys/fs/cgroup", hardened, ""),
-        ("tmpfs", "/run", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755"),
-    ];
-    for (kind, target, flags, options) in table {
-        // A container's /run is its image's; a system's is memory, and its init mounts it if we do not.
-        if target == "/run" && !wanted.system {
-            continue;
+/// What is mounted in any root, mounted nowhere yet.
+#[derive(Debug)]
+pub(crate) struct System(Vec<(&'static str, OwnedFd)>);
+
+impl System {
+    /// Makes them all. What they show of processes and control groups is what the caller sees.
+    pub(crate) fn make() -> Result<Self, Failure> {
+        let private = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+        let hardened = private | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let devices = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let table: [(&str, &str, MountAttrFlags, &str); 7] = [
+            ("proc", "/proc", hardened, ""),
+            ("sysfs", "/sys", hardened, ""),
+            ("devtmpfs", "/dev", devices, ""),
+            ("devpts", "/dev/pts", devices, "mode=0620,gid=5,ptmxmode=0666"),
+            ("tmpfs", SHM, private, "mode=1777,size=64m"),
+            ("mqueue", "/dev/mqueue", hardened, ""),
+            ("cgroup2", "/sys/fs/cgroup", hardened, ""),
+        ];
+        for directory in ["/dev/pts", SHM, "/dev/mqueue"] {
+            std::fs::create_dir_all(directory).doing(format_args!("make {directory}"))?;
         }
-        let place = place(MOUNT, target, true)?;
-        let options = std::ffi::CString::new(options).doing("say how it is mounted")?;
-        match mount(kind, descriptor(&place).as_str(), kind, flags, Some(options.as_c_str())) {
-            // Kernels without message queues are rare, but exist.
-            Err(Errno::NODEV) if kind == "mqueue" => {}
-            outcome => outcome.doing(format_args!("mount {kind} at {target}"))?,
-        }
-    }
-    // Its own on every machine; the kernel makes it only for consoles.
-    for (link, target) in [
-        ("/dev/fd", "/proc/self/fd"),
-        ("/dev/stdin", "fd/0"),
-        ("/dev/stdout", "fd/1"),
-        ("/dev/stderr", "fd/2"),
-    ] {
-        let target = if link == "/dev/fd" { target.to_owned() } else { format!("/proc/self/{target}") };
-        match std::os::unix::fs::symlink(target, format!("{MOUNT}{link}")) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(failed(format_args!("make {link}"), error));
+        let mut made = Vec::with_capacity(table.len());
+        for (kind, target, flags, options) in table {
+            match detached(kind, flags, options) {
+                Ok(mounted) => made.push((target, mounted)),
+                // Kernels without message queues are rare, but exist.
+                Err(Errno::NODEV) if kind == "mqueue" => {}
+                Err(errno) => return Err(failed(format_args!("make {kind} for {target}"), errno)),
             }
-            _ => {}
         }
+        // The kernel makes its own devices only; these belong to any system.
+        for (link, target) in [
+            ("/dev/fd", "/proc/self/fd"),
+            ("/dev/stdin", "/proc/self/fd/0"),
+            ("/dev/stdout", "/proc/self/fd/1"),
+            ("/dev/stderr", "/proc/self/fd/2"),
+        ] {
+            std::os::unix::fs::symlink(target, link).doing(format_args!("make {link}"))?;
+        }
+        Ok(Self(made))
     }
-    Ok(())
+
+    fn mount(self, wanted: &Wanted) -> Result<(), Failure> {
+        for (target, mounted) in self.0 {
+            let place = place(MOUNT, target, true)?;
+            let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+            move_mount(&mounted, "", &place, "", flags).doing(format_args!("mount {target}"))?;
+        }
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        if wanted.shm_size != USUAL_SHM {
+            let size = format!("size={}", wanted.shm_size);
+            let size = std::ffi::CString::new(size).doing("say how large shared memory is")?;
+            mount_remount(descriptor(&place(MOUNT, SHM, false)?).as_str(), flags, size.as_c_str())
+                .doing("size shared memory")?;
+        }
+        if wanted.system {
+            // A container's /run is its image's; a system's is memory.
+            let place = place(MOUNT, "/run", true)?;
+            mount("tmpfs", descriptor(&place).as_str(), "tmpfs", flags, Some(c"mode=0755"))
+                .doing("mount memory at /run")?;
+        }
+        Ok(())
+    }
+}
+
+/// A mount of a new filesystem that nobody sees yet.
+fn detached(kind: &str, flags: MountAttrFlags, options: &str) -> Result<OwnedFd, Errno> {
+    let filesystem = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (name, value) in options.split(',').filter_map(|option| option.split_once('=')) {
+        fsconfig_set_string(filesystem.as_fd(), name, value)?;
+    }
+    fsconfig_create(filesystem.as_fd())?;
+    fsmount(filesystem.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)
 }
 
 /// Container engines put overlays of their own below these, and an overlay cannot be the upper layer of another.

@@ -17,7 +17,6 @@
 //! # Ok::<(), kiln_contract::BackendError>(())
 //! ```
 
-pub mod archive;
 #[cfg(target_os = "linux")]
 mod attach;
 #[cfg(target_os = "linux")]
@@ -40,7 +39,6 @@ mod supervisor;
 pub mod terminal;
 #[cfg(target_os = "linux")]
 mod verbs;
-mod volumes;
 
 #[cfg(target_os = "linux")]
 pub use control::{Attach, Connection, Failure, Reply, Request};
@@ -51,4 +49,3 @@ pub use kind::{Ground, Hold, Kind, Kinds, Run, kind_of};
 pub use supervisor::supervise;
 #[cfg(target_os = "linux")]
 pub use verbs::Verbs;
-pub use volumes::{Volume, Volumes};

@@ -14,7 +14,7 @@ use kiln_contract::{
     InstanceStatus, Isolation, ProcessId,
 };
 use kiln_instance::streams::{self, Ends, Streams, Wiring};
-use kiln_instance::{Ground, Hold, Instances, Kind, Run, Volumes, process, terminal};
+use kiln_instance::{Ground, Hold, Instances, Kind, Run, process, terminal};
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 
@@ -41,8 +41,8 @@ impl Kind for MachineKind {
         if record.spec.remove { disks(instances.home())?.remove(&DiskId::from(&record.id)) } else { Ok(()) }
     }
 
-    fn release_volumes(&self, instances: &Instances, volumes: &[String]) -> Result<(), BackendError> {
-        Volumes::open(instances.home()).release(volumes)
+    fn release_volumes(&self, _: &Instances, _: &[String]) -> Result<(), BackendError> {
+        Ok(())
     }
 }
 
@@ -54,11 +54,6 @@ struct MachineGround {
 
 impl Ground for MachineGround {
     fn launch(&mut self, record: &mut InstanceRecord, wiring: Wiring) -> Result<Run, BackendError> {
-        let disks = disks(self.instances.home())?;
-        let disk = DiskId::from(&self.id);
-        if disks.path(&disk).is_err() {
-            disks.create(&disk, plan::disk_size(&record.spec))?;
-        }
         let (streams, mut ends) = wiring
             .connect(&record.spec.process)
             .map_err(|error| BackendError::caused("cannot make the machine's streams", error))?;
@@ -90,7 +85,7 @@ impl Ground for MachineGround {
     fn unmount(&mut self) -> Result<(), BackendError> {
         let record = self.instances.read(&self.id)?;
         if record.spec.remove {
-            disks(self.instances.home())?.remove(&DiskId::from(&self.id))
+            disks(self.instances.home())?.discard(&DiskId::from(&self.id))
         } else {
             Ok(())
         }

@@ -35,4 +35,4 @@ pub use kind::MachineKind;
 pub use life::{Life, Paths};
 #[cfg(target_os = "linux")]
 pub use monitor::monitor;
-pub use template::{Shape, Template, Templates};
+pub use template::{Disk, Shape, Template, Templates};

@@ -8,7 +8,7 @@ use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, O
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 
 use crate::stream;
-use crate::template::{Shape, Template};
+use crate::template::{DISK_SIZE, Shape, Template};
 
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
@@ -22,6 +22,8 @@ pub struct Paths {
     pub image: PathBuf,
     /// The writable disk.
     pub disk: PathBuf,
+    /// Its size in bytes.
+    pub disk_size: u64,
 }
 
 /// A running machine, and the session with its guest.
@@ -61,15 +63,11 @@ impl Life {
         };
         let mut vm = hypervisor.restore(&config, saved.unwrap_or(template.saved()))?;
         let link = HostLink::restored(stream::adopt(vm.link()?)?);
-        let disk = std::fs::metadata(&paths.disk).map_err(|error| {
-            BackendError::caused(format!("cannot measure {}", paths.disk.display()), error)
-        })?;
-        vm.resume()?;
-        // The guest saw the template's disk until now.
-        vm.disk_resized(disk.len())?;
         let session = match tokio::time::timeout(TO_BEGIN, link.begin()).await {
-            Ok(begun) => {
-                begun.map_err(|error| BackendError::caused("cannot begin to speak to the guest", error))?
+            Ok(Ok(session)) => session,
+            Ok(Err(error)) => {
+                let lost = BackendError::caused("cannot begin to speak to the guest", error);
+                return Err(vm.last_words().unwrap_or(lost));
             }
             Err(_) => {
                 return Err(BackendError::caused(
@@ -78,6 +76,10 @@ impl Life {
                 ));
             }
         };
+        if paths.disk_size != DISK_SIZE {
+            // The guest saw the template's disk until now.
+            vm.disk_resized(paths.disk_size)?;
+        }
         Ok(Self { vm, session })
     }
 

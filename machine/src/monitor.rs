@@ -40,7 +40,7 @@ use crate::carry::{End, Event, carry};
 use crate::door::{self, Ask, Reply};
 use crate::life::{Life, Paths, ask, start};
 use crate::services::Services;
-use crate::template::{Template, Templates};
+use crate::template::{DISK_SIZE, Disk, Template, Templates};
 use crate::{plan, stream};
 
 /// How long a guest may take to hold still.
@@ -117,6 +117,7 @@ pub(crate) fn template(
     home: &Home,
     record: &InstanceRecord,
     qemu: &Qemu,
+    disks: &dyn DiskBackend,
     progress: &dyn kiln_contract::Progress,
 ) -> Result<Template, BackendError> {
     let kernels = Kernels::open(home);
@@ -124,7 +125,10 @@ pub(crate) fn template(
         Some(name) => kernels.find(name)?,
         None => kernels.default()?,
     };
-    Templates::open(home).get(qemu, &kernel, plan::shape(&record.spec.resources)?, progress)
+    let begins_empty =
+        disks.path(&DiskId::from(&record.id)).is_err() && plan::disk_size(&record.spec) >= DISK_SIZE;
+    let disk = if begins_empty { Disk::Empty } else { Disk::Own };
+    Templates::open(home, disks).get(qemu, &kernel, plan::shape(&record.spec.resources)?, disk, progress)
 }
 
 /// The image disk of a machine, made if it is not there.
@@ -146,14 +150,37 @@ pub(crate) fn disks(home: &Home) -> Result<Box<dyn DiskBackend>, BackendError> {
 }
 
 /// The template below what was saved.
-fn template_of(home: &Home, saved: &std::path::Path) -> Result<Template, BackendError> {
+fn template_of(
+    home: &Home,
+    disks: &dyn DiskBackend,
+    saved: &std::path::Path,
+) -> Result<Template, BackendError> {
     let key = std::fs::read_to_string(saved.join("template"))
         .map_err(|error| BackendError::caused(format!("cannot read {}", saved.display()), error))?;
-    let found = Templates::open(home).list()?.into_iter().find(|template| template.key().hex() == key.trim());
+    let found =
+        Templates::open(home, disks).list()?.into_iter().find(|template| template.key().hex() == key.trim());
     found.ok_or_else(|| {
         BackendError::new(ErrorKind::NotFound, "the template that this machine was saved over is gone")
             .hint("start it without its memory: remove the saved memory, or fork again")
     })
+}
+
+/// The path of a machine's writable disk, made if there is none.
+fn own_disk(
+    disks: &dyn DiskBackend,
+    disk: &DiskId,
+    template: &Template,
+    size: u64,
+) -> Result<PathBuf, BackendError> {
+    if let Ok(path) = disks.path(disk) {
+        return Ok(path);
+    }
+    let Some(empty) = template.disk() else { return disks.create(disk, size) };
+    let path = disks.clone_disk(&empty, None, disk)?;
+    if size > DISK_SIZE {
+        disks.resize(disk, size)?;
+    }
+    Ok(path)
 }
 
 async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, BackendError> {
@@ -164,18 +191,19 @@ async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, 
     let dir = instances.dir(id);
     let qemu = Qemu::find()?;
     let saved = Some(plan::saved(&dir)).filter(|saved| saved.join("state").exists());
-    let template = match &saved {
-        Some(saved) => template_of(home, saved)?,
-        None => template(home, &record, &qemu, &Silent)?,
-    };
     let disks = disks(home)?;
+    let template = match &saved {
+        Some(saved) => template_of(home, &*disks, saved)?,
+        None => template(home, &record, &qemu, &*disks, &Silent)?,
+    };
     let disk = DiskId::from(id);
     let paths = Paths {
         directory: dir.path().to_owned(),
         image: image(home, &record, &Silent)?,
-        disk: disks.path(&disk)?,
+        disk: own_disk(&*disks, &disk, &template, plan::disk_size(&record.spec))?,
+        disk_size: disks.size(&disk)?,
     };
-    let services = Services::prepare(home, &record.spec)?;
+    let services = Services::prepare(&record.spec)?;
     let life = Life::restore(&qemu, &template, saved.as_deref(), &paths).await?;
     let ground = Ground { record, dir, disks, disk, template, saved };
     let outcome = live(&ground, life, services, supervisor, &signals).await;

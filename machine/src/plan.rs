@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 use kiln_contract::{
@@ -64,6 +64,11 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     }
     if !spec.ports.is_empty() && spec.network.mode == "none" {
         return refuse("published ports without a network");
+    }
+    for mount in &spec.mounts {
+        if matches!(mount.kind, MountKind::Volume { .. }) {
+            return refuse(&format!("the named volume at {} yet: share a directory", mount.target));
+        }
     }
     Ok(())
 }
@@ -136,13 +141,6 @@ fn resolv_conf(spec: &InstanceSpec) -> String {
     text
 }
 
-/// Mounts in the order in which they are made: parents before what is mounted in them.
-pub(crate) fn in_order(spec: &InstanceSpec) -> Vec<&MountSpec> {
-    let mut mounts: Vec<&MountSpec> = spec.mounts.iter().collect();
-    mounts.sort_by_key(|mount| Path::new(&mount.target).components().count());
-    mounts
-}
-
 fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
     let mut shares = 0;
     let mount = |mount: &MountSpec| {
@@ -161,15 +159,11 @@ fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
                 shares += 1;
                 MountSource::Share { number, file: !source.is_dir() }
             }
-            MountKind::Volume { .. } => {
-                let number = shares;
-                shares += 1;
-                MountSource::Share { number, file: false }
-            }
+            MountKind::Volume { .. } => return None,
         };
-        Mount { target: mount.target.clone(), source, read_only: mount.read_only }
+        Some(Mount { target: mount.target.clone(), source, read_only: mount.read_only })
     };
-    in_order(spec).into_iter().map(mount).collect()
+    spec.mounts.iter().filter_map(mount).collect()
 }
 
 /// The workload's first process.

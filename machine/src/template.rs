@@ -6,7 +6,12 @@
 //!   memory               the memory file: sparse, mapped by every machine that started from it
 //!   state                the state of the devices
 //! templates/<key>.lock   held by who is making it
+//! disks/template-<key>   the writable disk that is mounted in it, if one is
 //! ```
+//!
+//! There are two kinds. The guest of one has mounted an empty disk of the usual size, and machines begin with a copy of that
+//! disk: it is theirs from then on. The guest of the other has mounted none, for machines that have a disk of their own
+//! already or want a smaller one; mounting it is part of their start.
 //!
 //! The key is the digest of everything that a saved state depends on: the hypervisor with its version and accelerator, kernel,
 //! guest, link, number of processors, memory, and the sizes that the devices had. If any of it changes, there is just no
@@ -21,7 +26,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use kiln_boot::Kernel;
 use kiln_contract::{
-    BackendError, BootConfig, Digest, ErrorKind, Home, Hypervisor, MemoryKind, Progress, Step, VmConfig,
+    BackendError, BootConfig, Digest, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, MachineSpec,
+    MemoryKind, Progress, Step, VmConfig,
 };
 use kiln_link::{HostLink, LinkError, VERSION};
 use rustix::fs::{FlockOperation, flock};
@@ -31,15 +37,15 @@ use crate::guest;
 use crate::stream;
 
 /// The version of `template.json`.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Templates that are kept besides the newest; each has a size and kernel of its own.
 const KEPT: usize = 8;
 /// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
 const TO_BOOT: Duration = Duration::from_secs(180);
 /// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
 const IMAGE_SIZE: u64 = 16 << 40;
-/// The size of a template's writable disk. A machine's disk has its own, and says so.
-pub(crate) const DISK_SIZE: u64 = 16 << 30;
+/// The size of a template's writable disk. A machine's that is of another size says so.
+pub(crate) const DISK_SIZE: u64 = MachineSpec::DISK.bytes();
 
 /// A machine's processors and memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +54,16 @@ pub struct Shape {
     pub cpus: u32,
     /// Memory in bytes, a multiple of 2 MiB.
     pub memory: u64,
+}
+
+/// What the guest has for a writable disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Disk {
+    /// An empty one of the usual size, mounted: a machine begins with a copy of it.
+    Empty,
+    /// None yet: a machine mounts its own.
+    Own,
 }
 
 /// What `template.json` says.
@@ -62,6 +78,8 @@ pub struct TemplateRecord {
     pub hypervisor: String,
     /// The machines that start from it.
     pub shape: Shape,
+    /// What they have for a writable disk.
+    pub disk: Disk,
     /// How long the guest took from the start of the hypervisor until it was ready, in milliseconds.
     pub boot_millis: u64,
 }
@@ -90,6 +108,11 @@ impl Template {
         self.directory.join("memory")
     }
 
+    /// The disk that a machine begins with a copy of.
+    pub fn disk(&self) -> Option<DiskId> {
+        matches!(self.record.disk, Disk::Empty).then(|| disk_id(self.key)).flatten()
+    }
+
     /// What a hypervisor restores.
     pub fn saved(&self) -> &Path {
         &self.directory
@@ -106,16 +129,27 @@ impl Template {
     }
 }
 
-/// The templates of a home.
-#[derive(Debug, Clone)]
-pub struct Templates {
-    root: PathBuf,
+/// The disk of the template `key`, among those of machines.
+fn disk_id(key: Digest) -> Option<DiskId> {
+    format!("template-{}", key.hex()).parse().ok()
 }
 
-impl Templates {
-    /// The templates of a home. Nothing is read or made by this.
-    pub fn open(home: &Home) -> Self {
-        Self { root: home.templates() }
+/// The templates of a home.
+pub struct Templates<'a> {
+    root: PathBuf,
+    disks: &'a dyn DiskBackend,
+}
+
+impl std::fmt::Debug for Templates<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Templates").field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Templates<'a> {
+    /// The templates of a home, whose machines have their disks in `disks`. Nothing is read or made by this.
+    pub fn open(home: &Home, disks: &'a dyn DiskBackend) -> Self {
+        Self { root: home.templates(), disks }
     }
 
     /// All templates, the one used last first.
@@ -144,7 +178,17 @@ impl Templates {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(failed("remove", &template.directory)(error)),
             Ok(()) => fs::remove_dir_all(&aside).map_err(failed("remove", &aside)),
+        }?;
+        match disk_id(template.key) {
+            Some(disk) if self.disks.path(&disk).is_ok() => self.disks.remove(&disk),
+            _ => Ok(()),
         }
+    }
+
+    /// A template that is whole, its disk too.
+    fn load(&self, directory: &Path) -> Option<Template> {
+        Template::load(directory)
+            .filter(|template| template.disk().is_none_or(|disk| self.disks.path(&disk).is_ok()))
     }
 
     /// The template for machines of `shape` with `kernel`; made if it is not there, by one process while others wait.
@@ -156,11 +200,12 @@ impl Templates {
         hypervisor: &dyn Hypervisor,
         kernel: &Kernel,
         shape: Shape,
+        disk: Disk,
         progress: &dyn Progress,
     ) -> Result<Template, BackendError> {
-        let key = key(hypervisor, kernel, shape);
+        let key = key(hypervisor, kernel, shape, disk);
         let directory = self.root.join(key.hex());
-        if let Some(template) = Template::load(&directory) {
+        if let Some(template) = self.load(&directory) {
             touch(&template);
             return Ok(template);
         }
@@ -170,7 +215,7 @@ impl Templates {
         rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| failed("lock", &path)(error.into()))?;
         // Somebody else may have made it meanwhile.
-        if let Some(template) = Template::load(&directory) {
+        if let Some(template) = self.load(&directory) {
             return Ok(template);
         }
         // What is there and is not whole: a disk was full, a file was cut.
@@ -180,16 +225,28 @@ impl Templates {
             }
             _ => {}
         }
+        let begun_with = match disk {
+            Disk::Empty => disk_id(key),
+            Disk::Own => None,
+        };
+        if let Some(disk) = begun_with.as_ref().filter(|disk| self.disks.path(disk).is_ok()) {
+            self.disks.remove(disk)?;
+        }
         let step = progress.begin(Step {
             name: format!("{} ({} CPU, {} MiB)", kernel.name(), shape.cpus, shape.memory >> 20),
             verb: "template",
             total: None,
         });
-        let made = self.make(hypervisor, kernel, shape, &directory);
+        let made = self.make(hypervisor, kernel, (shape, disk), begun_with.as_ref(), &directory);
         progress.end(step, if made.is_ok() { "done" } else { "failed" });
+        if let (Err(_), Some(disk)) = (&made, &begun_with)
+            && let Err(error) = self.disks.remove(disk)
+        {
+            tracing::debug!("{error}");
+        }
         made?;
         self.keep_few(key)?;
-        Template::load(&directory).ok_or_else(|| {
+        self.load(&directory).ok_or_else(|| {
             BackendError::new(ErrorKind::Failed, format!("the template at {} vanished", directory.display()))
         })
     }
@@ -198,7 +255,8 @@ impl Templates {
         &self,
         hypervisor: &dyn Hypervisor,
         kernel: &Kernel,
-        shape: Shape,
+        (shape, disk): (Shape, Disk),
+        begun_with: Option<&DiskId>,
         directory: &Path,
     ) -> Result<(), BackendError> {
         if guest::PROGRAM.is_empty() {
@@ -232,7 +290,10 @@ impl Templates {
                 command_line: COMMAND_LINE.to_owned(),
             }),
             image: sparse("image", image_size(&self.root))?,
-            disk: sparse("disk", DISK_SIZE)?,
+            disk: match begun_with {
+                Some(disk) => self.disks.create(disk, DISK_SIZE)?,
+                None => sparse("disk", DISK_SIZE)?,
+            },
         };
         let begun = Instant::now();
         let mut vm = hypervisor.create(&config)?;
@@ -249,6 +310,7 @@ impl Templates {
             kernel: kernel.name().to_owned(),
             hypervisor: hypervisor.fingerprint(),
             shape,
+            disk,
             boot_millis,
         };
         for used_up in ["image", "disk", "initramfs", "console.log", "console.sock", "qemu.log"] {
@@ -257,6 +319,13 @@ impl Templates {
         let json =
             serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;
         fs::write(at("template.json"), json).map_err(failed("write", directory))?;
+        // One that is seen is whole, even if the host loses its power.
+        File::open(staging.path())
+            .and_then(|open| Ok(rustix::fs::syncfs(open)?))
+            .map_err(failed("write", directory))?;
+        if let Some(disk) = begun_with {
+            self.disks.flush(disk)?;
+        }
         let staging = staging.keep();
         fs::rename(&staging, directory).map_err(failed("make", directory))
     }
@@ -271,13 +340,15 @@ impl Templates {
     }
 }
 
-/// Words for the kernel besides those that the machine's kind needs.
-const COMMAND_LINE: &str =
-    "quiet loglevel=3 random.trust_cpu=on cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1";
+/// Words for the kernel besides those that the machine's kind needs. Nobody but the workload is in a machine: of the security
+/// modules it has those that a program applies to itself. And it is alone, so that what waits for all processors to have seen
+/// a change (a mount, a device) may hurry them.
+const COMMAND_LINE: &str = "quiet loglevel=3 random.trust_cpu=on cgroup_no_v1=all \
+                            systemd.unified_cgroup_hierarchy=1 lsm=landlock,yama rcupdate.rcu_expedited=1";
 
-fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape) -> Digest {
+fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -> Digest {
     let parts = format!(
-        "{FORMAT} {VERSION} {} {} {} {} {} {DISK_SIZE} {COMMAND_LINE}",
+        "{FORMAT} {VERSION} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
         hypervisor.fingerprint(),
         kernel.digest(),
         *guest::DIGEST,

@@ -7,7 +7,7 @@ use kiln_boot::{Kernels, Source};
 use kiln_contract::{Digest, DiskBackend, DiskId, Home, Silent};
 use kiln_link::Stream;
 use kiln_link::message::{self, Configure, HostFile, Output, Process, Root, WORKLOAD};
-use kiln_machine::{Life, Paths, Shape, Template, Templates};
+use kiln_machine::{Disk, Life, Paths, Shape, Template, Templates};
 use kiln_store::{ImportLimits, Store};
 use kiln_vmm::Qemu;
 
@@ -36,8 +36,8 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let image = store.image_disk(&layers, &Silent).unwrap();
     let qemu = Qemu::find().unwrap();
     let shape = Shape { cpus: 1, memory: 256 << 20 };
-    let template = Templates::open(&home).get(&qemu, &kernel, shape, &Silent).unwrap();
     let disks = kiln_disk::open(&home, &kiln_disk::Choice::Auto).unwrap().backend;
+    let template = Templates::open(&home, &*disks).get(&qemu, &kernel, shape, Disk::Own, &Silent).unwrap();
     Some(Bed { _directory: directory, home, qemu, template, image, disks })
 });
 
@@ -47,7 +47,7 @@ impl Bed {
         let directory = self.home.path().join(name);
         std::fs::create_dir_all(&directory).unwrap();
         let disk = self.disks.create(&id, 8 << 30).unwrap();
-        (id, Paths { directory, image: self.image.clone(), disk })
+        (id, Paths { directory, image: self.image.clone(), disk, disk_size: 8 << 30 })
     }
 }
 

@@ -64,7 +64,6 @@ impl Bed {
             labels: BTreeMap::new(),
             init: false,
             remove: false,
-            transient: false,
             runtime: RuntimeChoice::Native,
             machine: kiln_contract::MachineSpec::default(),
         }

@@ -23,6 +23,8 @@ const CONSOLE_LOG: &str = "console.log";
 pub(super) struct Inherited {
     pub(super) link: i32,
     pub(super) monitor: i32,
+    /// The state to load, if it is not to boot.
+    pub(super) state: Option<i32>,
 }
 
 pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited: Inherited) -> Vec<OsString> {
@@ -65,7 +67,9 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
             line.add("-S");
         }
         None => {
-            line.pair("-incoming", "defer").add("-S");
+            if let Some(state) = inherited.state {
+                line.pair("-incoming", format!("fd:{state}"));
+            }
         }
     }
     line.pair(
@@ -93,6 +97,10 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
     line.0
 }
 
+/// What the kernel must know if its processor is emulated: no instruction is executed ahead of time, so that guarding against
+/// what that would reveal only costs; and the counter is the host's own, however late its ticks come on a busy one.
+pub(super) const TRANSLATED: &str = "mitigations=off tsc=reliable";
+
 /// What the kernel must know on this kind of machine.
 fn own_words(accelerator: &Accelerator) -> String {
     let console = if cfg!(target_arch = "x86_64") { "ttyS0" } else { "ttyAMA0" };
@@ -101,7 +109,7 @@ fn own_words(accelerator: &Accelerator) -> String {
     if let (Accelerator::Tcg { .. }, Some(khz)) = (accelerator, tsc_khz()) {
         // A translated guest sees this host's own counter. It would measure its rate against an emulated timer, which goes
         // wrong whenever the host is busy, and then waits for ever for a tick.
-        words = format!("{words} tsc_early_khz={khz}");
+        words = format!("{words} {TRANSLATED} tsc_early_khz={khz}");
     }
     words
 }

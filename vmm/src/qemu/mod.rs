@@ -7,9 +7,10 @@
 //! 2. *Save*: stop; `xen-save-devices-state` writes the devices' state without memory (some 26 KB, a millisecond). That the
 //!    command is named for Xen is history: it needs nothing of it. Of a machine whose memory is mapped privately, the
 //!    changed pages follow as a [delta](super::memory).
-//! 3. *Restore*: the same devices over the same memory file, mapped privately (`share=off`): nothing is copied. A delta is put
-//!    into the fresh process's memory first, since devices look into it while they are loaded; then the state is loaded as
-//!    an incoming migration. No kernel is given: it is in memory.
+//! 3. *Restore*: the same devices over the same memory file, mapped privately (`share=off`): nothing is copied. No kernel is
+//!    given: it is in memory. The state is an incoming migration, which QEMU waits for, loads, and goes on from; nothing is
+//!    said over the monitor, where each byte of a command waits for a turn of QEMU's loop. A delta is put into the fresh
+//!    process's memory before the state is let in, since devices look into memory while they are loaded.
 //!
 //! The state has neither a configuration section nor a description, as a migration would, so both sides leave them out.
 
@@ -40,8 +41,8 @@ const STATE: &str = "state";
 const DELTA: &str = "delta";
 /// What QEMU writes to standard error.
 const WORDS: &str = "qemu.log";
-/// How long a state may take to load.
-const TO_LOAD: Duration = Duration::from_secs(30);
+/// How long QEMU may take to map its memory.
+const TO_MAP: Duration = Duration::from_secs(30);
 
 #[cfg(target_arch = "x86_64")]
 const PROGRAM: (&str, &str) = ("qemu-system-x86_64", "qemu-system-x86");
@@ -80,11 +81,14 @@ impl Qemu {
     }
 
     /// Starts a process; `state` is what it is going to load, if anything.
-    fn launch(&self, config: &VmConfig, state: Option<File>) -> Result<Machine, VmmError> {
+    fn launch(&self, config: &VmConfig, state: Option<OwnedFd>) -> Result<Machine, VmmError> {
         let pair = || UnixStream::pair().map_err(VmmError::io("make a socket for the hypervisor"));
         let ((link, their_link), (monitor, their_monitor)) = (pair()?, pair()?);
-        let inherited = Inherited { link: their_link.as_raw_fd(), monitor: their_monitor.as_raw_fd() };
-        let state_number = state.as_ref().map(AsRawFd::as_raw_fd);
+        let inherited = Inherited {
+            link: their_link.as_raw_fd(),
+            monitor: their_monitor.as_raw_fd(),
+            state: state.as_ref().map(AsRawFd::as_raw_fd),
+        };
         let words = config.directory.join(WORDS);
         let log = File::create(&words).map_err(VmmError::io(format!("make {}", words.display())))?;
         let mut command = Command::new(&self.program);
@@ -95,7 +99,8 @@ impl Qemu {
             .stdout(Stdio::null())
             .stderr(log);
         let mut theirs = vec![OwnedFd::from(their_link), OwnedFd::from(their_monitor)];
-        theirs.extend(state.map(OwnedFd::from));
+        let began = state.is_some();
+        theirs.extend(state);
         let parent = rustix::process::getpid();
         // SAFETY: system calls only, between fork and exec, on descriptors that outlive them.
         unsafe {
@@ -105,6 +110,7 @@ impl Qemu {
                 if rustix::process::getppid() != Some(parent) {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
+                without_huge_pages()?;
                 for descriptor in &theirs {
                     rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
                 }
@@ -114,19 +120,15 @@ impl Qemu {
         let process = command.spawn().map_err(VmmError::io(format!("run {}", self.program.display())))?;
         // The command keeps their ends open, and with them nobody would see that QEMU ended.
         drop(command);
-        let mut machine = Machine {
+        Ok(Machine {
             program: self.program.clone(),
             process,
-            monitor: None,
+            monitor: Monitor::New(monitor),
             link: Some(link.into()),
             words,
             memory: (config.memory_file.clone(), config.memory, config.memory_kind),
-            state: state_number,
-            began: false,
-        };
-        let opened = Qmp::open(monitor);
-        machine.monitor = Some(machine.explain(opened)?);
-        Ok(machine)
+            began,
+        })
     }
 }
 
@@ -147,7 +149,7 @@ impl Hypervisor for Qemu {
         let accelerator = self.accelerator.name();
         let processor = match self.accelerator {
             Accelerator::Kvm => processor(),
-            Accelerator::Tcg { .. } => String::new(),
+            Accelerator::Tcg { .. } => arguments::TRANSLATED.to_owned(),
         };
         format!("qemu {} {file} {accelerator} {processor}", self.program.display())
     }
@@ -161,12 +163,32 @@ impl Hypervisor for Qemu {
     }
 
     fn restore(&self, config: &VmConfig, saved: &Path) -> Result<Box<dyn Vm>, BackendError> {
-        let path = saved.join(STATE);
-        let state = File::open(&path).map_err(VmmError::io(format!("open {}", path.display())))?;
-        let mut machine = self.launch(config, Some(state))?;
-        machine.load(saved)?;
+        let open = |name: &str| {
+            let path = saved.join(name);
+            File::open(&path).map_err(VmmError::io(format!("open {}", path.display())))
+        };
+        let state = open(STATE)?;
+        if !saved.join(DELTA).exists() {
+            return Ok(Box::new(self.launch(config, Some(state.into()))?));
+        }
+        let delta = open(DELTA)?;
+        let (theirs, ours) = io::pipe().map_err(VmmError::io("make a pipe for the hypervisor"))?;
+        let mut machine = self.launch(config, Some(theirs.into()))?;
+        machine.put(delta, saved)?;
+        machine.feed(state, ours, saved)?;
         Ok(Box::new(machine))
     }
+}
+
+/// Keeps the kernel from giving a process, and what it will execute, memory in huge pages that it did not ask for: of each
+/// machine's own memory (above all its translated code) only what is touched is to be there, and filled with zeros.
+fn without_huge_pages() -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    // SAFETY: takes no pointers.
+    if unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// A state of the processor's own is only restored on the same model.
@@ -182,22 +204,40 @@ fn processor() -> String {
 struct Machine {
     program: PathBuf,
     process: Child,
-    monitor: Option<Qmp>,
+    monitor: Monitor,
     link: Option<OwnedFd>,
     words: PathBuf,
     memory: (PathBuf, u64, MemoryKind),
-    /// The number that QEMU knows the state by that it is to load.
-    state: Option<i32>,
     began: bool,
+}
+
+/// A machine's monitor. A machine that is restored goes on without it, so it is opened when it is needed.
+#[derive(Debug)]
+enum Monitor {
+    New(UnixStream),
+    Open(Qmp),
+    /// Opening it failed.
+    Lost,
 }
 
 impl Machine {
     fn execute<C: qmp::Command>(&mut self, command: &C) -> Result<C::Answer, VmmError> {
-        let answer = match &mut self.monitor {
-            Some(monitor) => monitor.execute(command),
-            None => Err(VmmError::Nonsense { command: C::NAME, words: "there is no monitor".to_owned() }),
-        };
+        let answer = self.opened(C::NAME).and_then(|monitor| monitor.execute(command));
         self.explain(answer)
+    }
+
+    fn opened(&mut self, command: &'static str) -> Result<&mut Qmp, VmmError> {
+        if let Monitor::New(_) = self.monitor
+            && let Monitor::New(socket) = std::mem::replace(&mut self.monitor, Monitor::Lost)
+        {
+            self.monitor = Monitor::Open(Qmp::open(socket)?);
+        }
+        match &mut self.monitor {
+            Monitor::Open(monitor) => Ok(monitor),
+            Monitor::New(_) | Monitor::Lost => {
+                Err(VmmError::Nonsense { command, words: "there is no monitor".to_owned() })
+            }
+        }
     }
 
     /// A failure to talk to QEMU is explained by what it said before it ended, if it did.
@@ -206,7 +246,7 @@ impl Machine {
         // It closes its sockets a little before it ends.
         for _ in 0..50 {
             if !matches!(self.process.try_wait(), Ok(None)) {
-                let said = self.last_words();
+                let said = self.words();
                 let words = if said.is_empty() { error.to_string() } else { said };
                 return Err(VmmError::Ended { program: self.program.clone(), words });
             }
@@ -219,38 +259,34 @@ impl Machine {
         Mapping::find(self.process.id(), &self.memory.0, self.memory.1)
     }
 
-    fn load(&mut self, saved: &Path) -> Result<(), VmmError> {
-        let delta = saved.join(DELTA);
-        match File::open(&delta) {
-            Ok(mut file) => self
-                .mapping()?
-                .read_delta(&mut file)
-                .map_err(|error| VmmError::NotASave { path: delta, why: error.to_string() })?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(VmmError::io(format!("open {}", delta.display()))(error)),
-        }
-        let Some(number) = self.state.take() else { return Ok(()) };
-        let uri = format!("fd:{number}");
-        self.execute(&qmp::LoadState { uri: &uri, lifetime: PhantomData })?;
-        let state = saved.join(STATE);
+    /// Puts what a saved machine had changed into this one's memory, once QEMU has mapped it.
+    fn put(&mut self, mut delta: File, saved: &Path) -> Result<(), VmmError> {
         let begun = Instant::now();
-        loop {
-            let migration = self.execute(&qmp::QueryMigrate { lifetime: PhantomData })?;
-            match migration.status.as_deref() {
-                Some("completed") => return Ok(()),
-                Some("failed") => {
-                    let why = migration.error.unwrap_or_else(|| self.last_words());
-                    return Err(VmmError::NotASave { path: state, why });
+        let mapping = loop {
+            match self.mapping() {
+                Ok(mapping) => break mapping,
+                Err(error) => {
+                    if begun.elapsed() > TO_MAP || !matches!(self.process.try_wait(), Ok(None)) {
+                        return self.explain(Err(error));
+                    }
+                    std::thread::sleep(Duration::from_micros(500));
                 }
-                _ if begun.elapsed() > TO_LOAD => {
-                    return Err(VmmError::NotASave { path: state, why: "it does not load".to_owned() });
-                }
-                _ => std::thread::sleep(Duration::from_micros(500)),
             }
-        }
+        };
+        let path = || saved.join(DELTA);
+        mapping
+            .read_delta(&mut delta)
+            .map_err(|error| VmmError::NotASave { path: path(), why: error.to_string() })
     }
 
-    fn last_words(&self) -> String {
+    /// Gives QEMU the state that it waits for.
+    fn feed(&mut self, mut state: File, mut to: io::PipeWriter, saved: &Path) -> Result<(), VmmError> {
+        let path = || saved.join(STATE);
+        let fed = io::copy(&mut state, &mut to).map(drop);
+        fed.map_err(|error| VmmError::NotASave { path: path(), why: error.to_string() })
+    }
+
+    fn words(&self) -> String {
         let said = fs::read(&self.words).unwrap_or_default();
         String::from_utf8_lossy(&said[said.len().saturating_sub(2000)..]).trim().to_owned()
     }
@@ -293,6 +329,18 @@ impl Vm for Machine {
             self.mapping()?.write_delta(&mut file).map_err(fail())?;
         }
         Ok(())
+    }
+
+    fn last_words(&mut self) -> Option<BackendError> {
+        // It closes its sockets a little before it ends.
+        for _ in 0..50 {
+            if !matches!(self.process.try_wait(), Ok(None)) {
+                let words = self.words();
+                return Some(VmmError::Ended { program: self.program.clone(), words }.into());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        None
     }
 
     fn state(&mut self) -> Result<VmState, BackendError> {

@@ -148,7 +148,6 @@ fn record(id: InstanceId, runtime: &RuntimeChoice, args: &[&str]) -> InstanceRec
         exit: None,
         process: None,
         supervisor: None,
-        maker: None,
         boot: None,
         addresses: Vec::new(),
         ports: Vec::new(),

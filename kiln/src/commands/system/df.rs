@@ -69,15 +69,14 @@ impl Args {
         let volumes = context.volumes()?.list()?;
         let volumes =
             volumes.into_iter().map(|volume| Named { bytes: disk_usage(&volume.path), name: volume.name });
-        let disks = if context.home().disks().exists() {
-            kiln_disk::open(context.home(), &kiln_disk::Choice::Auto)
+        let (disks, templates) = if context.home().disks().exists() {
+            let backend = kiln_disk::open(context.home(), &kiln_disk::Choice::Auto)
                 .map_err(BackendError::from)?
-                .backend
-                .usage()?
+                .backend;
+            (backend.usage()?, kiln_machine::Templates::open(context.home(), &*backend).list()?)
         } else {
-            DisksUsage::default()
+            (DisksUsage::default(), Vec::new())
         };
-        let templates = kiln_machine::Templates::open(context.home()).list()?;
         let usage = Usage {
             disk_bytes: disks.taken,
             disks: disks
