@@ -127,20 +127,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> HostLink<S> {
         let (mux, pipe) = duplex(PIPE);
         let (from_mux, to_mux) = tokio::io::split(pipe);
         let (parking, asked) = mpsc::channel(1);
-        let outgoing = spawn_outgoing(from_mux, Arc::clone(&writer));
-        // With one direction the other ends, and with both the multiplexer.
-        let other = Aborting(outgoing.abort_handle());
+        let mut outgoing = spawn_outgoing(from_mux, Arc::clone(&writer));
+        let (other, own) = (Aborting(outgoing.abort_handle()), Aborting(outgoing.abort_handle()));
         let incoming = tokio::spawn(async move {
             let _other = other;
-            if let Err(error) = host_incoming(reader, to_mux, asked).await {
-                tracing::debug!("the link ends: {error}");
+            // With one direction the other ends, and with both the multiplexer, even one that waits to write.
+            tokio::select! {
+                ended = host_incoming(reader, to_mux, asked) => if let Err(error) = ended {
+                    tracing::debug!("the link ends: {error}");
+                },
+                _ = &mut outgoing => {}
             }
         });
         Ok(HostSession {
             session: Session::start(mux, End::Host),
             writer,
             parking,
-            _tasks: [Aborting(outgoing.abort_handle()), Aborting(incoming.abort_handle())],
+            _tasks: [own, Aborting(incoming.abort_handle())],
         })
     }
 }
@@ -264,17 +267,33 @@ impl Parker {
     /// # Errors
     /// [`LinkError::TimedOut`] if it does not within `patience`: it is then told to go on. Those of the stream.
     pub async fn park(&self, patience: Duration) -> Result<Parked, LinkError> {
+        let deadline = tokio::time::Instant::now() + patience;
+        let late = |_| LinkError::TimedOut { what: "park", after: patience };
+        // A guest that does not read keeps whoever writes to it waiting.
+        let writer = Arc::clone(&self.writer).lock_owned();
+        let mut writer = tokio::time::timeout_at(deadline, writer).await.map_err(late)?;
         let (reply, parked) = oneshot::channel();
         self.parking.send(reply).await.map_err(|_| LinkError::Closed)?;
-        let mut writer = Arc::clone(&self.writer).lock_owned().await;
-        frame::write(&mut *writer, Kind::Park, &[]).await?;
-        match tokio::time::timeout(patience, parked).await {
-            Ok(Ok(hello)) => hello.map(|_| Parked { writer }),
+        // Half a frame cannot be taken back, so it is written whole, however long that takes.
+        let asking = tokio::spawn(async move {
+            let asked = frame::write(&mut *writer, Kind::Park, &[]).await;
+            asked.map(|()| writer)
+        });
+        match tokio::time::timeout_at(deadline, parked).await {
+            Ok(Ok(hello)) => {
+                hello?;
+                // It has been asked: it answered.
+                Ok(Parked { writer: asking.await.map_err(|_| LinkError::Closed)?? })
+            }
             Ok(Err(_)) => Err(LinkError::Closed),
-            Err(_) => {
+            Err(elapsed) => {
                 // Should it get there later, it finds this and goes on.
-                frame::write(&mut *writer, Kind::Continue, &[]).await?;
-                Err(LinkError::TimedOut { what: "park", after: patience })
+                tokio::spawn(async move {
+                    if let Ok(Ok(mut writer)) = asking.await {
+                        let _ = frame::write(&mut *writer, Kind::Continue, &[]).await;
+                    }
+                });
+                Err(late(elapsed))
             }
         }
     }

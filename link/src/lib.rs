@@ -41,9 +41,12 @@
 pub mod carrier;
 mod error;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod message;
 mod mux;
 pub mod service;
+mod wire;
 
 pub use carrier::{GuestLink, Hold, HostLink, HostSession, Parked, Parker};
 pub use error::LinkError;

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::compat::{Compat, FuturesAsyncReadCompatExt as _, TokioAsyncReadCompatExt as _};
 
 use crate::LinkError;
+use crate::wire::Wire;
 
 /// Streams open at one time, both ends together. One more ends the session: nobody who means well has so many.
 const MAX_STREAMS: usize = 1024;
@@ -51,7 +52,8 @@ pub struct Opener {
 pub struct Stream(Compat<yamux::Stream>);
 
 impl Session {
-    /// A session over `wire`, driven by a task of its own until it is dropped or the wire ends.
+    /// A session over `wire`, driven by a task of its own until it is dropped, the wire ends, or the other end breaks the
+    /// multiplexer's rules.
     pub(crate) fn start(wire: DuplexStream, end: End) -> Self {
         let mut config = yamux::Config::default();
         config.set_max_connection_receive_window(None);
@@ -62,7 +64,7 @@ impl Session {
             End::Host => yamux::Mode::Client,
             End::Guest => yamux::Mode::Server,
         };
-        let connection = yamux::Connection::new(wire.compat(), config, mode);
+        let connection = yamux::Connection::new(Wire::new(wire).compat(), config, mode);
         let (openings, asked) = mpsc::channel(BACKLOG);
         let (arrived, inbound) = mpsc::channel(BACKLOG);
         tokio::spawn(drive(connection, asked, arrived));
@@ -123,7 +125,7 @@ impl Opener {
 
 /// Owns the connection: yamux makes progress only while it is polled.
 async fn drive(
-    mut connection: yamux::Connection<Compat<DuplexStream>>,
+    mut connection: yamux::Connection<Compat<Wire>>,
     mut asked: mpsc::Receiver<Opening>,
     arrived: mpsc::Sender<yamux::Stream>,
 ) {
