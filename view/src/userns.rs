@@ -28,6 +28,11 @@ pub fn entered() -> bool {
     !matches!(current().uids[..], [(0, 0, u32::MAX)])
 }
 
+/// Whether this process is root, and not only in a user namespace: who may have `trusted.` xattrs.
+pub fn is_root_of_host() -> bool {
+    geteuid().is_root() && !entered()
+}
+
 /// The mapping that is in force for this process.
 pub fn current() -> Mapping {
     let read = |path: &str| parse_map(&fs::read_to_string(path).unwrap_or_default());

@@ -16,7 +16,8 @@ use kiln_erofs::{
     write_metadata,
 };
 use kiln_fixtures::{OrdinaryUser, require, require_root};
-use kiln_view::{Overlay, fuse};
+use kiln_view::Overlay;
+use kiln_view::fuse::{self, Owners, Served};
 
 /// Set for the processes that the tests start again as somebody else.
 const DIRECTORY: &str = "KILN_TEST_DIRECTORY";
@@ -483,4 +484,83 @@ fn what_is_no_tree_is_refused_before_anything_is_mounted() {
     let error = fuse::mount(&files.tree, &files.objects, &files.target).unwrap_err();
     assert!(error.to_string().contains("tree.erofs"), "{error}");
     assert!(fuse::mount(&files.directory.join("absent"), &files.objects, &files.target).is_err());
+}
+
+/// Edits a view with a scratch of this user's own, and finds everything again.
+fn edits(directory: &Path) {
+    let files = Files::new(directory);
+    let mut tree = Tree::new(owned(0o755, 0, 0));
+    let add = |tree: &mut Tree, parent, name: &[u8], content, mode| {
+        tree.add(parent, name, content, owned(mode, 0, 0)).unwrap()
+    };
+    // What may not be changed itself, with something in it that may.
+    let closed = add(&mut tree, NodeId::ROOT, b"closed", Content::Directory, 0o555);
+    let object = files.object(&[3; 200_000]);
+    add(&mut tree, closed, b"object", object, 0o644);
+    add(&mut tree, closed, b"inline", Content::Regular(Data::Inline(b"x".to_vec())), 0o444);
+    let below = add(&mut tree, NodeId::ROOT, b"below", Content::Directory, 0o755);
+    add(&mut tree, below, b"gone", Content::Symlink(b"nowhere".to_vec()), 0o777);
+    files.write(&tree);
+    let scratch = Scratch { upper: directory.join("upper"), work: directory.join("work"), volatile: false };
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let serve = || {
+        let served = Served {
+            tree: &files.tree,
+            objects: &files.objects,
+            scratch: Some(&scratch),
+            owners: Owners::One { uid, gid },
+            below_overlay: false,
+            bound: true,
+        };
+        fuse::start(&served).unwrap().mount(&files.target).unwrap()
+    };
+    let at = |name: &str| files.target.join(name);
+    let mounted = serve();
+    let metadata = fs::metadata(at("closed/object")).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (uid, gid));
+    let mut file = File::options().append(true).open(at("closed/object")).unwrap();
+    file.write_all(b"more").unwrap();
+    drop(file);
+    if uid != 0 {
+        for refused in [fs::write(at("closed/inline"), "y"), fs::write(at("closed/new"), "y")] {
+            assert_eq!(refused.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+        }
+    }
+    assert_eq!(fs::metadata(at("closed")).unwrap().mode() & 0o7777, 0o555);
+    fs::remove_file(at("below/gone")).unwrap();
+    fs::rename(at("below"), at("renamed")).unwrap();
+    fs::create_dir(at("below")).unwrap();
+    fs::write(at("renamed/new"), "new").unwrap();
+    std::os::unix::fs::symlink("new", at("renamed/link")).unwrap();
+    xattr::set(at("renamed/new"), "user.overlay.opaque", b"y").unwrap();
+    mounted.unmount().unwrap();
+    assert_gone(&files.target);
+
+    let mounted = serve();
+    assert_eq!(fs::metadata(at("closed/object")).unwrap().len(), 200_004);
+    assert_eq!(fs::read(at("closed/inline")).unwrap(), b"x");
+    assert_eq!(fs::read(at("renamed/link")).unwrap(), b"new");
+    assert_eq!(xattr::get(at("renamed/new"), "user.overlay.opaque").unwrap().unwrap(), b"y");
+    assert_eq!(fs::read_dir(at("renamed")).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(at("below")).unwrap().count(), 0);
+    assert_eq!(fs::metadata(at("renamed/new")).unwrap().uid(), uid);
+    mounted.unmount().unwrap();
+}
+
+#[test]
+fn the_root_of_a_user_namespace_edits_a_view_without_overlayfs() {
+    in_user_namespace("the_root_of_a_user_namespace_edits_a_view_without_overlayfs", edits);
+}
+
+#[test]
+fn an_ordinary_user_edits_a_view_through_fusermount3() {
+    const TEST: &str = "an_ordinary_user_edits_a_view_through_fusermount3";
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return edits(Path::new(&directory));
+    }
+    let (true, Some(_), Some(user)) = (require_root(), require("fusermount3"), OrdinaryUser::get()) else {
+        return;
+    };
+    let directory = tempfile::Builder::new().prefix("kiln-view-").tempdir().unwrap();
+    finish(again(TEST, &["env"], &user, directory.path()));
 }

@@ -21,7 +21,7 @@ use crate::userns;
 const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
 
 /// Mounts a new FUSE connection, over which no requests were answered yet.
-pub(super) fn attach(target: &Path) -> Result<OwnedFd, BackendError> {
+pub(super) fn attach(target: &Path, read_only: bool) -> Result<OwnedFd, BackendError> {
     let cannot = |why: std::io::Error| {
         BackendError::caused(format!("cannot mount a tree over FUSE at {}", target.display()), why)
     };
@@ -29,7 +29,7 @@ pub(super) fn attach(target: &Path) -> Result<OwnedFd, BackendError> {
         Ok(device) => device,
         // The set-uid helper may open it where this user may not; in a user namespace it is no set-uid program.
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && !userns::entered() => {
-            return through_fusermount(target);
+            return through_fusermount(target, read_only);
         }
         Err(error) => {
             return Err(BackendError::caused("cannot open /dev/fuse", error)
@@ -44,9 +44,10 @@ pub(super) fn attach(target: &Path) -> Result<OwnedFd, BackendError> {
         geteuid(),
         getegid()
     );
-    match mount(Some("kiln"), target, Some("fuse.kiln"), MsFlags::MS_RDONLY, Some(options.as_str())) {
+    let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+    match mount(Some("kiln"), target, Some("fuse.kiln"), flags, Some(options.as_str())) {
         Ok(()) => Ok(device.into()),
-        Err(nix::errno::Errno::EPERM) => through_fusermount(target),
+        Err(nix::errno::Errno::EPERM) => through_fusermount(target, read_only),
         Err(error) => Err(cannot(error.into())),
     }
 }
@@ -70,14 +71,17 @@ pub(super) fn detach(target: &Path) -> Result<(), BackendError> {
 }
 
 /// The set-uid helper opens the device, mounts it, and sends it over a socket (fusermount3(1)).
-fn through_fusermount(target: &Path) -> Result<OwnedFd, BackendError> {
+fn through_fusermount(target: &Path, read_only: bool) -> Result<OwnedFd, BackendError> {
     let what = || format!("cannot mount a tree over FUSE at {}", target.display());
     let failed = |error: nix::errno::Errno| BackendError::caused(what(), error);
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(failed)?;
     let theirs_number = inheritable(&theirs).map_err(failed)?;
+    let options = "default_permissions,fsname=kiln,subtype=kiln";
     let output = Command::new("fusermount3")
-        .args(["-o", "ro,default_permissions,fsname=kiln,subtype=kiln", "--"])
+        .arg("-o")
+        .arg(if read_only { format!("ro,{options}") } else { options.to_owned() })
+        .arg("--")
         .arg(target)
         .env(SOCKET_VARIABLE, OsString::from(theirs_number.to_string()))
         .stdin(Stdio::null())
@@ -104,7 +108,8 @@ fn inheritable(fd: &OwnedFd) -> nix::Result<RawFd> {
     Ok(fd.as_raw_fd())
 }
 
-fn receive(socket: &OwnedFd) -> nix::Result<Option<OwnedFd>> {
+/// The descriptor that comes over a socket; `None` if that was closed instead.
+pub(super) fn receive(socket: &impl AsRawFd) -> nix::Result<Option<OwnedFd>> {
     let mut byte = [0];
     let mut parts = [IoSliceMut::new(&mut byte)];
     let mut space = nix::cmsg_space!([RawFd; 1]);

@@ -6,7 +6,6 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,32 +16,58 @@ use fuser::{
 };
 use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xattr_name};
 
+use super::Owners;
+use super::edit::{Editable, Upper};
 use super::objects::{Objects, RecentObjects};
 use crate::userns;
 
 /// As long as the kernel can count: nothing in a tree changes.
-const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+pub(super) const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// FUSE's number for the root of everything.
-const ROOT: u64 = 1;
+pub(super) const ROOT: u64 = 1;
 
-/// Answers requests until the last mount of the connection is gone.
+/// Threads that answer requests: more would wait for each other, and each may hold the data of a write.
+const THREADS: usize = 4;
+
+/// Answers requests for a tree until the last mount of the connection is gone.
 pub(super) fn serve(
     bytes: &'static [u8],
-    objects: OwnedFd,
+    objects: Objects,
+    owners: Owners,
+    below_overlay: bool,
     device: OwnedFd,
-    objects_path: &Path,
 ) -> std::io::Result<()> {
     let image = Image::open(bytes).map_err(std::io::Error::other)?;
-    let in_namespace = userns::entered();
-    let served = Served {
-        image,
-        objects: Objects::new(objects, objects_path),
-        names: if in_namespace { OverlayNames::User } else { OverlayNames::Trusted },
-        may_pass_through: !in_namespace && nix::unistd::geteuid().is_root(),
-        open: Mutex::default(),
+    let names = match below_overlay {
+        true if userns::entered() => OverlayNames::User,
+        true => OverlayNames::Trusted,
+        false => OverlayNames::None,
     };
-    Session::from_fd(served, device, SessionACL::All, Config::default())?.run()
+    let may_pass_through = userns::is_root_of_host();
+    run(Served { image, objects, names, owners, may_pass_through, open: Mutex::default() }, device)
+}
+
+/// Answers requests for a tree below a scratch.
+pub(super) fn serve_editable(
+    bytes: &'static [u8],
+    objects: Objects,
+    upper: Upper,
+    owners: Owners,
+    device: OwnedFd,
+) -> std::io::Result<()> {
+    let image = Image::open(bytes).map_err(std::io::Error::other)?;
+    // The kernel has applied that of whoever makes something.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    run(Editable::new(image, objects, upper, owners)?, device)
+}
+
+fn run(filesystem: impl Filesystem, device: OwnedFd) -> std::io::Result<()> {
+    let mut config = Config::default();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+    config.n_threads = Some(threads);
+    config.clone_fd = true;
+    Session::from_fd(filesystem, device, SessionACL::All, config)?.run()
 }
 
 /// Which xattrs an overlay over this file system takes for its own.
@@ -52,6 +77,8 @@ enum OverlayNames {
     Trusted,
     /// `user.overlay.`, with the option `userxattr`.
     User,
+    /// There is no overlay.
+    None,
 }
 
 impl OverlayNames {
@@ -60,7 +87,7 @@ impl OverlayNames {
         match (self, name.strip_prefix(b"user.overlay.")) {
             (Self::Trusted, _) => escape_xattr_name(name).into_owned(),
             (Self::User, Some(rest)) => [b"user.overlay.overlay.", rest].concat(),
-            (Self::User, None) => name.to_owned(),
+            (Self::User | Self::None, _) => name.to_owned(),
         }
     }
 }
@@ -83,6 +110,7 @@ struct Served {
     image: Image<'static>,
     objects: Objects,
     names: OverlayNames,
+    owners: Owners,
     /// Whether the kernel lets this process hand objects to it. If not, it is told not to ask when files are opened: an
     /// object that is missing then shows when it is read.
     may_pass_through: bool,
@@ -114,25 +142,7 @@ impl Served {
     }
 
     fn attributes(&self, inode: &Inode<'_>) -> FileAttr {
-        let time = system_time(inode.mtime());
-        let rdev = inode.device().map_or(0, |device| libc::makedev(device.major, device.minor) as u32);
-        FileAttr {
-            ino: self.number(inode.nid()),
-            size: inode.size(),
-            blocks: inode.size().div_ceil(512),
-            atime: time,
-            mtime: time,
-            ctime: time,
-            crtime: time,
-            kind: kind(inode.file_type()),
-            perm: inode.mode() as u16,
-            nlink: inode.links(),
-            uid: inode.uid(),
-            gid: inode.gid(),
-            rdev,
-            blksize: 4096,
-            flags: 0,
-        }
+        lower_attributes(inode, self.number(inode.nid()), self.owners)
     }
 
     fn find(&self, parent: INodeNo, name: &OsStr) -> Result<Option<FileAttr>, Errno> {
@@ -408,8 +418,35 @@ impl Filesystem for Served {
     }
 }
 
+/// The attributes of an inode of a tree.
+pub(super) fn lower_attributes(inode: &Inode<'_>, ino: INodeNo, owners: Owners) -> FileAttr {
+    let time = system_time(inode.mtime());
+    let rdev = inode.device().map_or(0, |device| libc::makedev(device.major, device.minor) as u32);
+    let (uid, gid) = match owners {
+        Owners::Kept => (inode.uid(), inode.gid()),
+        Owners::One { uid, gid } => (uid, gid),
+    };
+    FileAttr {
+        ino,
+        size: inode.size(),
+        blocks: inode.size().div_ceil(512),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: kind(inode.file_type()),
+        perm: inode.mode() as u16,
+        nlink: inode.links(),
+        uid,
+        gid,
+        rdev,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
 /// A size of zero asks for the length.
-fn send_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+pub(super) fn send_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
     if size == 0 {
         reply.size(value.len() as u32);
     } else if value.len() > size as usize {
@@ -419,7 +456,7 @@ fn send_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
     }
 }
 
-fn kind(file_type: FileType) -> fuser::FileType {
+pub(super) fn kind(file_type: FileType) -> fuser::FileType {
     match file_type {
         FileType::Directory => fuser::FileType::Directory,
         FileType::Regular => fuser::FileType::RegularFile,
@@ -432,7 +469,7 @@ fn kind(file_type: FileType) -> fuser::FileType {
 }
 
 /// The attributes of what is not there.
-const NOTHING: FileAttr = FileAttr {
+pub(super) const NOTHING: FileAttr = FileAttr {
     ino: INodeNo(0),
     size: 0,
     blocks: 0,
@@ -471,6 +508,8 @@ mod tests {
             (OverlayNames::User, "trusted.overlay.redirect", "trusted.overlay.redirect"),
             (OverlayNames::User, "user.mime", "user.mime"),
             (OverlayNames::Trusted, "trusted.overlay.redirect", "trusted.overlay.overlay.redirect"),
+            (OverlayNames::None, "trusted.overlay.redirect", "trusted.overlay.redirect"),
+            (OverlayNames::None, "user.overlay.opaque", "user.overlay.opaque"),
             (OverlayNames::Trusted, "user.overlay.opaque", "user.overlay.opaque"),
         ] {
             assert_eq!(names.shown(name.as_bytes()), shown.as_bytes(), "{name}");

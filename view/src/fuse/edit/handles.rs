@@ -1,0 +1,161 @@
+//! Open files and listings.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::hash::Hash;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use rustix::io::{Errno, Result};
+
+use super::nodes::Id;
+use super::union::Listed;
+
+/// Where the bytes of an open file are.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// In the tree itself.
+    Bytes(Cow<'static, [u8]>),
+    /// In an object, or in the scratch.
+    File(File),
+}
+
+/// An open file.
+#[derive(Debug)]
+pub(super) struct Handle {
+    /// Replaced when the file is copied up.
+    source: RwLock<Source>,
+}
+
+/// Everything that is open. A number is never given twice.
+#[derive(Default)]
+pub(super) struct Handles {
+    files: RwLock<HashMap<u64, Arc<Handle>>>,
+    /// Those that read from the tree what may be copied up yet, by file.
+    of_tree: RwLock<HashMap<Id, Vec<u64>>>,
+    listings: RwLock<HashMap<u64, Arc<Vec<Listed>>>>,
+    last: AtomicU64,
+}
+
+impl Handles {
+    fn new_number(&self) -> u64 {
+        self.last.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// `tree` names the file if it is read from the tree.
+    pub(super) fn open(&self, source: Source, tree: Option<Id>) -> u64 {
+        let number = self.new_number();
+        write(&self.files).insert(number, Arc::new(Handle { source: RwLock::new(source) }));
+        if let Some(id) = tree {
+            write(&self.of_tree).entry(id).or_default().push(number);
+        }
+        number
+    }
+
+    pub(super) fn get(&self, number: u64) -> Result<Arc<Handle>> {
+        read(&self.files).get(&number).cloned().ok_or(Errno::BADF)
+    }
+
+    pub(super) fn close(&self, number: u64, id: Id) {
+        write(&self.files).remove(&number);
+        let mut of_tree = write(&self.of_tree);
+        if let Some(numbers) = of_tree.get_mut(&id) {
+            numbers.retain(|open| *open != number);
+            if numbers.is_empty() {
+                of_tree.remove(&id);
+            }
+        }
+    }
+
+    /// Whoever reads a file from the tree reads from its copy from now on.
+    pub(super) fn moved(&self, id: Id, open: impl Fn() -> Result<File>) -> Result<()> {
+        for number in write(&self.of_tree).remove(&id).unwrap_or_default() {
+            if let Ok(handle) = self.get(number) {
+                *write(&handle.source) = Source::File(open()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a listing for who reads it piece by piece.
+    pub(super) fn open_listing(&self, listing: Vec<Listed>) -> u64 {
+        let number = self.new_number();
+        write(&self.listings).insert(number, Arc::new(listing));
+        number
+    }
+
+    /// Replaces a listing by one of now.
+    pub(super) fn renew_listing(&self, number: u64, listing: Vec<Listed>) -> Arc<Vec<Listed>> {
+        let listing = Arc::new(listing);
+        write(&self.listings).insert(number, Arc::clone(&listing));
+        listing
+    }
+
+    pub(super) fn listing(&self, number: u64) -> Result<Arc<Vec<Listed>>> {
+        read(&self.listings).get(&number).cloned().ok_or(Errno::BADF)
+    }
+
+    pub(super) fn close_listing(&self, number: u64) {
+        write(&self.listings).remove(&number);
+    }
+}
+
+impl Handle {
+    /// Up to `size` bytes, fewer only at the end.
+    pub(super) fn read<T>(&self, offset: u64, size: usize, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        match &*read_lock(&self.source) {
+            Source::Bytes(bytes) => {
+                let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                let to = from.saturating_add(size).min(bytes.len());
+                Ok(then(&bytes[from..to]))
+            }
+            Source::File(file) => {
+                let mut buffer = vec![0; size];
+                let mut filled = 0;
+                while filled < size {
+                    match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+                        Ok(0) => break,
+                        Ok(length) => filled += length,
+                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                        Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+                    }
+                }
+                Ok(then(&buffer[..filled]))
+            }
+        }
+    }
+
+    /// Does something with the file of one that is in a file.
+    pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
+        match &*read_lock(&self.source) {
+            Source::File(file) => then(file),
+            Source::Bytes(_) => Err(Errno::BADF),
+        }
+    }
+
+    /// Where data or a hole begins, from an offset on (lseek(2), `SEEK_DATA` and `SEEK_HOLE`).
+    pub(super) fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        match &*read_lock(&self.source) {
+            Source::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
+            Source::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
+            Source::File(file) => {
+                use rustix::fs::SeekFrom;
+                rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+            }
+        }
+    }
+}
+
+fn read<K: Eq + Hash, V>(lock: &RwLock<HashMap<K, V>>) -> std::sync::RwLockReadGuard<'_, HashMap<K, V>> {
+    read_lock(lock)
+}
+
+fn read_lock<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}

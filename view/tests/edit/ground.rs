@@ -1,0 +1,167 @@
+//! A tree, a view of it, and plain directories with the same in them.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use kiln_contract::{Digest, Scratch};
+use kiln_erofs::{Attributes, Content, Data, NodeId, Time, Tree, Xattrs, object_redirect, write_metadata};
+use kiln_fixtures::require_root;
+use kiln_view::fuse::{self, Mounted, Owners, Served};
+
+use crate::operations::{Op, Place, Told, snapshot};
+
+pub(crate) fn owned(mode: u32) -> Attributes {
+    Attributes { mode, uid: 0, gid: 0, mtime: Time { seconds: 1000, nanoseconds: 7 }, xattrs: Xattrs::new() }
+}
+
+/// A tree, and a directory with the same in it.
+pub(crate) struct Ground {
+    directory: PathBuf,
+}
+
+impl Ground {
+    pub(crate) fn new(directory: &Path) -> Self {
+        let ground = Self { directory: directory.to_owned() };
+        for name in ["objects", "view", "plain", "lower", "upper", "work", "kernel", "kernel-work"] {
+            fs::create_dir(ground.at(name)).unwrap();
+        }
+        write_metadata(&ground.tree(), File::create(ground.at("tree.erofs")).unwrap()).unwrap();
+        for name in ["plain", "lower", "upper"] {
+            fs::set_permissions(ground.at(name), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .unwrap();
+        }
+        let mounted = ground.serve(None);
+        for copy in ["plain", "lower"] {
+            let view = ground.at("view").join(".");
+            let copied = Command::new("cp").arg("-a").arg(view).arg(ground.at(copy)).status().unwrap();
+            assert!(copied.success());
+        }
+        mounted.unmount().unwrap();
+        ground
+    }
+
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    pub(crate) fn object(&self, bytes: &[u8]) -> Content {
+        let digest = Digest::of(bytes);
+        let redirect = String::from_utf8(object_redirect(&digest).to_vec()).unwrap();
+        let path = self.at("objects").join(&redirect[1..]);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+        Content::Regular(Data::Object { digest, size: bytes.len() as u64 })
+    }
+
+    pub(crate) fn tree(&self) -> Tree {
+        let mut tree = Tree::new(owned(0o755));
+        let large: Vec<u8> = (0..100_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        for name in ["a", "b", "c"] {
+            let mut add = |parent, name: &[u8], content, attributes| {
+                tree.add(parent, name, content, attributes).unwrap()
+            };
+            let inline = |text: &str| Content::Regular(Data::Inline(text.as_bytes().to_vec()));
+            let here = add(NodeId::ROOT, name.as_bytes(), Content::Directory, owned(0o755));
+            let big = add(here, b"large", self.object(&large), owned(0o644));
+            add(here, b"small", inline("small"), owned(0o4711));
+            add(here, b"link", Content::Symlink(b"small".to_vec()), owned(0o777));
+            add(here, b"g", Content::Fifo, owned(0o600));
+            let sub = add(here, b"sub", Content::Directory, owned(0o2775));
+            let mut with_xattr = owned(0o640);
+            with_xattr.xattrs.insert(b"user.x".to_vec(), b"of the tree".to_vec());
+            add(sub, b"f", inline("deep"), with_xattr);
+            let inner = add(sub, b"sub", Content::Directory, owned(0o755));
+            add(inner, b"f", inline("deeper"), owned(0o644));
+            tree.link(here, b"twin", big).unwrap();
+            tree.link(sub, b"twin", big).unwrap();
+        }
+        tree
+    }
+
+    pub(crate) fn scratch(&self) -> Scratch {
+        Scratch { upper: self.at("upper"), work: self.at("work"), volatile: true }
+    }
+
+    pub(crate) fn served<'a>(
+        &self,
+        tree: &'a Path,
+        objects: &'a Path,
+        scratch: Option<&'a Scratch>,
+    ) -> Served<'a> {
+        Served { tree, objects, scratch, owners: Owners::Kept, below_overlay: false, bound: true }
+    }
+
+    pub(crate) fn serve(&self, scratch: Option<&Scratch>) -> Mounted {
+        let (tree, objects) = (self.at("tree.erofs"), self.at("objects"));
+        fuse::start(&self.served(&tree, &objects, scratch)).unwrap().mount(&self.at("view")).unwrap()
+    }
+
+    pub(crate) fn edit(&self) -> Mounted {
+        self.serve(Some(&self.scratch()))
+    }
+
+    /// An overlay of the kernel's over the same files as the tree has.
+    pub(crate) fn mount_upper(&self, upper: &str, work: &str, read_only: bool) {
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},redirect_dir=on,index=off,metacopy=off",
+            self.at("lower").display(),
+            self.at(upper).display(),
+            self.at(work).display()
+        );
+        let flags =
+            if read_only { rustix::mount::MountFlags::RDONLY } else { rustix::mount::MountFlags::empty() };
+        let options = std::ffi::CString::new(options).unwrap();
+        rustix::mount::mount("overlay", self.at("kernel"), "overlay", flags, &*options).unwrap();
+    }
+}
+
+/// Runs a test as root with a mount namespace of its own.
+pub(crate) fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
+    if !require_root() {
+        return;
+    }
+    let test = move || {
+        // SAFETY: CLONE_NEWNS changes this thread only, and it ends with the test.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+        let private =
+            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        body(&Ground::new(directory.path()));
+    };
+    if let Err(error) = std::thread::spawn(test).join() {
+        std::panic::resume_unwind(error);
+    }
+}
+
+/// Does the same in a view and in a plain directory; each must tell the same.
+pub(crate) fn same(view: &mut Place, plain: &mut Place, op: &Op, context: &str) {
+    let (told, expected) = (view.apply(op), plain.apply(op));
+    if told != expected {
+        let shown = |told: &Told| match told {
+            Ok(bytes) => format!(
+                "{} bytes: {}",
+                bytes.len(),
+                bytes
+                    .escape_ascii()
+                    .to_string()
+                    .get(..300)
+                    .map_or_else(|| bytes.escape_ascii().to_string(), str::to_owned)
+            ),
+            Err(number) => std::io::Error::from_raw_os_error(*number).to_string(),
+        };
+        panic!("{context}: {op:?} in the view: {}; in a plain directory: {}", shown(&told), shown(&expected));
+    }
+}
+
+pub(crate) fn assert_same_tree(ground: &Ground, view: &str, context: &str) {
+    let (view, plain) = (snapshot(&ground.at(view)), snapshot(&ground.at("plain")));
+    let differing: Vec<_> = view
+        .iter()
+        .filter(|line| !plain.contains(line))
+        .map(|line| format!("view:  {line}"))
+        .chain(plain.iter().filter(|line| !view.contains(line)).map(|line| format!("plain: {line}")))
+        .collect();
+    assert!(differing.is_empty(), "{context}:\n{}", differing.join("\n"));
+}

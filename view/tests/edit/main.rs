@@ -1,0 +1,353 @@
+//! Editable views: the FUSE server's, against a plain directory and the kernel's overlay.
+//!
+//! Tests by chance tell the number that they began with (`seed`); `KILN_SEED` takes that one again, and `KILN_SEEDS` as many as
+//! it says.
+#![cfg(target_os = "linux")]
+
+mod ground;
+mod operations;
+mod random;
+mod table;
+
+use std::fs::{self, File};
+use std::process::Command;
+
+use ground::{Ground, assert_same_tree, same, with_ground};
+use kiln_contract::Scratch;
+use kiln_view::fuse;
+use operations::{Op, Place, snapshot};
+use random::Random;
+use table::{b, s, table};
+
+#[test]
+fn every_operation_of_the_table_does_what_it_does_in_a_plain_directory() {
+    for (name, operations) in table() {
+        with_ground(move |ground| {
+            let mounted = ground.edit();
+            let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
+            for op in &operations {
+                same(&mut view, &mut plain, op, name);
+            }
+            view.close_all();
+            plain.close_all();
+            assert_same_tree(ground, "view", name);
+            mounted.unmount().unwrap();
+            // Everything is on disk, in the form that the kernel knows: another server shows the same, and so does that.
+            let mounted = ground.edit();
+            assert_same_tree(ground, "view", &format!("{name}, served again"));
+            mounted.unmount().unwrap();
+            ground.mount_upper("upper", "kernel-work", true);
+            assert_same_tree(ground, "kernel", &format!("{name}, mounted by the kernel"));
+        });
+    }
+}
+
+#[test]
+fn what_the_kernel_has_changed_is_shown_as_the_kernel_shows_it() {
+    for seed in seeds(3) {
+        with_ground(move |ground| {
+            ground.mount_upper("upper", "work", false);
+            let mut random = Random(seed);
+            let mut kernel = Place::new(&ground.at("kernel"));
+            for _ in 0..400 {
+                // What is refused is no matter here.
+                let _ = kernel.apply(&random.on_names());
+            }
+            kernel.close_all();
+            let shown = snapshot(&ground.at("kernel"));
+            rustix::mount::unmount(ground.at("kernel"), rustix::mount::UnmountFlags::empty()).unwrap();
+            let mounted = ground.edit();
+            let view = snapshot(&ground.at("view"));
+            let differing: Vec<_> = view.iter().filter(|line| !shown.contains(line)).collect();
+            let missing: Vec<_> = shown.iter().filter(|line| !view.contains(line)).collect();
+            assert!(
+                differing.is_empty() && missing.is_empty(),
+                "seed {seed}: {differing:#?} for {missing:#?}"
+            );
+            mounted.unmount().unwrap();
+        });
+    }
+}
+
+/// The numbers that tests by chance begin with: those of `KILN_SEED` (one) or, in `KILN_SEEDS`, as many as are said there.
+fn seeds(usual: u64) -> Vec<u64> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    match number("KILN_SEED") {
+        Some(seed) => vec![seed],
+        None => (1..=number("KILN_SEEDS").unwrap_or(usual)).collect(),
+    }
+}
+
+/// Random operations in a view and in a plain directory. From time to time the server is killed, and another one goes on.
+fn by_chance(seed: u64, steps: usize, next: fn(&mut Random) -> Op) {
+    with_ground(move |ground| {
+        let mut random = Random(seed);
+        let mut mounted = ground.edit();
+        let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
+        for step in 0..steps {
+            let op = next(&mut random);
+            same(&mut view, &mut plain, &op, &format!("seed {seed}, step {step}"));
+            if random.below(150) == 0 {
+                view.close_all();
+                plain.close_all();
+                assert_same_tree(ground, "view", &format!("seed {seed}, step {step}"));
+                // Dropped without being unmounted: killed.
+                drop(mounted);
+                let lazily = rustix::mount::UnmountFlags::DETACH;
+                rustix::mount::unmount(ground.at("view"), lazily).unwrap();
+                mounted = ground.edit();
+                assert_same_tree(ground, "view", &format!("seed {seed}, killed after step {step}"));
+            }
+        }
+        view.close_all();
+        plain.close_all();
+        assert_same_tree(ground, "view", &format!("seed {seed}, at the end"));
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn data_changed_by_chance_are_those_of_a_plain_directory() {
+    seeds(4).into_iter().for_each(|seed| by_chance(seed, 1500, Random::on_data));
+}
+
+#[test]
+fn names_changed_by_chance_are_those_of_a_plain_directory() {
+    seeds(8).into_iter().for_each(|seed| by_chance(seed, 1500, Random::on_names));
+}
+
+fn listed(ground: &Ground) -> Vec<String> {
+    let told = kiln_view::changes(&ground.at("tree.erofs"), &ground.at("upper")).unwrap();
+    told.into_iter()
+        .map(|change| format!("{:?} {}", change.kind, String::from_utf8(change.path).unwrap()))
+        .collect()
+}
+
+#[test]
+fn changes_are_told_as_differences_between_the_tree_and_the_view() {
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let mut view = Place::new(&ground.at("view"));
+        for op in [
+            Op::Rename(s("a"), s("z")),
+            Op::Append(s("z/small"), b("x")),
+            Op::Unlink(s("z/sub/f")),
+            Op::Unlink(s("c/small")),
+            Op::Create(s("n"), 0o644, b("")),
+            Op::Rename(s("c/sub"), s("n2")),
+            Op::Mkdir(s("c/sub"), 0o755),
+            Op::Create(s("c/sub/new"), 0o644, b("")),
+            Op::Chmod(s("c/g"), 0o644),
+            Op::Rename(s("b/sub/sub"), s("b/inner")),
+            Op::Rename(s("b/inner"), s("b/sub/sub")),
+        ] {
+            view.apply(&op).unwrap();
+        }
+        let expected = [
+            "Added /n",
+            "Added /n2",
+            "Added /n2/f",
+            "Added /n2/sub",
+            "Added /n2/sub/f",
+            "Added /n2/twin",
+            "Added /z",
+            "Added /z/g",
+            "Added /z/large",
+            "Added /z/link",
+            "Added /z/small",
+            "Added /z/sub",
+            "Added /z/sub/sub",
+            "Added /z/sub/sub/f",
+            "Added /z/sub/twin",
+            "Added /z/twin",
+            "Deleted /a",
+            "Deleted /c/small",
+            "Added /c/sub/new",
+            "Deleted /c/sub/f",
+            "Deleted /c/sub/sub",
+            "Deleted /c/sub/twin",
+            "Modified /b",
+            "Modified /b/sub",
+            "Modified /b/sub/sub",
+            "Modified /c",
+            "Modified /c/sub",
+            "Modified /c/g",
+        ];
+        let mut told = listed(ground);
+        let mut expected: Vec<_> = expected.map(str::to_owned).into();
+        told.sort();
+        expected.sort();
+        assert_eq!(told, expected);
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn times_of_directories_change_with_their_names_and_never_by_copying_up() {
+    use std::os::unix::fs::MetadataExt;
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let time = |path: &str| fs::metadata(ground.at("view").join(path)).unwrap().mtime();
+        fs::set_permissions(ground.at("view/a/sub/f"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .unwrap();
+        fs::write(ground.at("view/a/sub/sub/f"), "x").unwrap();
+        for path in ["a", "a/sub", "a/sub/sub", "a/sub/f"] {
+            assert_eq!(time(path), 1000, "{path}");
+        }
+        assert_ne!(time("a/sub/sub/f"), 1000);
+        fs::remove_file(ground.at("view/a/sub/f")).unwrap();
+        assert_ne!(time("a/sub"), 1000);
+        assert_eq!(time("a"), 1000);
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn a_scratch_serves_one_view_at_a_time() {
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let (tree, objects, scratch) = (ground.at("tree.erofs"), ground.at("objects"), ground.scratch());
+        let again = fuse::start(&ground.served(&tree, &objects, Some(&scratch)));
+        assert!(again.unwrap_err().to_string().contains("in use"));
+        mounted.unmount().unwrap();
+        ground.edit().unmount().unwrap();
+    });
+}
+
+#[test]
+fn a_full_disk_is_told_to_the_program_and_nothing_is_lost() {
+    with_ground(|ground| {
+        fs::create_dir(ground.at("small")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("small", ground.at("small"), "tmpfs", flags, c"size=300k").unwrap();
+        for name in ["upper", "work"] {
+            fs::create_dir(ground.at("small").join(name)).unwrap();
+        }
+        let scratch =
+            Scratch { upper: ground.at("small/upper"), work: ground.at("small/work"), volatile: true };
+        let mounted = ground.serve(Some(&scratch));
+        let at = |name: &str| ground.at("view").join(name);
+        fs::write(at("first"), vec![1; 150_000]).unwrap();
+        let full = |result: std::io::Result<()>| result.unwrap_err().raw_os_error() == Some(libc::ENOSPC);
+        assert!(full(fs::write(at("second"), vec![2; 200_000])));
+        fs::remove_file(at("second")).unwrap();
+        // A copy has no room twice.
+        fs::write(at("third"), vec![3; 60_000]).unwrap();
+        assert!(full(File::options().append(true).open(at("a/large")).map(drop)));
+        assert_eq!(fs::read(at("a/large")).unwrap().len(), 100_000);
+        assert_eq!(fs::read_dir(ground.at("small/work")).unwrap().count(), 0, "half a copy is left");
+        fs::remove_file(at("third")).unwrap();
+        fs::write(at("a/large"), "new").unwrap();
+        assert_eq!(fs::read(at("first")).unwrap(), vec![1; 150_000]);
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn what_was_written_before_the_server_was_killed_is_there() {
+    with_ground(|ground| {
+        for round in 0..5_u64 {
+            let mounted = ground.edit();
+            let view = ground.at("view");
+            let (told, acknowledged) = std::sync::mpsc::channel();
+            let writer = std::thread::spawn(move || {
+                for number in 0_u64.. {
+                    let file = view.join(format!("a/{round}-{number}"));
+                    let text = vec![number as u8; 5000];
+                    let temporary = view.join("temporary");
+                    let write = || -> std::io::Result<()> {
+                        fs::write(&temporary, &text)?;
+                        fs::rename(&temporary, &file)?;
+                        let mut log = File::options().append(true).create(true).open(view.join("b/large"))?;
+                        std::io::Write::write_all(&mut log, &[number as u8])
+                    };
+                    if write().is_err() || told.send(number).is_err() {
+                        break;
+                    }
+                }
+            });
+            for _ in 0..20 + 13 * round {
+                acknowledged.recv().unwrap();
+            }
+            drop(mounted);
+            writer.join().unwrap();
+            let last = acknowledged.try_iter().last();
+            rustix::mount::unmount(ground.at("view"), rustix::mount::UnmountFlags::DETACH).unwrap();
+            let mounted = ground.edit();
+            for number in 0..=last.unwrap_or(19 + 13 * round) {
+                let file = ground.at("view").join(format!("a/{round}-{number}"));
+                assert_eq!(fs::read(file).unwrap(), vec![number as u8; 5000]);
+            }
+            assert!(fs::metadata(ground.at("view/b/large")).unwrap().len() > 100_000);
+            mounted.unmount().unwrap();
+        }
+    });
+}
+
+#[test]
+fn many_processes_at_once_see_and_change_one_view() {
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let script = r#"
+            set -e; cd "$1"; i=$2
+            for n in 1 2 3 4 5 6 7 8 9 10; do
+                mkdir -p d/$i; echo $i-$n > d/$i/$n; mv d/$i/$n d/moved-$i-$n; cat a/large > d/$i/copy-$n
+                echo line-$i-$n >> log; ln a/small d/link-$i-$n; rm d/link-$i-$n; flock lock sh -c 'read n < count; echo $((n+1)) > count'
+            done"#;
+        fs::write(ground.at("view/count"), "0\n").unwrap();
+        fs::write(ground.at("view/lock"), "").unwrap();
+        let children: Vec<_> = (0..8)
+            .map(|number| {
+                let number = number.to_string();
+                Command::new("sh")
+                    .args(["-c", script, "sh"])
+                    .arg(ground.at("view"))
+                    .arg(number)
+                    .spawn()
+                    .unwrap()
+            })
+            .collect();
+        for mut child in children {
+            assert!(child.wait().unwrap().success());
+        }
+        let read = |name: &str| fs::read_to_string(ground.at("view").join(name)).unwrap();
+        assert_eq!(read("count"), "80\n");
+        assert_eq!(read("log").lines().count(), 80);
+        for process in 0..8 {
+            for number in 1..=10 {
+                assert_eq!(read(&format!("d/moved-{process}-{number}")), format!("{process}-{number}\n"));
+                let copy = fs::read(ground.at(&format!("view/d/{process}/copy-{number}"))).unwrap();
+                assert_eq!(copy, fs::read(ground.at("plain/a/large")).unwrap());
+            }
+        }
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn programs_of_a_view_are_executed_and_thousands_of_files_are_open_at_once() {
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let at = |name: &str| ground.at("view").join(name);
+        fs::copy("/bin/true", at("program")).unwrap();
+        assert!(Command::new(at("program")).status().unwrap().success());
+        let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        limit.current = limit.maximum;
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+        let many = limit.maximum.unwrap_or(u64::MAX).min(5000) as usize - 100;
+        let files: Vec<File> = (0..many)
+            .map(|number| {
+                let path = at(&format!("many-{number}"));
+                File::options().read(true).write(true).create_new(true).open(path).unwrap()
+            })
+            .collect();
+        for (number, file) in files.iter().enumerate() {
+            std::os::unix::fs::FileExt::write_all_at(file, number.to_string().as_bytes(), 3).unwrap();
+        }
+        for number in (0..many).step_by(97) {
+            assert_eq!(fs::read(at(&format!("many-{number}"))).unwrap()[3..], *number.to_string().as_bytes());
+        }
+        drop(files);
+        mounted.unmount().unwrap();
+    });
+}
