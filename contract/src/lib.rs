@@ -46,6 +46,6 @@ pub use progress::{Progress, Silent, Step, StepId};
 pub use quantity::{ByteSize, HumanDuration, QuantityError};
 pub use runtime::{
     AttachEnd, AttachOptions, Change, ChangeKind, CommitOptions, ExecSpec, LogLine, LogQuery, LogStream,
-    ProcessTable, RemoveOptions, RuntimeBackend, SnapshotOptions, StartMode, Stats, Stdio,
+    ProcessTable, RemoveOptions, RuntimeBackend, Snapshot, SnapshotOptions, StartMode, Stats, Stdio, Update,
 };
 pub use view::{Scratch, ViewBackend, ViewRequest};

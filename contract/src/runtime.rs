@@ -9,7 +9,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BackendError, Capabilities, Digest, ExitStatus, InstanceId, InstanceRecord, InstanceSpec, PublishSpec,
+    BackendError, ByteSize, Capabilities, CpuLimit, Digest, ExitStatus, InstanceId, InstanceRecord,
+    InstanceSpec, PublishSpec, RestartPolicy,
 };
 
 /// The caller's ends of a workload's standard streams.
@@ -191,10 +192,51 @@ pub struct CommitOptions {
 /// How an instance is saved.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SnapshotOptions {
-    /// Its name.
+    /// The snapshot's name.
     pub name: String,
     /// Its memory too.
     pub memory: bool,
+}
+
+/// A saved state of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// Its name, among those of the instance.
+    pub name: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// The size of the writable disk in bytes, as the instance saw it.
+    pub disk_size: u64,
+    /// Bytes of memory that are saved of it, beyond what is shared; `None` if only the disk is.
+    pub memory: Option<u64>,
+}
+
+/// What of an instance is to be another from its next start on. What is `None` stays.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Update {
+    /// Processors.
+    pub cpus: Option<CpuLimit>,
+    /// Memory.
+    pub memory: Option<ByteSize>,
+    /// The kernel of a machine, by name.
+    pub kernel: Option<String>,
+    /// What happens when it ends.
+    pub restart: Option<RestartPolicy>,
+}
+
+impl Update {
+    /// Makes the changes.
+    pub fn apply(&self, spec: &mut InstanceSpec) {
+        let resources = &mut spec.resources;
+        resources.cpus = self.cpus.or(resources.cpus);
+        resources.memory = self.memory.or(resources.memory);
+        if let Some(kernel) = &self.kernel {
+            spec.machine.kernel = Some(kernel.clone());
+        }
+        if let Some(restart) = self.restart {
+            spec.restart = restart;
+        }
+    }
 }
 
 /// How an instance is removed.
@@ -298,9 +340,41 @@ pub trait RuntimeBackend: Send + Sync {
     /// Its published ports.
     fn ports(&self, id: &InstanceId) -> Result<Vec<PublishSpec>, BackendError>;
 
-    /// Saves it.
+    /// Saves it under a name that none of its snapshots has. A running one goes on.
     fn snapshot(&self, _id: &InstanceId, _options: &SnapshotOptions) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this back end has no snapshots"))
+    }
+
+    /// Its snapshots, oldest first.
+    fn snapshots(&self, _id: &InstanceId) -> Result<Vec<Snapshot>, BackendError> {
+        Err(BackendError::unsupported("this back end has no snapshots"))
+    }
+
+    /// Puts it back to what it was when it was saved; its snapshots stay. If its memory was saved too, its next start goes on
+    /// from there. With `force` it is killed first if it runs.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::State`] if it runs; [`crate::ErrorKind::NotFound`] names the snapshots that there are.
+    fn restore(&self, _id: &InstanceId, _snapshot: &str, _force: bool) -> Result<(), BackendError> {
+        Err(BackendError::unsupported("this back end has no snapshots"))
+    }
+
+    /// Removes one of its snapshots. Forks of it stay as they are.
+    fn remove_snapshot(&self, _id: &InstanceId, _snapshot: &str) -> Result<(), BackendError> {
+        Err(BackendError::unsupported("this back end has no snapshots"))
+    }
+
+    /// Grows its writable disk to so many bytes, while it runs or not.
+    fn resize(&self, _id: &InstanceId, _disk: u64) -> Result<(), BackendError> {
+        Err(BackendError::unsupported("this back end has no disks"))
+    }
+
+    /// Changes what it is given from its next start on.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::State`] if it runs.
+    fn update(&self, _id: &InstanceId, _update: &Update) -> Result<InstanceRecord, BackendError> {
+        Err(BackendError::unsupported("this back end cannot change instances"))
     }
 
     /// Makes a new instance that begins as a copy of it.

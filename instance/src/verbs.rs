@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use kiln_contract::{
     AttachEnd, AttachOptions, BackendError, ErrorKind, ExitStatus, Home, InstanceId, InstanceRecord,
-    InstanceStatus, LogLine, LogQuery, PublishSpec, RemoveOptions, RestartPolicy, StartMode,
+    InstanceStatus, LogLine, LogQuery, PublishSpec, RemoveOptions, RestartPolicy, StartMode, Update,
 };
 
 use crate::attach::{self, End, Manner};
@@ -343,6 +343,25 @@ impl Verbs {
         };
         log::read(&path, query, ended, each).map_err(|error| {
             BackendError::caused(format!("cannot read the log of {}", record.spec.name), error)
+        })
+    }
+
+    /// Changes what an instance is given from its next start on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if it runs.
+    pub fn update(&self, id: &InstanceId, update: &Update) -> Result<InstanceRecord, BackendError> {
+        self.truth(id)?;
+        self.instances.update(id, |record| {
+            if is_supervised(record) {
+                return Err(BackendError::new(
+                    ErrorKind::State,
+                    format!("cannot change instance {}: it is {}", record.spec.name, record.status),
+                )
+                .hint(format!("stop it first: `kiln stop {}`", record.spec.name)));
+            }
+            update.apply(&mut record.spec);
+            Ok(())
         })
     }
 

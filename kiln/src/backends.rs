@@ -10,7 +10,7 @@ use kiln_container::{ContainerKind, Containers};
 use kiln_contract::{
     AttachEnd, AttachOptions, BackendError, Capabilities, Change, CommitOptions, Digest, ExecSpec,
     ExitStatus, Home, InstanceId, InstanceRecord, InstanceSpec, Isolation, LogLine, LogQuery, ProcessTable,
-    PublishSpec, RemoveOptions, RuntimeBackend, SnapshotOptions, StartMode, Stats, Stdio,
+    PublishSpec, RemoveOptions, RuntimeBackend, Snapshot, SnapshotOptions, StartMode, Stats, Stdio, Update,
 };
 use kiln_instance::{Kinds, Verbs};
 use kiln_machine::{MachineKind, Machines};
@@ -154,6 +154,26 @@ impl RuntimeBackend for Backends {
 
     fn snapshot(&self, id: &InstanceId, options: &SnapshotOptions) -> Result<(), BackendError> {
         self.backend_for(id)?.snapshot(id, options)
+    }
+
+    fn snapshots(&self, id: &InstanceId) -> Result<Vec<Snapshot>, BackendError> {
+        self.backend_for(id)?.snapshots(id)
+    }
+
+    fn restore(&self, id: &InstanceId, snapshot: &str, force: bool) -> Result<(), BackendError> {
+        self.backend_for(id)?.restore(id, snapshot, force)
+    }
+
+    fn remove_snapshot(&self, id: &InstanceId, snapshot: &str) -> Result<(), BackendError> {
+        self.backend_for(id)?.remove_snapshot(id, snapshot)
+    }
+
+    fn resize(&self, id: &InstanceId, disk: u64) -> Result<(), BackendError> {
+        self.backend_for(id)?.resize(id, disk)
+    }
+
+    fn update(&self, id: &InstanceId, update: &Update) -> Result<InstanceRecord, BackendError> {
+        self.backend_for(id)?.update(id, update)
     }
 
     fn fork(&self, id: &InstanceId, name: &str, memory: bool) -> Result<InstanceRecord, BackendError> {

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::CompleteEnv;
 use kiln_contract::Home;
 
-use crate::commands::{self, image, kernel, network, system, volume};
+use crate::commands::{self, image, kernel, network, snapshot, system, template, volume};
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit, Owner};
@@ -60,7 +60,12 @@ enum Command {
     Stop(commands::stop::Args),
     Restart(commands::restart::Args),
     Kill(commands::kill::Args),
+    Update(commands::update::Args),
     Fork(commands::fork::Args),
+    /// Save instances, and put them back
+    #[command(subcommand, arg_required_else_help = true)]
+    Snapshot(snapshot::Command),
+    Resize(commands::resize::Args),
     Pause(commands::pause::Args),
     #[command(visible_alias = "unpause")]
     Resume(commands::resume::Args),
@@ -103,6 +108,10 @@ enum Command {
     /// Work with the kernels that machines boot
     #[command(subcommand, arg_required_else_help = true)]
     Kernel(kernel::Command),
+    /// Work with the templates that machines start from
+    #[command(subcommand, arg_required_else_help = true)]
+    Template(template::Command),
+    Init(commands::init::Args),
     /// Look at and care for the whole
     #[command(subcommand, arg_required_else_help = true)]
     System(system::Command),
@@ -260,7 +269,10 @@ impl Command {
             Self::Stop(args) => args.run(context),
             Self::Restart(args) => args.run(context),
             Self::Kill(args) => args.run(context),
+            Self::Update(args) => args.run(context),
             Self::Fork(args) => args.run(context),
+            Self::Snapshot(command) => command.run(context),
+            Self::Resize(args) => args.run(context),
             Self::Pause(args) => args.run(context),
             Self::Resume(args) => args.run(context),
             Self::Wait(args) => args.run(context),
@@ -290,6 +302,8 @@ impl Command {
             Self::Volume(command) => command.run(context),
             Self::Network(command) => command.run(context),
             Self::Kernel(command) => command.run(context),
+            Self::Template(command) => command.run(context),
+            Self::Init(args) => args.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
             Self::Monitor(args) => args.run(context),

@@ -161,6 +161,93 @@ fn forks_of_forks_of_a_running_machine_are_others_and_the_original_goes_on() {
 }
 
 #[test]
+fn a_snapshot_brings_back_disk_and_memory_and_can_be_used_again() {
+    let Some(home) = &*HOME else { return };
+    let counting = "n=0; while true; do n=$((n+1)); echo $n > /count; sleep 0.1; done";
+    home.ok(run(&["-d", "--name", "saved"], &["sh", "-c", counting]));
+    let count = || home.ok(["exec", "saved", "cat", "/count"]).parse::<u32>().unwrap();
+    home.ok(["exec", "saved", "sh", "-c", "echo first > /file"]);
+    home.ok(["snapshot", "create", "saved", "disk-only"]);
+    home.ok([
+        "exec",
+        "saved",
+        "sh",
+        "-c",
+        "echo second > /file; until [ $(cat /count) -gt 20 ]; do sleep 0.1; done",
+    ]);
+    home.ok(["snapshot", "create", "--memory", "saved", "with-memory"]);
+    let at_snapshot = count();
+    home.ok(["exec", "saved", "sh", "-c", "echo third > /file"]);
+
+    let ended = home.kiln(["snapshot", "create", "saved", "disk-only"]);
+    assert!(ended.code == 1 && ended.stderr.contains("has a snapshot `disk-only` already"), "{ended:?}");
+    let ended = home.kiln(["snapshot", "restore", "saved", "disk-only"]);
+    assert!(ended.code == 1 && ended.stderr.contains("is running"), "{ended:?}");
+    let ended = home.kiln(["snapshot", "restore", "--force", "saved", "nope"]);
+    assert!(ended.code == 1 && ended.stderr.contains("it has disk-only, with-memory"), "{ended:?}");
+    let listed = home.json(["snapshot", "ls", "--format", "json", "saved"]);
+    assert_eq!(listed[0]["name"], "disk-only");
+    assert!(listed[0]["memory"].is_null() && listed[1]["memory"].as_u64().unwrap() > 0, "{listed}");
+
+    // Twice: a snapshot is not used up.
+    for _ in 0..2 {
+        home.ok(["snapshot", "restore", "--force", "saved", "with-memory"]);
+        home.ok(["start", "saved"]);
+        assert_eq!(home.ok(["exec", "saved", "cat", "/file"]), "second");
+        let now = count();
+        assert!(now > 20 && now < at_snapshot + 100, "it counts on: {now} after {at_snapshot}");
+        home.ok(["exec", "saved", "sh", "-c", "echo fourth > /file"]);
+    }
+    home.ok(["snapshot", "restore", "--force", "saved", "disk-only"]);
+    home.ok(["start", "saved"]);
+    assert_eq!(home.ok(["exec", "saved", "cat", "/file"]), "first");
+    assert!(count() < 20, "it began anew");
+    home.ok(["snapshot", "rm", "saved", "disk-only", "with-memory"]);
+    assert_eq!(home.ok(["snapshot", "ls", "-q", "saved"]), "");
+    home.ok(["rm", "-f", "saved"]);
+}
+
+#[test]
+fn a_disk_grows_under_a_running_machine_and_what_a_machine_is_given_changes_between_its_lives() {
+    let Some(home) = &*HOME else { return };
+    home.ok(run(&["-d", "--name", "grown", "--disk", "1g"], &["sleep", "600"]));
+    let mebibytes = || {
+        let shown = home.ok(["exec", "grown", "df", "-m", "/"]);
+        shown.lines().last().unwrap().split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    assert!(mebibytes() < 1024);
+    home.ok(["resize", "grown", "--disk", "3g"]);
+    assert!((2500..3072).contains(&mebibytes()), "{}", mebibytes());
+    let ended = home.kiln(["resize", "grown", "--disk", "2g"]);
+    assert_eq!(ended.code, 1, "{ended:?}");
+    let ended = home.kiln(["update", "--memory", "192m", "grown"]);
+    assert!(ended.code == 1 && ended.stderr.contains("kiln stop grown"), "{ended:?}");
+    let ended = home.kiln(["update", "grown"]);
+    assert!(ended.code == 2 && ended.stderr.contains("nothing is to be changed"), "{ended:?}");
+    home.ok(["stop", "-t", "0", "grown"]);
+    let ended = home.kiln(["update", "--kernel", "no-such-kernel", "grown"]);
+    assert!(ended.code == 1 && ended.stderr.contains("no-such-kernel"), "{ended:?}");
+    home.ok(["update", "--memory", "192m", "grown"]);
+    home.ok(["resize", "grown", "--disk", "4g"]);
+    home.ok(["start", "grown"]);
+    assert!((3500..4096).contains(&mebibytes()), "{}", mebibytes());
+    let memory = home.ok(["exec", "grown", "sh", "-c", "grep MemTotal /proc/meminfo"]);
+    let kib: u64 = memory.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(kib < 192 << 10, "{memory}");
+
+    // The template that it began with is in use; one that nobody uses can go.
+    let held = home.json(["template", "ls", "--format", "json"]);
+    let id = |memory: u64| {
+        let found = held.as_array().unwrap().iter().find(|template| template["memory"] == memory << 20);
+        found.unwrap()["id"].as_str().unwrap().to_owned()
+    };
+    let ended = home.kiln(["template", "rm", &id(192)]);
+    assert!(ended.code == 1 && ended.stderr.contains("a running machine began with it"), "{ended:?}");
+    home.ok(["rm", "-f", "grown"]);
+    home.ok(["template", "rm", &id(192)]);
+}
+
+#[test]
 fn a_supervisor_that_is_killed_takes_its_machine_along_and_leaves_nothing() {
     let Some(home) = &*HOME else { return };
     let id = sleeper(home, "killed");

@@ -10,8 +10,8 @@ use std::time::Duration;
 use kiln_contract::{
     AttachEnd, AttachOptions, BackendError, Capabilities, Capability, Change, CommitOptions, Digest, DiskId,
     ErrorKind, ExecSpec, ExitStatus, Home, Hypervisor as _, InstanceId, InstanceRecord, InstanceSpec,
-    LogLine, LogQuery, ProcessTable, Progress, PublishSpec, RemoveOptions, RuntimeBackend, StartMode, Stats,
-    Stdio,
+    LogLine, LogQuery, ProcessTable, Progress, PublishSpec, RemoveOptions, RuntimeBackend, Snapshot,
+    SnapshotOptions, StartMode, Stats, Stdio, Update,
 };
 use kiln_instance::{Instances, Kinds, Verbs, is_supervised, signals};
 use kiln_link::message::{self, Answer, MAX_CHUNK, Request};
@@ -19,10 +19,12 @@ use kiln_link::service;
 use kiln_vmm::Qemu;
 use tokio::net::UnixStream;
 
-use crate::door::{self, Ask};
+use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
 use crate::monitor::{disks, image, template};
-use crate::{exec, kind, plan, stream};
+use crate::saved::Saved;
+use crate::template::{failed, in_utf8};
+use crate::{exec, plan, stream};
 
 /// Machines of one home: the [`RuntimeBackend`] over a hypervisor.
 pub struct Machines {
@@ -42,18 +44,22 @@ impl Machines {
         Self { verbs: Verbs::open(home, kinds), progress }
     }
 
-    fn instances(&self) -> &Instances {
+    pub(crate) fn verbs(&self) -> &Verbs {
+        &self.verbs
+    }
+
+    pub(crate) fn instances(&self) -> &Instances {
         self.verbs.instances()
     }
 
-    fn home(&self) -> &Home {
+    pub(crate) fn home(&self) -> &Home {
         self.instances().home()
     }
 
     /// Makes what a start would otherwise make without anybody seeing how far it is.
     fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let qemu = Qemu::find()?;
-        if !kind::saved(self.instances(), &record.id).join("state").exists() {
+        if Saved::load(&plan::saved(&self.instances().dir(&record.id))).is_none() {
             let disks = disks(self.home())?;
             template(self.home(), record, &qemu, &*disks, &*self.progress)?;
         }
@@ -61,7 +67,7 @@ impl Machines {
     }
 
     /// Asks the guest of a running machine.
-    fn ask(&self, id: &InstanceId, request: &Request) -> Result<Answer, BackendError> {
+    pub(crate) fn ask(&self, id: &InstanceId, request: &Request) -> Result<Answer, BackendError> {
         self.verbs.ready_for_exec(id)?;
         let dir = self.instances().dir(id);
         stream::runtime()?.block_on(async {
@@ -305,6 +311,31 @@ impl RuntimeBackend for Machines {
         Ok(fork)
     }
 
+    fn snapshot(&self, id: &InstanceId, options: &SnapshotOptions) -> Result<(), BackendError> {
+        self.make_snapshot(id, options)
+    }
+
+    fn snapshots(&self, id: &InstanceId) -> Result<Vec<Snapshot>, BackendError> {
+        self.list_snapshots(id)
+    }
+
+    fn restore(&self, id: &InstanceId, snapshot: &str, force: bool) -> Result<(), BackendError> {
+        self.restore_snapshot(id, snapshot, force)
+    }
+
+    fn remove_snapshot(&self, id: &InstanceId, snapshot: &str) -> Result<(), BackendError> {
+        self.delete_snapshot(id, snapshot)
+    }
+
+    fn resize(&self, id: &InstanceId, disk: u64) -> Result<(), BackendError> {
+        self.grow(id, disk)
+    }
+
+    fn update(&self, id: &InstanceId, update: &Update) -> Result<InstanceRecord, BackendError> {
+        self.check_update(id, update)?;
+        self.verbs.update(id, update)
+    }
+
     fn remove(&self, id: &InstanceId, options: RemoveOptions) -> Result<(), BackendError> {
         self.verbs.remove(id, options)?;
         disks(self.home())?.remove(&DiskId::from(id))
@@ -319,19 +350,17 @@ impl RuntimeBackend for Machines {
     }
 }
 
+fn copy_for(fork: &InstanceId) -> Copy {
+    Copy::Disk(DiskId::from(fork).as_str().to_owned())
+}
+
 impl Machines {
     /// Copies a running machine as it is at one instant: its memory, its devices, its disk.
     fn copy_live(&self, source: &InstanceRecord, fork: &InstanceRecord) -> Result<(), BackendError> {
         self.verbs.ready_for_exec(&source.id)?;
-        let saved = kind::saved(self.instances(), &fork.id);
-        std::fs::create_dir(&saved)
-            .map_err(|error| BackendError::caused(format!("cannot make {}", saved.display()), error))?;
-        let directory = saved.to_str().ok_or_else(|| {
-            BackendError::new(ErrorKind::Invalid, "the hypervisor takes only paths in UTF-8")
-                .hint("set KILN_HOME to another directory")
-        })?;
-        let question =
-            Ask::Save { directory: directory.to_owned(), disk: DiskId::from(&fork.id).as_str().to_owned() };
+        let saved = plan::saved(&self.instances().dir(&fork.id));
+        std::fs::create_dir(&saved).map_err(failed("make", &saved))?;
+        let question = Ask::Save { directory: Some(in_utf8(&saved)?), disk: copy_for(&fork.id) };
         let dir = self.instances().dir(&source.id);
         let (_, reply) = stream::runtime()?.block_on(door::ask(&dir, &question))?;
         if let door::Reply::Saved { paused } = reply {
@@ -344,6 +373,9 @@ impl Machines {
     fn copy_disk(&self, source: &InstanceRecord, fork: &InstanceRecord) -> Result<(), BackendError> {
         if is_supervised(source) {
             self.ask(&source.id, &Request::Sync)?;
+            let dir = self.instances().dir(&source.id);
+            let question = Ask::Save { directory: None, disk: copy_for(&fork.id) };
+            return stream::runtime()?.block_on(door::ask(&dir, &question)).map(drop);
         }
         let disks = disks(self.home())?;
         disks.clone_disk(&DiskId::from(&source.id), None, &DiskId::from(&fork.id)).map(drop)

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
-use kiln_contract::{BackendError, DiskId, ErrorKind, InstanceDir};
+use kiln_contract::{BackendError, DiskBackend, DiskId, DiskNameError, ErrorKind, InstanceDir, PendingDisk};
 use kiln_link::message::{self, Failure, FailureKind};
 use minicbor::{Decode, Encode};
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -35,15 +35,15 @@ pub(crate) enum Ask {
     /// Let it go on.
     #[n(2)]
     Resume,
-    /// Save its devices and memory to a directory, and copy its disk of the same instant. It goes on.
+    /// Copy its disk, and save its devices and memory of the same instant if asked to. It goes on.
     #[n(3)]
     Save {
-        /// Absolute; it exists.
+        /// Where devices and memory go: absolute; it exists.
         #[n(0)]
-        directory: String,
-        /// The copy's name.
+        directory: Option<String>,
+        /// What becomes of the disk.
         #[n(1)]
-        disk: String,
+        disk: Copy,
     },
     /// Its disk has grown.
     #[n(4)]
@@ -52,6 +52,17 @@ pub(crate) enum Ask {
         #[n(0)]
         size: u64,
     },
+}
+
+/// What a copy of a disk becomes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) enum Copy {
+    /// A disk of this name.
+    #[n(0)]
+    Disk(#[n(0)] String),
+    /// A snapshot of its own of this name.
+    #[n(1)]
+    Snapshot(#[n(0)] String),
 }
 
 /// What a monitor answers.
@@ -142,7 +153,21 @@ pub(crate) async fn dial(dir: &InstanceDir, service: u16) -> Result<UnixStream, 
     ask(dir, &Ask::Dial { service }).await.map(|(stream, _)| stream)
 }
 
-/// Reads the name of a disk that came through the door.
-pub(crate) fn disk(name: &str) -> Result<DiskId, BackendError> {
-    name.parse().map_err(|error| BackendError::caused("cannot copy the disk", error))
+impl Copy {
+    /// Begins it.
+    pub(crate) fn start(
+        &self,
+        disks: &dyn DiskBackend,
+        disk: &DiskId,
+    ) -> Result<Box<dyn PendingDisk>, BackendError> {
+        fn named<T>(parsed: Result<T, DiskNameError>) -> Result<T, BackendError> {
+            parsed.map_err(|error| {
+                BackendError::caused("cannot copy the disk", error).of_kind(ErrorKind::Invalid)
+            })
+        }
+        match self {
+            Self::Disk(name) => disks.start_clone(disk, None, &named(name.parse())?),
+            Self::Snapshot(name) => disks.start_snapshot(disk, &named(name.parse())?),
+        }
+    }
 }

@@ -4,7 +4,6 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,7 +36,9 @@ impl Kind for MachineKind {
 
     fn clean(&self, instances: &Instances, record: &InstanceRecord) -> Result<(), BackendError> {
         // Monitor and hypervisor ended with the supervisor.
-        door::close(&instances.dir(&record.id));
+        let dir = instances.dir(&record.id);
+        door::close(&dir);
+        crate::saved::remove(&plan::base(&dir))?;
         if record.spec.remove { disks(instances.home())?.remove(&DiskId::from(&record.id)) } else { Ok(()) }
     }
 
@@ -74,8 +75,9 @@ impl Ground for MachineGround {
     }
 
     fn end(&mut self, _: &InstanceRecord, _: Run) -> Result<(), BackendError> {
-        door::close(&self.instances.dir(&self.id));
-        Ok(())
+        let dir = self.instances.dir(&self.id);
+        door::close(&dir);
+        crate::saved::remove(&plan::base(&dir))
     }
 
     fn exec(&self, _: &InstanceRecord, spec: &ExecSpec, streams: Streams) -> Result<ProcessId, BackendError> {
@@ -247,9 +249,4 @@ impl Hold for Door {
     fn out_of_memory(&self) -> bool {
         false
     }
-}
-
-/// Where a forked machine's memory waits for its first start.
-pub(crate) fn saved(instances: &Instances, id: &InstanceId) -> PathBuf {
-    plan::saved(&instances.dir(id))
 }

@@ -23,7 +23,9 @@ mod life;
 mod monitor;
 mod plan;
 #[cfg(target_os = "linux")]
+mod saved;
 mod services;
+mod snapshots;
 mod stream;
 pub mod template;
 
@@ -35,4 +37,5 @@ pub use kind::MachineKind;
 pub use life::{Life, Paths};
 #[cfg(target_os = "linux")]
 pub use monitor::monitor;
-pub use template::{Disk, Shape, Template, Templates};
+pub use saved::{Saved, TemplateRecord};
+pub use template::{Disk, Shape, Templates, prune_disks, prune_templates, remove_template, templates};

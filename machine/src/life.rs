@@ -1,14 +1,15 @@
 //! One life of a machine: from being restored to its end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kiln_contract::{BackendError, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
 use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 
+use crate::saved::Saved;
 use crate::stream;
-use crate::template::{DISK_SIZE, Shape, Template};
+use crate::template::{DISK_SIZE, Shape};
 
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
@@ -18,6 +19,8 @@ const TO_BEGIN: Duration = Duration::from_secs(30);
 pub struct Paths {
     /// Where the hypervisor may put sockets and logs.
     pub directory: PathBuf,
+    /// The memory file: that of what is restored, by a name that it keeps for as long as the machine runs.
+    pub memory: PathBuf,
     /// The image disk.
     pub image: PathBuf,
     /// The writable disk.
@@ -39,29 +42,27 @@ impl std::fmt::Debug for Life {
 }
 
 impl Life {
-    /// Restores a machine: of a template, or, if `saved` is given, one that was saved later and has the template's memory
-    /// below its own. The guest waits to be configured. Must be called in a runtime, on a thread that outlives the machine.
+    /// Restores a machine that was saved, a template or another. The guest waits to be configured. Must be called in a runtime, on a thread that outlives the machine.
     ///
     /// # Errors
     /// What was saved cannot be restored here, or its guest does not answer.
     pub async fn restore(
         hypervisor: &dyn Hypervisor,
-        template: &Template,
-        saved: Option<&Path>,
+        saved: &Saved,
         paths: &Paths,
     ) -> Result<Self, BackendError> {
-        let Shape { cpus, memory } = template.record().shape;
+        let Shape { cpus, memory } = saved.record().shape;
         let config = VmConfig {
             directory: paths.directory.clone(),
             cpus,
             memory,
-            memory_file: template.memory(),
+            memory_file: paths.memory.clone(),
             memory_kind: MemoryKind::CopyOnWrite,
             boot: None,
             image: paths.image.clone(),
             disk: paths.disk.clone(),
         };
-        let mut vm = hypervisor.restore(&config, saved.unwrap_or(template.saved()))?;
+        let mut vm = hypervisor.restore(&config, saved.directory())?;
         let link = HostLink::restored(stream::adopt(vm.link()?)?);
         let session = match tokio::time::timeout(TO_BEGIN, link.begin()).await {
             Ok(Ok(session)) => session,

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as Blocking;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,9 @@ use tokio::sync::{Mutex, mpsc};
 use crate::carry::{End, Event, carry};
 use crate::door::{self, Ask, Reply};
 use crate::life::{Life, Paths, ask, start};
+use crate::saved::Saved;
 use crate::services::Services;
-use crate::template::{DISK_SIZE, Disk, Template, Templates};
+use crate::template::{DISK_SIZE, Disk, Templates, disk_of};
 use crate::{plan, stream};
 
 /// How long a guest may take to hold still.
@@ -108,8 +109,12 @@ struct Ground {
     dir: InstanceDir,
     disks: Box<dyn DiskBackend>,
     disk: DiskId,
-    template: Template,
-    saved: Option<PathBuf>,
+    /// Where the memory is that it shares with others.
+    base: Saved,
+    /// Whether it was saved itself, and does not begin from a template.
+    is_own: bool,
+    /// Bytes of its writable disk.
+    disk_size: u64,
 }
 
 /// The template for a machine, made if it is not there.
@@ -119,7 +124,7 @@ pub(crate) fn template(
     qemu: &Qemu,
     disks: &dyn DiskBackend,
     progress: &dyn kiln_contract::Progress,
-) -> Result<Template, BackendError> {
+) -> Result<Saved, BackendError> {
     let kernels = Kernels::open(home);
     let kernel = match &record.spec.machine.kernel {
         Some(name) => kernels.find(name)?,
@@ -149,33 +154,25 @@ pub(crate) fn disks(home: &Home) -> Result<Box<dyn DiskBackend>, BackendError> {
     Ok(kiln_disk::open(home, &kiln_disk::Choice::Auto)?.backend)
 }
 
-/// The template below what was saved.
-fn template_of(
-    home: &Home,
-    disks: &dyn DiskBackend,
-    saved: &std::path::Path,
-) -> Result<Template, BackendError> {
-    let key = std::fs::read_to_string(saved.join("template"))
-        .map_err(|error| BackendError::caused(format!("cannot read {}", saved.display()), error))?;
-    let found =
-        Templates::open(home, disks).list()?.into_iter().find(|template| template.key().hex() == key.trim());
-    found.ok_or_else(|| {
-        BackendError::new(ErrorKind::NotFound, "the template that this machine was saved over is gone")
-            .hint("start it without its memory: remove the saved memory, or fork again")
-    })
-}
-
 /// The path of a machine's writable disk, made if there is none.
 fn own_disk(
     disks: &dyn DiskBackend,
     disk: &DiskId,
-    template: &Template,
+    template: &Saved,
+    is_own: bool,
     size: u64,
 ) -> Result<PathBuf, BackendError> {
     if let Ok(path) = disks.path(disk) {
         return Ok(path);
     }
-    let Some(empty) = template.disk() else { return disks.create(disk, size) };
+    if is_own {
+        return Err(BackendError::new(
+            ErrorKind::NotFound,
+            "the machine has no disk: it was not forked to the end",
+        )
+        .hint("remove it, and fork again"));
+    }
+    let Some(empty) = disk_of(template) else { return disks.create(disk, size) };
     let path = disks.clone_disk(&empty, None, disk)?;
     if size > DISK_SIZE {
         disks.resize(disk, size)?;
@@ -190,22 +187,29 @@ async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, 
     let record = instances.read(id)?;
     let dir = instances.dir(id);
     let qemu = Qemu::find()?;
-    let saved = Some(plan::saved(&dir)).filter(|saved| saved.join("state").exists());
+    let own = Saved::load(&plan::saved(&dir));
+    let is_own = own.is_some();
     let disks = disks(home)?;
-    let template = match &saved {
-        Some(saved) => template_of(home, &*disks, saved)?,
+    let saved = match own {
+        Some(own) => {
+            own.check(&qemu)?;
+            own
+        }
         None => template(home, &record, &qemu, &*disks, &Silent)?,
     };
+    let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
+    let _held = base.hold()?;
     let disk = DiskId::from(id);
     let paths = Paths {
         directory: dir.path().to_owned(),
+        memory: base.memory(),
         image: image(home, &record, &Silent)?,
-        disk: own_disk(&*disks, &disk, &template, plan::disk_size(&record.spec))?,
+        disk: own_disk(&*disks, &disk, &saved, is_own, plan::disk_size(&record.spec))?,
         disk_size: disks.size(&disk)?,
     };
     let services = Services::prepare(&record.spec)?;
-    let life = Life::restore(&qemu, &template, saved.as_deref(), &paths).await?;
-    let ground = Ground { record, dir, disks, disk, template, saved };
+    let life = Life::restore(&qemu, &saved, &paths).await?;
+    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size: paths.disk_size };
     let outcome = live(&ground, life, services, supervisor, &signals).await;
     door::close(&ground.dir);
     outcome
@@ -221,11 +225,10 @@ async fn live(
     let spec = &ground.record.spec;
     let inbound = life.session().session.take_inbound();
     services.serve(life.opener(), inbound)?;
-    life.configure(plan::configure(&ground.record, ground.saved.is_some())?).await?;
-    if let Some(saved) = &ground.saved {
+    life.configure(plan::configure(&ground.record, (!ground.is_own).then_some(ground.disk_size))?).await?;
+    if ground.is_own {
         // From here on its disk is another: what was saved fits it no more.
-        std::fs::remove_dir_all(saved)
-            .map_err(|error| BackendError::caused(format!("cannot remove {}", saved.display()), error))?;
+        crate::saved::remove(&plan::saved(&ground.dir))?;
     }
     let listener = door::listen(&ground.dir)?;
     tell(supervisor, &News::Ready { ports: services.ports().to_vec() });
@@ -237,10 +240,10 @@ async fn live(
         watched.map_err(|error| BackendError::caused("cannot use the workload's streams", error))?;
     let size = terminal::size_of(&stdio);
     let process = Box::new(plan::process(spec, size));
-    let first = match (&ground.saved, spec.machine.system) {
-        (Some(_), _) => Input::Attach { number: WORKLOAD },
-        (None, true) => Input::BecomeInit { process },
-        (None, false) => Input::Start { number: WORKLOAD, process },
+    let first = match (ground.is_own, spec.machine.system) {
+        (true, _) => Input::Attach { number: WORKLOAD },
+        (false, true) => Input::BecomeInit { process },
+        (false, false) => Input::Start { number: WORKLOAD, process },
     };
     let workload = start(&opener, first).await?;
     tell(supervisor, &News::Started);
@@ -412,7 +415,7 @@ async fn serve(mut stream: UnixStream, ground: &Ground, keeper: &Arc<Keeper>) ->
         }
         Ask::Pause => keeper.life.lock().await.vm().pause().map(|()| Reply::Done),
         Ask::Resume => resume(keeper).await.map(|()| Reply::Done),
-        Ask::Save { directory, disk } => save(ground, keeper, PathBuf::from(directory), &disk)
+        Ask::Save { directory, disk } => save(ground, keeper, directory.as_deref().map(Path::new), &disk)
             .await
             .map(|paused| Reply::Saved { paused: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX) }),
         Ask::Grown { size } => grown(keeper, size).await.map(|()| Reply::Done),
@@ -432,44 +435,56 @@ async fn grown(keeper: &Keeper, size: u64) -> Result<(), BackendError> {
     ask(&keeper.opener, Request::Grow { size }).await.map(drop)
 }
 
-/// Saves the running machine and copies its disk, both of one instant; how long it did not run.
+/// Copies the running machine's disk, and saves its memory of the same instant if there is a `directory` for it; how long it
+/// did not run.
 async fn save(
     ground: &Ground,
     keeper: &Keeper,
-    directory: PathBuf,
-    copy: &str,
+    directory: Option<&Path>,
+    copy: &door::Copy,
 ) -> Result<Duration, BackendError> {
-    let copy = door::disk(copy)?;
     ground.disks.flush(&ground.disk)?;
     let mut life = keeper.life.lock().await;
     let begun = Instant::now();
-    let parked = keeper
-        .parker
-        .park(TO_PARK)
-        .await
-        .map_err(|error| BackendError::caused("cannot save the machine", error))?;
-    let taken = take(ground, life.vm(), &directory, &copy);
+    // What has memory goes on elsewhere, so nothing may be under way over the link.
+    let parked = match directory {
+        Some(_) => Some(keeper.parker.park(TO_PARK).await.map_err(cannot_save)?),
+        None => None,
+    };
+    let taken = take(ground, life.vm(), directory, copy);
     // Whatever came of it, the original goes on.
     let resumed = life.vm().resume();
-    let went_on = parked.resume().await;
+    let went_on = match parked {
+        Some(parked) => parked.resume().await,
+        None => Ok(()),
+    };
     let paused = begun.elapsed();
     resumed?;
     went_on.map_err(|error| BackendError::caused("cannot let the machine go on", error))?;
-    taken?.finish()?;
-    std::fs::write(directory.join("template"), ground.template.key().hex())
-        .map_err(|error| BackendError::caused(format!("cannot write to {}", directory.display()), error))?;
+    let taken = taken?;
+    if let Some(directory) = directory {
+        ground.base.lay_under(directory)?;
+    }
+    // Last: whoever finds the disk finds all of it.
+    taken.finish()?;
     Ok(paused)
+}
+
+fn cannot_save(error: kiln_link::LinkError) -> BackendError {
+    BackendError::caused("cannot save the machine", error)
 }
 
 fn take(
     ground: &Ground,
     vm: &mut dyn kiln_contract::Vm,
-    directory: &std::path::Path,
-    copy: &DiskId,
+    directory: Option<&Path>,
+    copy: &door::Copy,
 ) -> Result<Box<dyn kiln_contract::PendingDisk>, BackendError> {
     vm.pause()?;
-    vm.save(directory)?;
-    ground.disks.start_clone(&ground.disk, None, copy)
+    if let Some(directory) = directory {
+        vm.save(directory)?;
+    }
+    copy.start(&*ground.disks, &ground.disk)
 }
 
 /// Lets the guest end in order. It is not trusted to do so.

@@ -73,11 +73,12 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// What the guest is told of who it is. `root` is `None` for a machine that has one already.
+/// What the guest is told of who it is. `disk` is the size of its writable disk in bytes, and `None` for a machine that has a
+/// root already.
 ///
 /// # Errors
 /// If the operating system gives no random bytes.
-pub(crate) fn configure(record: &InstanceRecord, has_root: bool) -> Result<Configure, BackendError> {
+pub(crate) fn configure(record: &InstanceRecord, disk: Option<u64>) -> Result<Configure, BackendError> {
     let spec = &record.spec;
     let mut entropy = vec![0; ENTROPY];
     getrandom::fill(&mut entropy).map_err(|error| {
@@ -93,18 +94,18 @@ pub(crate) fn configure(record: &InstanceRecord, has_root: bool) -> Result<Confi
         file("/etc/hosts", hosts(spec, &hostname)),
         file("/etc/resolv.conf", resolv_conf(spec)),
     ];
-    let root = Root {
+    let root = |disk_size| Root {
         read_only: spec.security.read_only,
         system: spec.machine.system,
         shm_size: spec.resources.shm_size.map_or(SHM, kiln_contract::ByteSize::bytes),
-        disk_size: disk_size(spec),
+        disk_size,
     };
     Ok(Configure {
         hostname,
         machine_id,
         clock: now(),
         entropy,
-        root: (!has_root).then_some(root),
+        root: disk.map(root),
         mounts: mounts(spec),
         files,
         network: spec.network.mode != "none",
@@ -202,7 +203,12 @@ pub(crate) fn with_defaults(env: &[String], tty: bool) -> Vec<String> {
     env
 }
 
-/// Where a machine keeps what it was forked with until its first start.
+/// Where a machine keeps what its own forks need of what it was forked from itself.
+pub(crate) fn base(dir: &kiln_contract::InstanceDir) -> PathBuf {
+    dir.path().join("base")
+}
+
+/// Where a machine keeps what it was forked with, or put back to, until its next start.
 pub(crate) fn saved(dir: &kiln_contract::InstanceDir) -> PathBuf {
     dir.path().join("saved")
 }

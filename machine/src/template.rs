@@ -3,8 +3,7 @@
 //! ```text
 //! templates/<key>/
 //!   template.json        what it was made from, when, and how long the boot took
-//!   memory               the memory file: sparse, mapped by every machine that started from it
-//!   state                the state of the devices
+//!   memory, state        see [`saved`](crate::saved)
 //! templates/<key>.lock   held by who is making it
 //! disks/template-<key>   the writable disk that is mounted in it, if one is
 //! ```
@@ -29,17 +28,21 @@ use kiln_contract::{
     BackendError, BootConfig, Digest, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, MachineSpec,
     MemoryKind, Progress, Step, VmConfig,
 };
+use kiln_instance::Instances;
 use kiln_link::{HostLink, LinkError, VERSION};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::guest;
-use crate::stream;
+use crate::monitor::disks;
+use crate::saved::{FORMAT, MEMORY, RECORD, Saved, TemplateRecord};
+use crate::{guest, stream};
 
-/// The version of `template.json`.
-const FORMAT: u32 = 2;
 /// Templates that are kept besides the newest; each has a size and kernel of its own.
 const KEPT: usize = 8;
+/// Bytes that all of them may take together.
+const KEPT_BYTES: u64 = 8 << 30;
+/// What the name of a template's lock ends in.
+const LOCK: &str = "lock";
 /// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
 const TO_BOOT: Duration = Duration::from_secs(180);
 /// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
@@ -66,72 +69,20 @@ pub enum Disk {
     Own,
 }
 
-/// What `template.json` says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TemplateRecord {
-    format: u32,
-    /// When it was made.
-    pub made: Timestamp,
-    /// The kernel's name.
-    pub kernel: String,
-    /// The hypervisor, its version and accelerator.
-    pub hypervisor: String,
-    /// The machines that start from it.
-    pub shape: Shape,
-    /// What they have for a writable disk.
-    pub disk: Disk,
-    /// How long the guest took from the start of the hypervisor until it was ready, in milliseconds.
-    pub boot_millis: u64,
-}
-
-/// A template that is whole.
-#[derive(Debug, Clone)]
-pub struct Template {
-    key: Digest,
-    directory: PathBuf,
-    record: TemplateRecord,
-}
-
-impl Template {
-    /// Its name: the digest of what it was made from.
-    pub fn key(&self) -> Digest {
-        self.key
-    }
-
-    /// What is known of it.
-    pub fn record(&self) -> &TemplateRecord {
-        &self.record
-    }
-
-    /// The memory file.
-    pub fn memory(&self) -> PathBuf {
-        self.directory.join("memory")
-    }
-
-    /// The disk that a machine begins with a copy of.
-    pub fn disk(&self) -> Option<DiskId> {
-        matches!(self.record.disk, Disk::Empty).then(|| disk_id(self.key)).flatten()
-    }
-
-    /// What a hypervisor restores.
-    pub fn saved(&self) -> &Path {
-        &self.directory
-    }
-
-    fn load(directory: &Path) -> Option<Self> {
-        let key = Digest::from_hex(directory.file_name()?.to_str()?).ok()?;
-        let bytes = fs::read(directory.join("template.json")).ok()?;
-        let record: TemplateRecord = serde_json::from_slice(&bytes).ok()?;
-        let whole = record.format == FORMAT
-            && fs::metadata(directory.join("memory")).is_ok_and(|file| file.len() >= record.shape.memory)
-            && fs::metadata(directory.join("state")).is_ok_and(|file| file.len() > 0);
-        whole.then(|| Self { key, directory: directory.to_owned(), record })
+/// The disk that a machine begins with a copy of.
+pub(crate) fn disk_of(template: &Saved) -> Option<DiskId> {
+    match template.record().disk {
+        Disk::Empty => disk_id(template.record().key),
+        Disk::Own => None,
     }
 }
+
+/// Whose name begins so is the disk of a template.
+const DISK_PREFIX: &str = "template-";
 
 /// The disk of the template `key`, among those of machines.
 fn disk_id(key: Digest) -> Option<DiskId> {
-    format!("template-{}", key.hex()).parse().ok()
+    format!("{DISK_PREFIX}{}", key.hex()).parse().ok()
 }
 
 /// The templates of a home.
@@ -156,39 +107,79 @@ impl<'a> Templates<'a> {
     ///
     /// # Errors
     /// If the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Template>, BackendError> {
+    pub fn list(&self) -> Result<Vec<Saved>, BackendError> {
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(failed("list", &self.root)(error)),
         };
-        let mut found: Vec<_> = entries.flatten().filter_map(|entry| Template::load(&entry.path())).collect();
+        let mut found: Vec<_> = entries.flatten().filter_map(|entry| Saved::load(&entry.path())).collect();
         found.sort_by_key(|template| std::cmp::Reverse(used(template)));
         Ok(found)
     }
 
-    /// Removes a template. Machines that run from it go on.
+    /// Removes a template. What was forked or saved over it stays whole.
     ///
     /// # Errors
-    /// If its files cannot be removed.
-    pub fn remove(&self, template: &Template) -> Result<(), BackendError> {
+    /// [`ErrorKind::State`] if a machine runs from it: it could not be forked any more. Its files cannot be removed.
+    pub fn remove(&self, template: &Saved) -> Result<(), BackendError> {
+        let key = template.record().key;
+        if template.is_held() {
+            return Err(BackendError::new(
+                ErrorKind::State,
+                format!("cannot remove template {}: a running machine began with it", key.short()),
+            )
+            .hint("stop the machine first"));
+        }
         // Out of sight first, so that no half of it is ever found.
-        let aside = self.root.join(format!(".gone-{}", template.key.hex()));
-        match fs::rename(&template.directory, &aside) {
+        let aside = self.root.join(format!(".gone-{}", key.hex()));
+        match fs::rename(template.directory(), &aside) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(failed("remove", &template.directory)(error)),
+            Err(error) => Err(failed("remove", template.directory())(error)),
             Ok(()) => fs::remove_dir_all(&aside).map_err(failed("remove", &aside)),
         }?;
-        match disk_id(template.key) {
+        match disk_id(key) {
             Some(disk) if self.disks.path(&disk).is_ok() => self.disks.remove(&disk),
             _ => Ok(()),
         }
     }
 
+    /// Removes directories that are no template: those of older versions, and what was killed while it made one.
+    fn sweep(&self) -> Result<(), BackendError> {
+        let entries = || fs::read_dir(&self.root).map_err(failed("list", &self.root)).map(Iterator::flatten);
+        let is_locked = |path: &Path| {
+            File::open(path).is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_err())
+        };
+        // One that is being made has no name of its own yet.
+        if entries()?
+            .any(|entry| entry.path().extension().is_some_and(|end| end == LOCK) && is_locked(&entry.path()))
+        {
+            return Ok(());
+        }
+        for entry in entries()? {
+            let path = entry.path();
+            if path.is_dir() && Saved::load(&path).is_none() {
+                fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks of templates that are gone.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub(crate) fn orphans(&self, disks: &[DiskId]) -> Result<Vec<DiskId>, BackendError> {
+        let known: Vec<_> = self.list()?.iter().filter_map(disk_of).collect();
+        let is_ours = |disk: &&DiskId| disk.as_str().starts_with(DISK_PREFIX);
+        Ok(disks.iter().filter(is_ours).filter(|disk| !known.contains(disk)).cloned().collect())
+    }
+
     /// A template that is whole, its disk too.
-    fn load(&self, directory: &Path) -> Option<Template> {
-        Template::load(directory)
-            .filter(|template| template.disk().is_none_or(|disk| self.disks.path(&disk).is_ok()))
+    fn load(&self, directory: &Path) -> Option<Saved> {
+        let found = Saved::load(directory)?;
+        let has_disk = disk_of(&found).is_none_or(|disk| self.disks.path(&disk).is_ok());
+        has_disk.then_some(found)
     }
 
     /// The template for machines of `shape` with `kernel`; made if it is not there, by one process while others wait.
@@ -202,7 +193,7 @@ impl<'a> Templates<'a> {
         shape: Shape,
         disk: Disk,
         progress: &dyn Progress,
-    ) -> Result<Template, BackendError> {
+    ) -> Result<Saved, BackendError> {
         let key = key(hypervisor, kernel, shape, disk);
         let directory = self.root.join(key.hex());
         if let Some(template) = self.load(&directory) {
@@ -210,7 +201,7 @@ impl<'a> Templates<'a> {
             return Ok(template);
         }
         fs::create_dir_all(&self.root).map_err(failed("make", &self.root))?;
-        let path = self.root.join(format!("{}.lock", key.hex()));
+        let path = self.root.join(key.hex()).with_extension(LOCK);
         let lock = File::create(&path).map_err(failed("make", &path))?;
         rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| failed("lock", &path)(error.into()))?;
@@ -237,7 +228,7 @@ impl<'a> Templates<'a> {
             verb: "template",
             total: None,
         });
-        let made = self.make(hypervisor, kernel, (shape, disk), begun_with.as_ref(), &directory);
+        let made = self.make(hypervisor, kernel, (key, shape, disk), begun_with.as_ref());
         progress.end(step, if made.is_ok() { "done" } else { "failed" });
         if let (Err(_), Some(disk)) = (&made, &begun_with)
             && let Err(error) = self.disks.remove(disk)
@@ -255,9 +246,8 @@ impl<'a> Templates<'a> {
         &self,
         hypervisor: &dyn Hypervisor,
         kernel: &Kernel,
-        (shape, disk): (Shape, Disk),
+        (key, shape, disk): (Digest, Shape, Disk),
         begun_with: Option<&DiskId>,
-        directory: &Path,
     ) -> Result<(), BackendError> {
         if guest::PROGRAM.is_empty() {
             return Err(BackendError::unsupported(
@@ -275,6 +265,7 @@ impl<'a> Templates<'a> {
             let made = File::create(&path).and_then(|file| file.set_len(size));
             made.map_err(failed("make", &path)).map(|()| path)
         };
+        let directory = &self.root.join(key.hex());
         let initramfs = at("initramfs");
         let bytes = kiln_boot::initramfs(kernel, guest::PROGRAM)?;
         fs::write(&initramfs, bytes).map_err(failed("write", &initramfs))?;
@@ -282,7 +273,7 @@ impl<'a> Templates<'a> {
             directory: staging.path().to_owned(),
             cpus: shape.cpus,
             memory: shape.memory,
-            memory_file: sparse("memory", shape.memory)?,
+            memory_file: sparse(MEMORY, shape.memory)?,
             memory_kind: MemoryKind::Written,
             boot: Some(BootConfig {
                 kernel: kernel.image(),
@@ -306,6 +297,7 @@ impl<'a> Templates<'a> {
         drop(vm);
         let record = TemplateRecord {
             format: FORMAT,
+            key,
             made: Timestamp::now(),
             kernel: kernel.name().to_owned(),
             hypervisor: hypervisor.fingerprint(),
@@ -318,7 +310,7 @@ impl<'a> Templates<'a> {
         }
         let json =
             serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;
-        fs::write(at("template.json"), json).map_err(failed("write", directory))?;
+        fs::write(at(RECORD), json).map_err(failed("write", directory))?;
         // One that is seen is whole, even if the host loses its power.
         File::open(staging.path())
             .and_then(|open| Ok(rustix::fs::syncfs(open)?))
@@ -332,12 +324,92 @@ impl<'a> Templates<'a> {
 
     /// Removes what was not used for longest, beyond a few.
     fn keep_few(&self, newest: Digest) -> Result<(), BackendError> {
-        let others = self.list()?.into_iter().filter(|template| template.key != newest);
-        for template in others.skip(KEPT) {
-            self.remove(&template)?;
+        let mut bytes = 0;
+        for (older, template) in self.list()?.into_iter().enumerate() {
+            bytes += template.size();
+            let kept = older <= KEPT && bytes <= KEPT_BYTES;
+            if !kept && template.record().key != newest && !template.is_held() {
+                self.remove(&template)?;
+            }
         }
         Ok(())
     }
+}
+
+/// The templates of a home, the one used last first.
+///
+/// # Errors
+/// If they cannot be listed.
+pub fn templates(home: &Home) -> Result<Vec<Saved>, BackendError> {
+    if !home.templates().exists() {
+        return Ok(Vec::new());
+    }
+    Templates::open(home, &*disks(home)?).list()
+}
+
+/// Removes the template whose id begins so.
+///
+/// # Errors
+/// [`ErrorKind::NotFound`]; [`ErrorKind::Conflict`] if it is not the only one; as [`Templates::remove`].
+pub fn remove_template(home: &Home, id: &str) -> Result<(), BackendError> {
+    let digits = id.strip_prefix("sha256:").unwrap_or(id);
+    let found: Vec<_> = templates(home)?
+        .into_iter()
+        .filter(|template| !digits.is_empty() && template.record().key.hex().starts_with(digits))
+        .collect();
+    match found.as_slice() {
+        [template] => Templates::open(home, &*disks(home)?).remove(template),
+        [] => Err(BackendError::new(ErrorKind::NotFound, format!("no such template: {id}"))
+            .hint("`kiln template ls` lists those that there are")),
+        several => Err(BackendError::new(
+            ErrorKind::Conflict,
+            format!("{} templates begin with {id}", several.len()),
+        )
+        .hint("give more of its id")),
+    }
+}
+
+/// Removes the templates that no running machine began with, and disks of those that are gone. Those that were, or with
+/// `dry_run` would be.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn prune_templates(home: &Home, dry_run: bool) -> Result<Vec<Saved>, BackendError> {
+    let unused: Vec<_> = templates(home)?.into_iter().filter(|template| !template.is_held()).collect();
+    if dry_run || !home.templates().exists() {
+        return Ok(unused);
+    }
+    let disks = disks(home)?;
+    let templates = Templates::open(home, &*disks);
+    for template in &unused {
+        templates.remove(template)?;
+    }
+    for disk in templates.orphans(&disks.list()?)? {
+        disks.remove(&disk)?;
+    }
+    templates.sweep()?;
+    Ok(unused)
+}
+
+/// Removes the disks that are neither a machine's nor a template's: what was killed while it made them left them. Those that
+/// were, or with `dry_run` would be.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn prune_disks(home: &Home, dry_run: bool) -> Result<Vec<DiskId>, BackendError> {
+    if !home.disks().exists() {
+        return Ok(Vec::new());
+    }
+    let disks = disks(home)?;
+    let all = disks.list()?;
+    let mut unowned = Templates::open(home, &*disks).orphans(&all)?;
+    let instances: Vec<_> = Instances::of(home).ids()?.iter().map(DiskId::from).collect();
+    let is_template = |disk: &DiskId| disk.as_str().starts_with(DISK_PREFIX);
+    unowned.extend(all.into_iter().filter(|disk| !is_template(disk) && !instances.contains(disk)));
+    for disk in unowned.iter().filter(|_| !dry_run) {
+        disks.remove(disk)?;
+    }
+    Ok(unowned)
 }
 
 /// Words for the kernel besides those that the machine's kind needs. Nobody but the workload is in a machine: of the security
@@ -402,17 +474,25 @@ pub(crate) fn with_console(error: BackendError, log: &Path) -> BackendError {
     error.hint(format!("its console's last lines:\n{}", lines[lines.len().saturating_sub(12)..].join("\n")))
 }
 
-fn used(template: &Template) -> std::time::SystemTime {
-    let file = fs::metadata(template.directory.join("template.json"));
+fn used(template: &Saved) -> std::time::SystemTime {
+    let file = fs::metadata(template.directory().join(RECORD));
     file.and_then(|file| file.modified()).unwrap_or(std::time::UNIX_EPOCH)
 }
 
 /// Remembers that it was used: only for which are kept.
-fn touch(template: &Template) {
-    let path = template.directory.join("template.json");
+fn touch(template: &Saved) {
+    let path = template.directory().join(RECORD);
     if let Ok(file) = File::options().append(true).open(path) {
         let _ = file.set_modified(std::time::SystemTime::now());
     }
+}
+
+/// A path as hypervisors take it.
+pub(crate) fn in_utf8(path: &Path) -> Result<String, BackendError> {
+    path.to_str().map(str::to_owned).ok_or_else(|| {
+        BackendError::new(ErrorKind::Invalid, "the hypervisor takes only paths in UTF-8")
+            .hint("set KILN_HOME to another directory")
+    })
 }
 
 pub(crate) fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackendError {

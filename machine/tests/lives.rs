@@ -7,7 +7,7 @@ use kiln_boot::{Kernels, Source};
 use kiln_contract::{Digest, DiskBackend, DiskId, Home, Silent};
 use kiln_link::Stream;
 use kiln_link::message::{self, Configure, HostFile, Output, Process, Root, WORKLOAD};
-use kiln_machine::{Disk, Life, Paths, Shape, Template, Templates};
+use kiln_machine::{Disk, Life, Paths, Saved, Shape, Templates};
 use kiln_store::{ImportLimits, Store};
 use kiln_vmm::Qemu;
 
@@ -16,7 +16,7 @@ struct Bed {
     _directory: tempfile::TempDir,
     home: Home,
     qemu: Qemu,
-    template: Template,
+    template: Saved,
     image: PathBuf,
     disks: Box<dyn DiskBackend>,
 }
@@ -47,7 +47,16 @@ impl Bed {
         let directory = self.home.path().join(name);
         std::fs::create_dir_all(&directory).unwrap();
         let disk = self.disks.create(&id, 8 << 30).unwrap();
-        (id, Paths { directory, image: self.image.clone(), disk, disk_size: 8 << 30 })
+        (
+            id,
+            Paths {
+                directory,
+                memory: self.template.memory(),
+                image: self.image.clone(),
+                disk,
+                disk_size: 8 << 30,
+            },
+        )
     }
 }
 
@@ -97,7 +106,7 @@ fn a_machine_starts_from_a_template_and_runs_a_command() {
     let Some(bed) = &*BED else { return };
     run(async {
         let (_, paths) = bed.paths("first");
-        let life = Life::restore(&bed.qemu, &bed.template, None, &paths).await.unwrap();
+        let life = Life::restore(&bed.qemu, &bed.template, &paths).await.unwrap();
         life.configure(configure("first")).await.unwrap();
         let stream =
             life.start(WORKLOAD, shell("hostname; cat /etc/hostname; echo no >&2; exit 3")).await.unwrap();

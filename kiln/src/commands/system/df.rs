@@ -86,7 +86,7 @@ impl Args {
                 .collect(),
             templates: templates
                 .iter()
-                .map(|template| Named { name: template.key().short(), bytes: disk_usage(template.saved()) })
+                .map(|template| Named { name: template.record().key.short(), bytes: template.size() })
                 .collect(),
             images: stored.images,
             layers: stored.layers,

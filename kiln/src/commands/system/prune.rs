@@ -13,7 +13,7 @@ use crate::output::{Format, FormatArgs, Table, print_json};
 /// Remove what nobody needs: instances that do not run, unused networks, images without a name, unreachable data
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// All images that no instance uses, named or not
+    /// All images that no instance uses, named or not, and the templates of machines
     #[arg(short, long)]
     all: bool,
     /// Volumes that no instance uses, too: anonymous ones, with --all named ones as well
@@ -41,6 +41,10 @@ pub(crate) struct Removed {
     networks: Vec<String>,
     /// Names of volumes.
     volumes: Vec<String>,
+    /// How many writable disks that no machine has.
+    disks: u64,
+    /// How many templates of machines.
+    templates: u64,
     /// Names or ids of images.
     images: Vec<String>,
     /// How many layers.
@@ -73,11 +77,19 @@ impl Args {
                 }
             }
         }
+        before.disks = kiln_machine::prune_disks(context.home(), self.dry_run)?.len() as u64;
+        if self.all {
+            let templates = kiln_machine::prune_templates(context.home(), self.dry_run)?;
+            before.templates = templates.len() as u64;
+            before.bytes += templates.iter().map(kiln_machine::Saved::size).sum::<u64>();
+        }
         let collected = collect(context, &instances, self.all, self.dry_run)?;
         let all = Removed {
             instances: before.instances,
             networks: before.networks,
             volumes: before.volumes,
+            disks: before.disks,
+            templates: before.templates,
             bytes: before.bytes + collected.bytes,
             ..collected
         };
@@ -142,6 +154,8 @@ impl Removed {
             }
         }
         for (what, number) in [
+            ("disks", self.disks),
+            ("templates", self.templates),
             ("layers", self.layers),
             ("files", self.objects),
             ("manifests and configs", self.blobs),

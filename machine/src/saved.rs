@@ -1,0 +1,185 @@
+//! A machine that was saved: what another is restored from.
+//!
+//! ```text
+//! <directory>/
+//!   template.json        what the template was made from
+//!   memory               the template's memory file: mapped by every machine that was ever restored over it
+//!   state                the state of the devices
+//!   delta                what the machine itself had changed of the memory; a template has none
+//! ```
+//!
+//! A template is saved so, and so is every fork and snapshot of a machine that began with it: `memory` is then another name of
+//! the same file, so that a template can be removed at any time, and the host has what they share in memory once.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use kiln_contract::{BackendError, Digest, ErrorKind, Hypervisor};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::template::{Disk, Shape, failed};
+
+/// The version of `template.json`.
+pub(crate) const FORMAT: u32 = 2;
+/// The record's file.
+pub(crate) const RECORD: &str = "template.json";
+/// The memory file.
+pub(crate) const MEMORY: &str = "memory";
+const STATE: &str = "state";
+const DELTA: &str = "delta";
+
+/// What `template.json` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateRecord {
+    pub(crate) format: u32,
+    /// The digest of all that the template depends on: its name.
+    pub key: Digest,
+    /// When it was made.
+    pub made: Timestamp,
+    /// The kernel's name.
+    pub kernel: String,
+    /// The hypervisor, its version and accelerator.
+    pub hypervisor: String,
+    /// The machines that start from it.
+    pub shape: Shape,
+    /// What they have for a writable disk.
+    pub disk: Disk,
+    /// How long the guest took from the start of the hypervisor until it was ready, in milliseconds.
+    pub boot_millis: u64,
+}
+
+/// A saved machine that is whole.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    directory: PathBuf,
+    record: TemplateRecord,
+}
+
+impl Saved {
+    /// What is saved in a directory, if all of it is there.
+    pub fn load(directory: &Path) -> Option<Self> {
+        let bytes = fs::read(directory.join(RECORD)).ok()?;
+        let record: TemplateRecord = serde_json::from_slice(&bytes).ok()?;
+        let length = |name: &str| fs::metadata(directory.join(name)).map_or(0, |file| file.len());
+        let whole = record.format == FORMAT && length(MEMORY) >= record.shape.memory && length(STATE) > 0;
+        whole.then(|| Self { directory: directory.to_owned(), record })
+    }
+
+    /// What is known of its template.
+    pub fn record(&self) -> &TemplateRecord {
+        &self.record
+    }
+
+    /// The memory file.
+    pub fn memory(&self) -> PathBuf {
+        self.directory.join(MEMORY)
+    }
+
+    /// What a hypervisor restores.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Bytes that it takes on the storage.
+    pub fn size(&self) -> u64 {
+        let blocks = |name: &str| {
+            fs::metadata(self.directory.join(name)).map_or(0, |file| file.blocks().saturating_mul(512))
+        };
+        [RECORD, MEMORY, STATE, DELTA].map(blocks).iter().sum()
+    }
+
+    /// Bytes of memory that are its own; `None` for a template.
+    pub fn own_memory(&self) -> Option<u64> {
+        fs::metadata(self.directory.join(DELTA)).ok().map(|file| file.len())
+    }
+
+    /// Keeps the template from being removed until the result is dropped.
+    ///
+    /// # Errors
+    /// If the file system cannot lock files.
+    pub(crate) fn hold(&self) -> Result<File, BackendError> {
+        let path = self.directory.join(RECORD);
+        let open = || {
+            let file = File::open(&path)?;
+            rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockShared))?;
+            Ok(file)
+        };
+        open().map_err(failed("hold", &path))
+    }
+
+    /// Whether a machine runs from it.
+    pub(crate) fn is_held(&self) -> bool {
+        File::open(self.directory.join(RECORD))
+            .is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_err())
+    }
+
+    /// Refuses what another hypervisor has saved.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`].
+    pub(crate) fn check(&self, hypervisor: &dyn Hypervisor) -> Result<(), BackendError> {
+        if self.record.hypervisor == hypervisor.fingerprint() {
+            return Ok(());
+        }
+        Err(BackendError::new(
+            ErrorKind::State,
+            format!("the machine was saved by another {}, or on another processor", hypervisor.name()),
+        )
+        .hint("`kiln start --cold` starts it from its disk, without what was in its memory"))
+    }
+
+    /// Gives `directory` what is common to all that is restored from this and saved again.
+    pub(crate) fn lay_under(&self, directory: &Path) -> Result<(), BackendError> {
+        for name in [RECORD, MEMORY] {
+            link(&self.directory.join(name), &directory.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// The same with names of its own at `base`, which stay when what was saved is used up. A template's stay anyway, as long
+    /// as it is held.
+    pub(crate) fn with_base(&self, base: &Path) -> Result<Self, BackendError> {
+        remove(base)?;
+        fs::create_dir(base).map_err(failed("make", base))?;
+        self.lay_under(base)?;
+        Ok(Self { directory: base.to_owned(), record: self.record.clone() })
+    }
+
+    /// Makes `directory` hold the same.
+    ///
+    /// # Errors
+    /// If it is there, or on another file system. Nothing is left then.
+    pub(crate) fn copy_to(&self, directory: &Path) -> Result<Self, BackendError> {
+        let parent = directory.parent().unwrap_or(directory);
+        let staging = tempfile::Builder::new()
+            .prefix(".new-")
+            .tempdir_in(parent)
+            .map_err(failed("make a directory in", parent))?;
+        self.lay_under(staging.path())?;
+        for name in [STATE, DELTA] {
+            let from = self.directory.join(name);
+            if from.exists() {
+                link(&from, &staging.path().join(name))?;
+            }
+        }
+        fs::rename(staging.path(), directory).map_err(failed("make", directory))?;
+        let _ = staging.keep();
+        Ok(Self { directory: directory.to_owned(), record: self.record.clone() })
+    }
+}
+
+/// Removes a directory with what is saved in it, if there is one.
+pub(crate) fn remove(directory: &Path) -> Result<(), BackendError> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", directory)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn link(from: &Path, to: &Path) -> Result<(), BackendError> {
+    fs::hard_link(from, to).map_err(failed("link", to))
+}
