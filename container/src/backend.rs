@@ -10,11 +10,11 @@ use kiln_contract::{
     ExitStatus, Home, InstanceId, InstanceRecord, InstanceSpec, InstanceStatus, LogLine, LogQuery,
     ProcessTable, PublishSpec, RemoveOptions, RuntimeBackend, StartMode, Stats, Stdio,
 };
-use kiln_instance::{Instances, Request, Verbs, signals};
+use kiln_instance::{Instances, Request, Verbs, Volumes, signals};
 
 use crate::cgroup::{self, Cgroup};
 use crate::kind::KINDS;
-use crate::{Volumes, commit, copy, exec};
+use crate::{commit, copy, exec};
 
 /// Containers of one home: the native [`RuntimeBackend`].
 ///

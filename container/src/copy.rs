@@ -6,8 +6,8 @@ use std::path::Path;
 use kiln_contract::{BackendError, ErrorKind, Home, InstanceRecord, InstanceStatus};
 use kiln_store::Store;
 
-use crate::archive::{Archive, ArchiveError, Devices, Pack, Top, Unpack, pack};
 use crate::root::OpenRoot;
+use kiln_instance::archive::{Archive, ArchiveError, Devices, Pack, Top, Unpack, pack};
 
 type Result<T> = std::result::Result<T, BackendError>;
 

@@ -13,14 +13,13 @@ use kiln_contract::{
     NetworkRequest, ProcessId, ViewBackend,
 };
 use kiln_instance::streams::{Streams, Wiring, set_nonblocking};
-use kiln_instance::{Ground, Hold, Instances, Run, process};
+use kiln_instance::{Ground, Hold, Instances, Run, Volumes, process};
 use kiln_net::ContainerNetwork;
 use kiln_store::Store;
 use kiln_view::Overlay;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 
-use crate::Volumes;
 use crate::cgroup::Cgroup;
 use crate::host_files;
 use crate::runtime::{self, Launch, NetworkNamespace, OciRuntime};
@@ -79,7 +78,7 @@ impl ContainerGround {
             None => (host_files::prepare(record, &self.dir)?, NetworkNamespace::Host),
         };
         let volumes = Volumes::open(self.instances.home());
-        mounts.extend(volumes.resolve(&record.spec, &self.dir.root())?);
+        mounts.extend(crate::mounts::resolve(&volumes, &record.spec, &self.dir.root())?);
         let (streams, mut ends) = wiring
             .connect(&record.spec.process)
             .map_err(|error| BackendError::caused("cannot make the container's streams", error))?;

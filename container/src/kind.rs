@@ -1,12 +1,12 @@
 //! Containers as a kind of instances.
 
 use kiln_contract::{BackendError, InstanceId, InstanceRecord, Isolation, NetworkBackend, RuntimeChoice};
-use kiln_instance::{Ground, Hold, Instances, Kind, Kinds, is_of_this_boot};
+use kiln_instance::{Ground, Hold, Instances, Kind, Kinds, Volumes, is_of_this_boot};
 use kiln_net::ContainerNetwork;
 
 use crate::cgroup::{self, Cgroup};
 use crate::ground::ContainerGround;
-use crate::{Volumes, host, runtime};
+use crate::{host, runtime};
 
 /// Workloads in namespaces of this kernel.
 #[derive(Debug, Clone, Copy)]

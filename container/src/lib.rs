@@ -1,4 +1,4 @@
-//! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), their roots and their volumes.
+//! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), and their roots.
 //!
 //! ```no_run
 //! use kiln_contract::{Home, RuntimeBackend, StartMode};
@@ -17,7 +17,6 @@
 //! `ground`, how a container's process is made in `runtime`, `spec`, `seccomp` and `cgroup`.
 
 #[cfg(target_os = "linux")]
-pub mod archive;
 #[cfg(target_os = "linux")]
 mod backend;
 #[cfg(target_os = "linux")]
@@ -41,6 +40,8 @@ mod host_files;
 #[cfg(target_os = "linux")]
 mod kind;
 #[cfg(target_os = "linux")]
+mod mounts;
+#[cfg(target_os = "linux")]
 mod root;
 #[cfg(target_os = "linux")]
 mod runtime;
@@ -50,15 +51,11 @@ mod seccomp;
 mod spec;
 #[cfg(target_os = "linux")]
 mod user_namespace;
-#[cfg(target_os = "linux")]
-mod volumes;
 
 #[cfg(target_os = "linux")]
 pub use backend::Containers;
 #[cfg(target_os = "linux")]
 pub use kind::{ContainerKind, KINDS};
-#[cfg(target_os = "linux")]
-pub use volumes::{Volume, Volumes};
 
 /// Moves this process to where containers can be made: nothing for root, for others the user namespace of their home
 /// ([`Home::from_env`](kiln_contract::Home::from_env)) and a mount namespace. To be called first of all in `main`, while

@@ -9,7 +9,8 @@ use kiln_contract::{BackendError, Digest, Home, InstanceRecord, Scratch, ViewBac
 use kiln_store::Store;
 use kiln_view::Overlay;
 
-use crate::archive::{Base, Confine};
+use kiln_instance::Volumes;
+use kiln_instance::archive::{Base, Confine};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -97,7 +98,7 @@ impl OpenRoot {
         let view = Overlay::new();
         view.mount(&request)?;
         let base = Base::open(&request.target, Confine::InRoot).map_err(failed)?;
-        for mount in crate::Volumes::open(home).resolve(&record.spec, &request.target)? {
+        for mount in crate::mounts::resolve(&Volumes::open(home), &record.spec, &request.target)? {
             if mount.fstype == "bind" {
                 bind(&base, &mount.source, Path::new(&mount.target)).map_err(failed)?;
             }

@@ -453,6 +453,10 @@ pub struct InstanceSpec {
     pub init: bool,
     /// Remove it when it ends.
     pub remove: bool,
+    /// It is of no use without the process that makes it, which starts it at once (`kiln run --rm`): if that dies before
+    /// it has, the instance is removed.
+    #[serde(default)]
+    pub transient: bool,
     /// What makes it.
     pub runtime: RuntimeChoice,
     /// What it has if it is a machine.
@@ -555,6 +559,9 @@ pub struct InstanceRecord {
     pub process: Option<ProcessId>,
     /// Its supervisor, while it has one.
     pub supervisor: Option<ProcessId>,
+    /// Who made it, if it is transient and was never started.
+    #[serde(default)]
+    pub maker: Option<ProcessId>,
     /// The boot of the host (`/proc/sys/kernel/random/boot_id`) in which these processes live.
     pub boot: Option<String>,
     /// Its addresses, while it runs.

@@ -57,16 +57,21 @@ fn name_of(file: &HostFile) -> String {
 
 /// Mounts the shares again, over another link: what they were mounted over is gone. Files that were open in them stay broken.
 pub(crate) async fn again(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
-    for wanted in mounts {
-        if let MountSource::Share { number, file } = wanted.source {
-            let target = wanted.target.clone();
-            aside(move || {
-                rustix::mount::unmount(target.as_str(), UnmountFlags::DETACH)
-                    .doing(format_args!("take away {target}"))
-            })
-            .await?;
-            share(wanted, number, file, opener, "/").await?;
-        }
+    let shares = mounts.iter().filter_map(|wanted| match wanted.source {
+        MountSource::Share { number, file } => Some((wanted, number, file)),
+        MountSource::Tmpfs { .. } => None,
+    });
+    // What lies in another share goes before it.
+    for (wanted, ..) in shares.clone().rev() {
+        let target = wanted.target.clone();
+        aside(move || {
+            rustix::mount::unmount(target.as_str(), UnmountFlags::DETACH)
+                .doing(format_args!("take away {target}"))
+        })
+        .await?;
+    }
+    for (wanted, number, file) in shares {
+        share(wanted, number, file, opener, "/").await?;
     }
     Ok(())
 }

@@ -17,6 +17,7 @@
 //! # Ok::<(), kiln_contract::BackendError>(())
 //! ```
 
+pub mod archive;
 #[cfg(target_os = "linux")]
 mod attach;
 #[cfg(target_os = "linux")]
@@ -39,6 +40,7 @@ mod supervisor;
 pub mod terminal;
 #[cfg(target_os = "linux")]
 mod verbs;
+mod volumes;
 
 #[cfg(target_os = "linux")]
 pub use control::{Attach, Connection, Failure, Reply, Request};
@@ -49,3 +51,4 @@ pub use kind::{Ground, Hold, Kind, Kinds, Run, kind_of};
 pub use supervisor::supervise;
 #[cfg(target_os = "linux")]
 pub use verbs::Verbs;
+pub use volumes::{Volume, Volumes};

@@ -4,6 +4,8 @@
 //! supervisor's mount namespace. What remains is found here, by the instance's record and id: the process, if the kernel
 //! has not taken it along, what its kind knows of ([`Kind::clean`]), the socket, and the record itself, which still says
 //! that it runs.
+//!
+//! A transient instance has a maker before it has a supervisor; if that died before it started it, nobody will.
 
 use std::time::Duration;
 
@@ -27,14 +29,25 @@ pub(crate) fn claims_to_live(record: &InstanceRecord) -> bool {
         )
 }
 
+/// Whether an instance was to be started at once by the process that made it, and that has died before.
+fn is_orphan(record: &InstanceRecord) -> bool {
+    let dead = |maker| !is_of_this_boot(record) || !process::alive(maker);
+    record.status == InstanceStatus::Created && record.supervisor.is_none() && record.maker.is_some_and(dead)
+}
+
+/// Whether there is nothing to set right.
+fn is_true(record: &InstanceRecord) -> bool {
+    !is_orphan(record) && (!claims_to_live(record) || is_supervised(record))
+}
+
 /// The record as it truly is: if its supervisor is dead, what that left is taken away first. `None` if the instance
-/// was to be removed at its end, and is now.
+/// was to be removed at its end, and is now, or if it was orphaned.
 pub(crate) fn truth(
     instances: &Instances,
     kinds: Kinds,
     record: InstanceRecord,
 ) -> Result<Option<InstanceRecord>, BackendError> {
-    if !claims_to_live(&record) || is_supervised(&record) {
+    if is_true(&record) {
         return Ok(Some(record));
     }
     let locked = match instances.lock(&record.id) {
@@ -48,13 +61,19 @@ pub(crate) fn truth(
         Err(error) if error.kind() == kiln_contract::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    if !claims_to_live(&record) || is_supervised(&record) {
+    if is_true(&record) {
         return Ok(Some(record));
     }
     tracing::info!(id = record.id.short(), "taking away what a dead supervisor left");
     let kind = kind_of(kinds, &record)?;
     clean(instances, kind, &record)?;
     let same_boot = is_of_this_boot(&record);
+    if record.spec.remove || is_orphan(&record) {
+        // It goes on saying that it lives until it is gone: if this process dies meanwhile, the next one goes on.
+        drop(locked);
+        remove_files(instances, kind, &record, true)?;
+        return Ok(None);
+    }
     if record.status != InstanceStatus::Created {
         record.exit = Some(match (record.status, record.exit.take()) {
             // It had ended, and waited to be started again.
@@ -77,11 +96,6 @@ pub(crate) fn truth(
     }
     forget_run(&mut record);
     locked.write(&record)?;
-    drop(locked);
-    if record.spec.remove {
-        remove_files(instances, kind, &record, true)?;
-        return Ok(None);
-    }
     Ok(Some(record))
 }
 
@@ -105,6 +119,7 @@ pub(crate) fn clean(
 pub(crate) fn forget_run(record: &mut InstanceRecord) {
     record.process = None;
     record.supervisor = None;
+    record.maker = None;
     record.boot = None;
     record.cgroup = None;
     record.addresses.clear();

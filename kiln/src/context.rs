@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use kiln_container::Volumes;
 use kiln_contract::{ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
+use kiln_instance::Volumes;
 use kiln_net::Networks;
 use kiln_store::{Image, Store, StoreError};
 

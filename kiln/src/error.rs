@@ -3,8 +3,8 @@
 use std::io;
 
 use kiln_boot::BootError;
-use kiln_container::archive::ArchiveError;
 use kiln_contract::{BackendError, ErrorKind};
+use kiln_instance::archive::ArchiveError;
 use kiln_registry::RegistryError;
 use kiln_store::StoreError;
 

@@ -71,6 +71,52 @@ fn archives_go_out_and_come_in_again() {
 }
 
 #[test]
+fn layers_are_refused_beyond_their_limits_and_the_flag_that_allows_more_is_named() {
+    let home = Home::new();
+    let root = home.beside("root");
+    fs::create_dir(&root).unwrap();
+    for index in 0..20 {
+        fs::write(root.join(format!("{index}")), [b'x'; 1000]).unwrap();
+    }
+    let archive = home.beside("archive.tar");
+    home.ok(["image", "import", "-q", root.to_str().unwrap(), "files"]);
+    home.ok([
+        "image",
+        "export",
+        "-q",
+        "--format",
+        "docker-archive",
+        "-o",
+        archive.to_str().unwrap(),
+        "files",
+    ]);
+    home.ok(["rmi", "files"]);
+    home.ok(["system", "prune", "--force", "--all"]);
+    let (root, archive) = (root.to_str().unwrap(), archive.to_str().unwrap());
+    let sources: [&[&str]; 3] =
+        [&["image", "import", root], &["image", "import", archive], &["image", "load", "-i", archive]];
+    for words in sources {
+        for (flag, small, enough) in
+            [("--max-size", "19999", "20k"), ("--max-entries", "19", "21"), ("--max-metadata", "4k", "1m")]
+        {
+            let ended = home.kiln([words, &[flag, small]].concat());
+            assert!(ended.code == 1 && ended.stderr.contains("too large"), "{words:?} {flag}: {ended:?}");
+            assert!(
+                ended
+                    .stderr
+                    .contains(&format!("hint: if you trust where it comes from, allow more with {flag}"))
+            );
+            assert_eq!(home.ok(["images", "-q"]), "", "{words:?} {flag}");
+            home.ok([words, &[flag, enough]].concat());
+            for id in home.ok(["images", "-q"]).lines() {
+                home.ok(["rmi", id]);
+            }
+            home.ok(["system", "prune", "--force", "--all"]);
+        }
+    }
+}
+
+#[test]
 fn images_travel_through_a_registry() {
     let Some(home) = Home::with_busybox() else { return };
     let Some(server) = RegistryServer::start(&RegistryOptions::default()) else { return };
@@ -79,6 +125,11 @@ fn images_travel_through_a_registry() {
     let digest = home.ok(["push", "-q", "--tls-verify=false", &name]);
     assert!(digest.starts_with("sha256:"), "{digest}");
     let other = Home::new();
+    for words in [&["pull", &name][..], &["run", "--rm", "--network", "none", &name, "true"]] {
+        let ended =
+            other.kiln([&words[..1], &["--tls-verify=false", "--max-entries", "3"], &words[1..]].concat());
+        assert!(ended.code != 0 && ended.stderr.contains("allow more with --max-entries"), "{ended:?}");
+    }
     let ended =
         other.kiln(["run", "--rm", "--network", "none", "--tls-verify=false", &name, "echo", "pulled"]);
     assert_eq!((ended.code, ended.stdout.as_str()), (0, "pulled\n"), "{ended:?}");

@@ -355,3 +355,79 @@ fn directories_of_the_host_are_shared_and_read_only_ones_cannot_be_written_to() 
     assert_eq!(ended.stdout, "of the host\none file\nrefused\nwritten\nrefused\n", "{ended:?}");
     assert_eq!(fs::read_to_string(shared.join("moved")).unwrap(), "written\n");
 }
+
+#[test]
+fn volumes_are_filled_from_the_image_and_one_serves_a_container_and_a_machine_at_once() {
+    let Some(home) = &*HOME else { return };
+    let image = "localhost/volumes:1";
+    home.ok(["run", "--name", "seed", "--network", "none", IMAGE, "sh", "-c",
+        "mkdir -p /srv/data/sub; echo seed > /srv/data/sub/f; chmod 1750 /srv/data; chown 7:8 /srv/data/sub/f; ln -s /srv /link"]);
+    home.ok(["commit", "--change", "VOLUME /declared", "seed", image]);
+    home.ok(["rm", "seed"]);
+    let machine = |flags: &[&str], script: &str| {
+        let words = [&["run", "--vm", "--memory", "256m", "--rm"][..], flags, &[image, "sh", "-c", script]];
+        home.ok(words.concat())
+    };
+    let shown = machine(
+        &["-v", "vol:/link/data"],
+        "cat /srv/data/sub/f; stat -c '%a %u %g' /srv/data /srv/data/sub/f; echo machine > /srv/data/new; rm -r /srv/data/sub",
+    );
+    assert_eq!(shown, "seed\n1750 0 0\n644 7 8");
+    // Filled once: what was removed stays so, and a volume for which `nocopy` was said stays empty.
+    let shown = machine(
+        &["-v", "vol:/srv/data", "-v", "bare:/bare/mount", "--tmpfs", "/t:size=1m,mode=700"],
+        "ls /srv/data /bare/mount; stat -c %a /t; df -k /t | tail -n 1 | awk '{print $2}'",
+    );
+    assert_eq!(shown, "/bare/mount:\n\n/srv/data:\nnew\n700\n1024");
+    let empty =
+        machine(&["--mount", "type=volume,source=raw,target=/srv/data,volume-nocopy"], "ls /srv/data");
+    assert_eq!(empty, "");
+
+    home.ok([
+        "run",
+        "-d",
+        "--vm",
+        "--memory",
+        "256m",
+        "--name",
+        "both",
+        "-v",
+        "vol:/v",
+        "-v",
+        "vol:/ro:ro",
+        image,
+        "sleep",
+        "600",
+    ]);
+    home.ok([
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "-v",
+        "vol:/v",
+        IMAGE,
+        "sh",
+        "-c",
+        "cat /v/new; echo container > /v/reply",
+    ]);
+    assert_eq!(
+        home.ok(["exec", "both", "cat", "/v/reply"]),
+        "container",
+        "what the other wrote is seen at once"
+    );
+    let refused = home.kiln(["exec", "both", "sh", "-c", "echo no > /ro/new"]);
+    assert!(refused.code != 0 && refused.stderr.contains("ead-only"), "{refused:?}");
+    let used = home.kiln(["volume", "rm", "vol"]);
+    assert!(used.code != 0 && used.stderr.contains("used by both"), "{used:?}");
+
+    // The image's own volume is anonymous, is its machine's and its fork's, and goes with the last of them.
+    home.ok(["exec", "both", "sh", "-c", "echo kept > /declared/f"]);
+    home.ok(["fork", "both", "twin"]);
+    home.ok(["rm", "-f", "-v", "both"]);
+    assert_eq!(home.ok(["exec", "twin", "cat", "/declared/f", "/v/new"]), "kept\nmachine");
+    home.ok(["rm", "-f", "-v", "twin"]);
+    let left = home.ok(["volume", "ls", "-q"]);
+    assert_eq!(left.lines().collect::<Vec<_>>(), ["bare", "raw", "vol"]);
+    home.ok(["volume", "rm", "bare", "raw", "vol"]);
+}

@@ -13,7 +13,7 @@ use kiln_contract::{
     LogLine, LogQuery, ProcessTable, Progress, PublishSpec, RemoveOptions, RuntimeBackend, Snapshot,
     SnapshotOptions, StartMode, Stats, Stdio, Update,
 };
-use kiln_instance::{Instances, Kinds, Verbs, is_supervised, signals};
+use kiln_instance::{Instances, Kinds, Verbs, Volumes, is_supervised, signals};
 use kiln_link::message::{self, Answer, MAX_CHUNK, Request};
 use kiln_link::service;
 use kiln_vmm::Qemu;
@@ -144,7 +144,13 @@ impl RuntimeBackend for Machines {
         signals::parse(&spec.stop.signal)?;
         plan::check(spec)?;
         crate::services::policy(spec)?;
-        self.instances().create(spec, Vec::new())
+        let volumes = Volumes::open(self.home());
+        let mut spec = spec.clone();
+        let anonymous = volumes.claim(&mut spec)?;
+        self.instances().create(&spec, anonymous.clone()).inspect_err(|_| {
+            // The first error is the one to tell.
+            let _ = volumes.release(&anonymous);
+        })
     }
 
     fn start(&self, id: &InstanceId, mode: StartMode) -> Result<Option<ExitStatus>, BackendError> {
@@ -297,8 +303,10 @@ impl RuntimeBackend for Machines {
         let source = self.verbs.truth(id)?;
         let mut spec = source.spec.clone();
         name.clone_into(&mut spec.name);
+        spec.transient = false;
         // A fork is somebody else: it gets a host name of its own unless one was chosen.
-        let fork = self.instances().create(&spec, Vec::new())?;
+        // Volumes are shared, as by any two instances that name the same: those without a name stay until neither is there.
+        let fork = self.instances().create(&spec, source.volumes.clone())?;
         let fork = self.instances().update(&fork.id, |record| {
             record.parent = Some(source.id.clone());
             Ok(())

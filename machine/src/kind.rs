@@ -13,7 +13,7 @@ use kiln_contract::{
     InstanceStatus, Isolation, ProcessId,
 };
 use kiln_instance::streams::{self, Ends, Streams, Wiring};
-use kiln_instance::{Ground, Hold, Instances, Kind, Run, process, terminal};
+use kiln_instance::{Ground, Hold, Instances, Kind, Run, Volumes, process, terminal};
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 
@@ -42,8 +42,8 @@ impl Kind for MachineKind {
         if record.spec.remove { disks(instances.home())?.remove(&DiskId::from(&record.id)) } else { Ok(()) }
     }
 
-    fn release_volumes(&self, _: &Instances, _: &[String]) -> Result<(), BackendError> {
-        Ok(())
+    fn release_volumes(&self, instances: &Instances, volumes: &[String]) -> Result<(), BackendError> {
+        Volumes::open(instances.home()).release(volumes)
     }
 }
 

@@ -207,7 +207,7 @@ async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, 
         disk: own_disk(&*disks, &disk, &saved, is_own, plan::disk_size(&record.spec))?,
         disk_size: disks.size(&disk)?,
     };
-    let services = Services::prepare(&record.spec)?;
+    let services = Services::prepare(home, &record.spec)?;
     let life = Life::restore(&qemu, &saved, &paths).await?;
     let ground = Ground { record, dir, disks, disk, base, is_own, disk_size: paths.disk_size };
     let outcome = live(&ground, life, services, supervisor, &signals).await;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use kiln_contract::{
@@ -64,11 +64,6 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     }
     if !spec.ports.is_empty() && spec.network.mode == "none" {
         return refuse("published ports without a network");
-    }
-    for mount in &spec.mounts {
-        if matches!(mount.kind, MountKind::Volume { .. }) {
-            return refuse(&format!("the named volume at {} yet: share a directory", mount.target));
-        }
     }
     Ok(())
 }
@@ -142,6 +137,13 @@ fn resolv_conf(spec: &InstanceSpec) -> String {
     text
 }
 
+/// Mounts in the order in which they are made: parents before what is mounted in them.
+pub(crate) fn in_order(spec: &InstanceSpec) -> Vec<&MountSpec> {
+    let mut mounts: Vec<&MountSpec> = spec.mounts.iter().collect();
+    mounts.sort_by_key(|mount| Path::new(&mount.target).components().count());
+    mounts
+}
+
 fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
     let mut shares = 0;
     let mount = |mount: &MountSpec| {
@@ -160,11 +162,15 @@ fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
                 shares += 1;
                 MountSource::Share { number, file: !source.is_dir() }
             }
-            MountKind::Volume { .. } => return None,
+            MountKind::Volume { .. } => {
+                let number = shares;
+                shares += 1;
+                MountSource::Share { number, file: false }
+            }
         };
-        Some(Mount { target: mount.target.clone(), source, read_only: mount.read_only })
+        Mount { target: mount.target.clone(), source, read_only: mount.read_only }
     };
-    spec.mounts.iter().filter_map(mount).collect()
+    in_order(spec).into_iter().map(mount).collect()
 }
 
 /// The workload's first process.

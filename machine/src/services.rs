@@ -1,15 +1,20 @@
 //! What the guest asks of its host: ways out, and the files that it was given.
 
-use std::io;
+use std::collections::BTreeMap;
+use std::io::{self, BufWriter, Seek as _};
 use std::sync::Arc;
 
-use kiln_contract::{BackendError, InstanceSpec, MountKind, PublishSpec};
+use kiln_contract::{BackendError, Home, InstanceSpec, MountKind, MountSpec, PublishSpec};
+use kiln_instance::{Volume, Volumes};
 use kiln_link::{Inbound, Opener, Stream, service};
 use kiln_net::Policy;
 use kiln_net::usernet::{Gateway, GatewayOptions, Published};
 use kiln_share::{Options, Share};
+use kiln_store::Store;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
+
+use crate::plan;
 
 /// Opens streams to the guest.
 #[derive(Debug)]
@@ -54,7 +59,7 @@ impl Services {
     ///
     /// # Errors
     /// A port is taken; a directory of the host is not there; a rule makes no sense.
-    pub(crate) fn prepare(spec: &InstanceSpec) -> Result<Self, BackendError> {
+    pub(crate) fn prepare(home: &Home, spec: &InstanceSpec) -> Result<Self, BackendError> {
         let gateway = if is_connected(spec) {
             let options = GatewayOptions {
                 guest: spec.name.clone(),
@@ -66,26 +71,8 @@ impl Services {
             None
         };
         kiln_share::raise_descriptor_limit();
-        let shares = spec.mounts.iter().filter_map(|mount| match &mount.kind {
-            MountKind::Bind { source, create, .. } => {
-                let options = Options { read_only: mount.read_only, ..Options::default() };
-                if *create && !source.exists() {
-                    let made = std::fs::create_dir_all(source);
-                    if let Err(error) = made {
-                        let what = format!("cannot make {}", source.display());
-                        return Some(Err(BackendError::caused(what, error)));
-                    }
-                }
-                let share = if source.is_dir() {
-                    Share::directory(source, options)
-                } else {
-                    Share::file(source, options)
-                };
-                let what = || format!("cannot share {}", source.display());
-                Some(share.map(Arc::new).map_err(|error| BackendError::caused(what(), error)))
-            }
-            _ => None,
-        });
+        let shares =
+            plan::in_order(spec).into_iter().filter_map(|mount| shared(home, spec, mount).transpose());
         let published = Published::bind(&spec.ports)?;
         Ok(Self { gateway, shares: shares.collect::<Result<_, _>>()?, published, sessions: None })
     }
@@ -106,6 +93,46 @@ impl Services {
         tokio::spawn(accept(inbound, self.gateway.clone(), self.shares.clone()));
         Ok(())
     }
+}
+
+/// What is shared at a mount; nothing, where the guest needs nothing of the host's.
+fn shared(home: &Home, spec: &InstanceSpec, mount: &MountSpec) -> Result<Option<Arc<Share>>, BackendError> {
+    let options = Options { read_only: mount.read_only, ..Options::default() };
+    let (path, is_directory) = match &mount.kind {
+        MountKind::Tmpfs(_) => return Ok(None),
+        MountKind::Bind { source, create, .. } => {
+            if *create && !source.exists() {
+                std::fs::create_dir_all(source).map_err(|error| {
+                    BackendError::caused(format!("cannot make {}", source.display()), error)
+                })?;
+            }
+            (source.clone(), source.is_dir())
+        }
+        MountKind::Volume { name, copy } => {
+            let volume = Volumes::open(home).create(name.as_deref(), &BTreeMap::new())?;
+            if *copy && volume.is_empty() {
+                fill(home, spec, &volume, &mount.target)?;
+            }
+            (volume.path, true)
+        }
+    };
+    let share = if is_directory { Share::directory(&path, options) } else { Share::file(&path, options) };
+    share
+        .map(|share| Some(Arc::new(share)))
+        .map_err(|error| BackendError::caused(format!("cannot share {}", path.display()), error))
+}
+
+/// Copies what the image has at `target` into a new volume. The host does it, from the store: nothing of the guest's is needed.
+fn fill(home: &Home, spec: &InstanceSpec, volume: &Volume, target: &str) -> Result<(), BackendError> {
+    let what = || format!("cannot fill the volume {} from the image's {target}", volume.name);
+    let store = Store::open(home).map_err(|error| BackendError::caused(what(), error))?;
+    let mut spool = tempfile::tempfile().map_err(|error| BackendError::caused(what(), error))?;
+    let found = store.export_directory(&spec.layers, target, BufWriter::new(&mut spool));
+    if found.map_err(|error| BackendError::caused(what(), error))? {
+        spool.rewind().map_err(|error| BackendError::caused(what(), error))?;
+        volume.fill(&mut spool)?;
+    }
+    Ok(())
 }
 
 async fn accept(mut inbound: Inbound, gateway: Option<Arc<Gateway>>, shares: Vec<Arc<Share>>) {

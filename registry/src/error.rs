@@ -277,6 +277,8 @@ impl RegistryError {
             Self::WrongDigest { .. } | Self::WrongSize { .. } => {
                 Some("the registry, a mirror or a proxy changed the content; nothing of it was kept".into())
             }
+            // What of it is told by its size alone is the archive as a whole, which `--max-size` bounds.
+            Self::TooLarge { what: "content", .. } => Some(kiln_store::Limit::Size.hint()),
             Self::Store(error) => error.hint(),
             _ => None,
         }

@@ -34,7 +34,7 @@ pub type Named = Vec<(Option<ImageName>, Image)>;
 ///
 /// The format is detected unless it is told; archives may be compressed with gzip or zstd. An image of an archive keeps the
 /// name it has there; `name` is for one that has none. `platform` chooses from an index; for a root filesystem it says what
-/// the programs in it run on (this host's unless told). `max_size` bounds the files of one layer, in bytes.
+/// the programs in it run on (this host's unless told). `limits` bound each layer.
 ///
 /// # Errors
 /// As [`RegistryError`] tells. Images that were read before the failing one of an archive stay in the store.
@@ -44,10 +44,9 @@ pub fn import(
     format: Option<Format>,
     name: Option<&ImageName>,
     platform: Option<&Platform>,
-    max_size: Option<u64>,
+    limits: ImportLimits,
     progress: &dyn Progress,
 ) -> Result<Named> {
-    let limits = ImportLimits { max_size, ..ImportLimits::default() };
     let import = Import { store, source, name, platform, limits, progress };
     if source == Path::new("-") {
         if format == Some(Format::Rootfs) {
@@ -288,7 +287,7 @@ impl Import<'_> {
         match archive {
             Archive::Directory(dir) => {
                 let step = self.progress.begin(Step { name: self.label(), verb: "read", total: None });
-                let layer = self.store.import_directory(dir)?;
+                let layer = self.store.import_directory_within(dir, self.limits)?;
                 self.progress.end(step, "done");
                 self.image_of_layer(&layer.layer)
             }

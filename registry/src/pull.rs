@@ -47,8 +47,8 @@ pub struct PullOptions {
     pub platform: Option<Platform>,
     /// When to ask the registry.
     pub policy: PullPolicy,
-    /// The most bytes that a layer's files may have, unpacked.
-    pub max_size: Option<u64>,
+    /// What each layer may be, unpacked.
+    pub limits: ImportLimits,
     /// How many layers are pulled at a time; 3 unless set.
     pub parallel: Option<usize>,
 }
@@ -367,8 +367,7 @@ impl Pull<'_> {
             self.progress.begin(Step { name: blob.digest.short(), verb: "pull", total: Some(blob.size) });
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (told, imported) = oneshot::channel();
-        let (store, limits) =
-            (self.store, ImportLimits { max_size: self.options.max_size, ..ImportLimits::default() });
+        let (store, limits) = (self.store, self.options.limits);
         let label = (blob.name.clone(), blob.digest.to_string());
         scope.spawn(move || {
             // Nobody listens if the pull has failed elsewhere.

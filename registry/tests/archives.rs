@@ -8,15 +8,16 @@ use std::process::Command;
 use kiln_contract::{Digest, Silent};
 use kiln_fixtures::{busybox_rootfs, oci_layout, require};
 use kiln_registry::{Compression, Format, Named, RegistryError, Result, export, import};
-use kiln_store::Image;
+use kiln_store::{Image, ImportLimits};
 use support::{HandMade, TestStore, gzip, name, run, tar};
 
 fn read(store: &TestStore, path: &Path) -> Result<Named> {
-    import(&store.store, path, None, None, None, None, &Silent)
+    import(&store.store, path, None, None, None, ImportLimits::default(), &Silent)
 }
 
 fn import_as(store: &TestStore, path: &Path, format: Format) -> Image {
-    let images = import(&store.store, path, Some(format), None, None, None, &Silent).unwrap();
+    let images =
+        import(&store.store, path, Some(format), None, None, ImportLimits::default(), &Silent).unwrap();
     images[0].1.clone()
 }
 
@@ -29,7 +30,8 @@ fn busybox(store: &TestStore) -> Option<(PathBuf, Image)> {
     require("skopeo")?;
     let layout = oci_layout(&busybox_rootfs()?, "latest")?;
     let name = name("kiln.test/busybox:1");
-    let images = import(&store.store, &layout, None, Some(&name), None, None, &Silent).unwrap();
+    let images =
+        import(&store.store, &layout, None, Some(&name), None, ImportLimits::default(), &Silent).unwrap();
     assert_eq!(images.len(), 1);
     assert_eq!(images[0].0.as_ref(), Some(&name));
     Some((layout, images[0].1.clone()))
@@ -247,7 +249,9 @@ fn a_root_filesystem_becomes_an_image_of_one_layer() {
         (path("root2.tar.gz", &gzip(&plain)), Some(Format::Rootfs)),
     ] {
         let name = name("kiln.test/root:1");
-        let images = import(&store.store, &source, format, Some(&name), None, None, &Silent).unwrap();
+        let images =
+            import(&store.store, &source, format, Some(&name), None, ImportLimits::default(), &Silent)
+                .unwrap();
         let (_, image) = &images[0];
         assert_eq!(image.layers.len(), 1);
         assert_eq!(store.store.resolve("kiln.test/root:1").unwrap().id, image.id);
@@ -320,7 +324,8 @@ fn a_bomb_in_an_archive_stops_at_the_limit() {
     let path = store.dir.path().join("bomb.tar.gz");
     std::fs::write(&path, bomb).unwrap();
     for format in [None, Some(Format::Rootfs)] {
-        let outcome = import(&store.store, &path, format, None, None, Some(10 << 20), &Silent);
+        let limits = ImportLimits { max_size: Some(10 << 20), ..ImportLimits::default() };
+        let outcome = import(&store.store, &path, format, None, None, limits, &Silent);
         let error = outcome.unwrap_err();
         assert!(error.to_string().contains("too large"), "{error}");
         assert!(store.store.images().unwrap().is_empty());

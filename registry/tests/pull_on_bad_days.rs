@@ -6,6 +6,7 @@ use std::io::Write as _;
 
 use kiln_contract::{Digest, Platform, Silent};
 use kiln_registry::{PullOptions, PullPolicy, Pulled, Registry, RegistryError};
+use kiln_store::ImportLimits;
 use support::{
     HandMade, Reply, Request, Server, TestStore, gzip, name, noise, plain_registry, tar, tar_header,
 };
@@ -312,7 +313,10 @@ fn a_bomb_stops_at_the_limit() {
     let served = image.clone();
     let server = Server::start(move |request, _| served.answer(request));
     let (registry, _conf) = plain_registry();
-    let options = PullOptions { max_size: Some(100 << 20), ..always() };
+    let options = PullOptions {
+        limits: ImportLimits { max_size: Some(100 << 20), ..ImportLimits::default() },
+        ..always()
+    };
     let error = registry.pull(&store.store, &server.image(), &options, &Silent).unwrap_err();
     assert!(error.to_string().contains("too large"), "{error}");
     assert_nothing_kept(&image, &server, &store);

@@ -28,10 +28,18 @@ impl Store {
     /// set, no time is later than that (<https://reproducible-builds.org/specs/source-date-epoch/>).
     ///
     /// # Errors
-    /// Something in it cannot be read, or the store not be written; [`StoreError::TooLarge`] beyond the memory that
-    /// [`ImportLimits`] gives a tree by default.
+    /// Something in it cannot be read, or the store not be written; [`StoreError::TooLarge`] beyond the [`ImportLimits`]
+    /// that there are by default.
     pub fn import_directory(&self, root: &Path) -> Result<ImportedLayer> {
-        self.import_host(root, None, source_date_epoch(), ImportLimits::default())
+        self.import_directory_within(root, ImportLimits::default())
+    }
+
+    /// [`Store::import_directory`] with other limits.
+    ///
+    /// # Errors
+    /// As there; [`StoreError::TooLarge`] beyond `limits`.
+    pub fn import_directory_within(&self, root: &Path, limits: ImportLimits) -> Result<ImportedLayer> {
+        self.import_host(root, None, source_date_epoch(), limits)
     }
 
     /// An overlay's upper directory as a layer; only what is in it is read.
@@ -137,7 +145,7 @@ impl<'w> Walk<'w> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root_path, flags, Mode::empty()).doing("open", root_path)?;
         let (tree, files, linked) = (Tree::default(), Vec::new(), HashMap::new());
-        let budget = Budget::new("layer", limits);
+        let budget = Budget::of_layer(limits);
         Ok(Self { queue, root, root_path, upper, latest, tree, budget, files, linked })
     }
 
@@ -275,6 +283,8 @@ impl<'w> Walk<'w> {
                     Some(data) => Content::Regular(data),
                     None if stat.st_size == 0 => Content::Regular(Data::Inline(Vec::new())),
                     None => {
+                        let size = u64::try_from(stat.st_size).unwrap_or(0);
+                        self.budget.bytes(path.as_os_str().as_bytes(), size, 0)?;
                         slot = Some(self.files.len() as u32);
                         Content::Regular(Data::Inline(Vec::new()))
                     }
@@ -311,6 +321,7 @@ impl<'w> Walk<'w> {
         content: Content,
         attributes: Attributes,
     ) -> Result<NodeId> {
+        self.budget.entry()?;
         self.budget.node(entry.name, &content, &attributes)?;
         self.tree.add(parent, entry.name, content, attributes).map_err(|error| refused(path, &error))
     }

@@ -3,6 +3,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_contract::{ByteSize, Digest, DigestError};
 
+use crate::Limit;
+
 /// What a store can fail with.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -101,8 +103,10 @@ pub enum StoreError {
     TooLarge {
         /// What is too large: `layer` or `stack`.
         subject: &'static str,
-        /// Which limit, and by what.
+        /// In what, and by how much.
         what: String,
+        /// The limit that a user may raise; `None` for a stack, whose layers were each within theirs.
+        limit: Option<Limit>,
     },
     /// Nothing has that name.
     #[error("no such image: `{text}`")]
@@ -183,6 +187,7 @@ impl StoreError {
             Self::DiskFull { .. } | Self::NoInodes { .. } => {
                 Some("`kiln system prune` removes what nothing uses".to_owned())
             }
+            Self::TooLarge { limit: Some(limit), .. } => Some(limit.hint()),
             _ => None,
         }
     }

@@ -44,10 +44,6 @@ pub(crate) struct LayerReader<'q, R> {
     queue: &'q Queue,
     batch: Vec<SmallFile>,
     batch_bytes: u64,
-    limits: ImportLimits,
-    /// Bytes of files, of holes in them, and of what follows the end of the archive.
-    size: u64,
-    holes: u64,
     tree: LayerTree,
     files: Vec<NodeId>,
     segments: Vec<Segment>,
@@ -76,10 +72,7 @@ impl<'q, R: Read> LayerReader<'q, R> {
             queue,
             batch: Vec::new(),
             batch_bytes: 0,
-            limits,
-            size: 0,
-            holes: 0,
-            tree: LayerTree::new(Budget::new("layer", limits)),
+            tree: LayerTree::new(Budget::of_layer(limits)),
             files: Vec::new(),
             segments: Vec::new(),
         }
@@ -94,14 +87,14 @@ impl<'q, R: Read> LayerReader<'q, R> {
         // Most programs pad archives to 10 KiB; whatever is there is part of the tar.
         while self.ensure()? {
             let (chunk, at) = (self.current(), self.at);
-            self.count(b"", (chunk.len() - at) as u64, 0)?;
+            self.tree.budget().bytes(b"", (chunk.len() - at) as u64, 0)?;
             self.literal(&chunk[at..]);
             self.advance(chunk.len() - at);
         }
         self.flush();
         self.send_literals();
         let entries = self.tree.budget().entries();
-        let empty = LayerTree::new(Budget::new("layer", self.limits));
+        let empty = LayerTree::new(Budget::of_layer(ImportLimits::default()));
         Ok(ReadLayer {
             tree: std::mem::replace(&mut self.tree, empty),
             files: std::mem::take(&mut self.files),
@@ -133,7 +126,7 @@ impl<'q, R: Read> LayerReader<'q, R> {
         let content = match kind {
             Kind::Regular { size, sparse } => {
                 let real_size = sparse.as_ref().map_or(size, |sparse| sparse.real_size);
-                self.count(&path, size, real_size - size)?;
+                self.tree.budget().bytes(&path, size, real_size - size)?;
                 if LayerTree::classify(&path)? != Name::Entry {
                     self.tree.add(&path, Content::Fifo, Attributes::default())?;
                     return self.skip(size + padding(size));
@@ -231,24 +224,6 @@ impl<'q, R: Read> LayerReader<'q, R> {
 
     fn check_workers(&self) -> Result<()> {
         if self.queue.has_failed() { Err(stopped()) } else { Ok(()) }
-    }
-
-    /// Counts bytes against the limits before any of them is read.
-    fn count(&mut self, path: &[u8], data: u64, holes: u64) -> Result<()> {
-        self.size = self.size.saturating_add(data).saturating_add(holes);
-        self.holes = self.holes.saturating_add(holes);
-        let (size, max) = match self.limits.max_size {
-            Some(max) => (self.size, max),
-            None => (self.holes, ImportLimits::HOLES),
-        };
-        if size <= max {
-            return Ok(());
-        }
-        let at = if path.is_empty() { String::new() } else { format!(" with `{}`", path.escape_ascii()) };
-        Err(StoreError::TooLarge {
-            subject: "layer",
-            what: format!("its files take {size} bytes{at}, at most {max} are allowed"),
-        })
     }
 
     /// Makes sure that there is a byte to read; `false` at the end.

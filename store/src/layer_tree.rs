@@ -358,7 +358,7 @@ mod tests {
 
     /// `f` file, `d` directory, `l` symlink, `h` hard link: name, and target or mode.
     fn build(entries: &[(char, &str, &str)]) -> Result<Vec<String>> {
-        let mut layer = LayerTree::new(Budget::new("layer", ImportLimits::default()));
+        let mut layer = LayerTree::new(Budget::of_layer(ImportLimits::default()));
         for (kind, path, extra) in entries {
             let mode = u32::from_str_radix(extra, 8).unwrap_or(0o644);
             let content = match kind {

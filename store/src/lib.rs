@@ -68,7 +68,7 @@ pub use error::{Result, StoreError};
 pub use gc::{GcOptions, GcReport};
 pub use image::Image;
 pub use import::ImportedLayer;
-pub use limits::ImportLimits;
+pub use limits::{ImportLimits, Limit};
 pub use name::ImageName;
 pub use needs::DocumentKind;
 pub use repair::{Repair, WantedDocument, WantedLayer};

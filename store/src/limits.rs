@@ -40,6 +40,30 @@ impl Default for ImportLimits {
     }
 }
 
+/// One of the [`ImportLimits`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// [`ImportLimits::max_size`].
+    Size,
+    /// [`ImportLimits::max_entries`].
+    Entries,
+    /// [`ImportLimits::max_memory`].
+    Memory,
+}
+
+impl Limit {
+    /// What a user can do who trusts the layer: which flag says more.
+    #[must_use]
+    pub fn hint(self) -> String {
+        let flag = match self {
+            Self::Size => "--max-size",
+            Self::Entries => "--max-entries",
+            Self::Memory => "--max-metadata",
+        };
+        format!("if you trust where it comes from, allow more with {flag}")
+    }
+}
+
 /// A node: its record, its place in its directory, and its share in the tables of files, objects and the layout.
 const NODE: u64 = 512;
 /// A directory's own tables, which begin with room for several entries.
@@ -63,21 +87,60 @@ pub(crate) struct Budget {
     subject: &'static str,
     limits: ImportLimits,
     entries: u64,
+    /// Bytes of files with their holes, and of the holes alone.
+    size: u64,
+    holes: u64,
     memory: u64,
+    /// Of a stack: `memory` when its present layer began, and what the largest one before took.
+    begun: u64,
+    largest: u64,
 }
 
+const LAYER: &str = "layer";
+const STACK: &str = "stack";
+
 impl Budget {
-    pub(crate) fn new(subject: &'static str, limits: ImportLimits) -> Self {
-        Self { subject, limits, entries: 0, memory: 0 }
+    /// Of a layer that is imported.
+    pub(crate) fn of_layer(limits: ImportLimits) -> Self {
+        Self { subject: LAYER, limits, entries: 0, size: 0, holes: 0, memory: 0, begun: 0, largest: 0 }
+    }
+
+    /// Of a stack that is merged. Its largest layer does not count: it was within its own limits when it came, which
+    /// may have been others.
+    pub(crate) fn of_stack(limits: ImportLimits) -> Self {
+        Self { subject: STACK, ..Self::of_layer(limits) }
+    }
+
+    /// The next layer of a stack begins.
+    pub(crate) fn next_layer(&mut self) {
+        self.largest = self.largest.max(self.memory - self.begun);
+        self.begun = self.memory;
     }
 
     /// Counts an entry of a tar.
     pub(crate) fn entry(&mut self) -> Result<()> {
         self.entries += 1;
         if self.entries > self.limits.max_entries {
-            return Err(self.too_large(format!("more than {} entries", self.limits.max_entries)));
+            let what = format!("it has more than {} entries", self.limits.max_entries);
+            return Err(self.too_large(what, Limit::Entries));
         }
         Ok(())
+    }
+
+    /// Counts bytes of a file, and of the holes in it, before any of them is read; of what follows the end of a tar, too.
+    pub(crate) fn bytes(&mut self, path: &[u8], data: u64, holes: u64) -> Result<()> {
+        self.size = self.size.saturating_add(data).saturating_add(holes);
+        self.holes = self.holes.saturating_add(holes);
+        let (what, size, max) = match self.limits.max_size {
+            Some(max) => ("files take", self.size, max),
+            None => ("holes in sparse files take", self.holes, ImportLimits::HOLES),
+        };
+        if size <= max {
+            return Ok(());
+        }
+        let at = if path.is_empty() { String::new() } else { format!(" with `{}`", path.escape_ascii()) };
+        let what = format!("its {what} {size} bytes{at}, at most {max} are allowed");
+        Err(self.too_large(what, Limit::Size))
     }
 
     /// Entries so far.
@@ -123,15 +186,23 @@ impl Budget {
 
     fn charge(&mut self, bytes: u64) -> Result<()> {
         self.memory = self.memory.saturating_add(bytes);
-        if self.memory <= self.limits.max_memory {
+        let largest = self.largest.max(self.memory - self.begun);
+        let counted = if self.is_stack() { self.memory - largest } else { self.memory };
+        if counted <= self.limits.max_memory {
             return Ok(());
         }
         let limit = ByteSize(self.limits.max_memory);
-        Err(self.too_large(format!("its names, links and attributes need more than {limit} of memory")))
+        let what = format!("its names, links and attributes need more than {limit} of memory");
+        Err(self.too_large(what, Limit::Memory))
     }
 
-    fn too_large(&self, what: String) -> StoreError {
-        StoreError::TooLarge { subject: self.subject, what }
+    fn is_stack(&self) -> bool {
+        self.subject == STACK
+    }
+
+    fn too_large(&self, what: String, limit: Limit) -> StoreError {
+        let limit = Some(limit).filter(|_| !self.is_stack());
+        StoreError::TooLarge { subject: self.subject, what, limit }
     }
 }
 
@@ -163,11 +234,16 @@ mod tests {
         assert_eq!(host(small).unwrap().entries, 101);
         let error = host(limits(50 << 10)).unwrap_err().to_string();
         assert!(error.starts_with("the layer is too large") && error.contains("50.0 KiB"), "{error}");
+        let few = host(ImportLimits { max_entries: 99, ..small }).unwrap_err().to_string();
+        assert!(few.contains("more than 99 entries"), "{few}");
         let merge = |layers: &[_], limits| {
-            let (mut tree, mut budget) = (Tree::default(), Budget::new("stack", limits));
+            let (mut tree, mut budget) = (Tree::default(), Budget::of_stack(limits));
             store.put_on_within(&mut tree, layers, &mut budget).map(|()| (tree.len(), budget))
         };
         assert_eq!(merge(&layers[..1], small).unwrap().0, 101);
+        // Whatever the largest layer takes was allowed when it came.
+        assert_eq!(merge(&layers[..1], limits(0)).unwrap().0, 101);
+        assert_eq!(merge(&layers[..2], small).unwrap().0, 201);
         let error = merge(&layers, small).unwrap_err().to_string();
         assert!(error.starts_with("the stack is too large") && error.contains("100.0 KiB"), "{error}");
         // A merged tree from which the next merge begins is charged as its layers were.

@@ -66,7 +66,7 @@ impl Store {
 
     /// A stack's merged tree, and what it left of the limits.
     pub(crate) fn merge_within(&self, layers: &[Digest], limits: ImportLimits) -> Result<(Tree, Budget)> {
-        let mut budget = Budget::new("stack", limits);
+        let mut budget = Budget::of_stack(limits);
         for below in (2..layers.len()).rev() {
             if let Some(file) = TreeFile::open(&self.layout.merged_tree(&stack_key(&layers[..below])))?
                 && let Ok(mut tree) = file.to_tree()
@@ -83,7 +83,7 @@ impl Store {
 
     /// Puts layers on a tree, which may take what is usual.
     pub(crate) fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
-        self.put_on_within(tree, layers, &mut Budget::new("stack", ImportLimits::default()))
+        self.put_on_within(tree, layers, &mut Budget::of_stack(ImportLimits::default()))
     }
 
     pub(crate) fn put_on_within(
@@ -94,6 +94,7 @@ impl Store {
     ) -> Result<()> {
         for layer in layers {
             let file = self.layer_tree(layer)?;
+            budget.next_layer();
             put_layer_on(tree, &file, budget).map_err(|error| error.of(&file))?;
         }
         Ok(())

@@ -64,6 +64,7 @@ impl Bed {
             labels: BTreeMap::new(),
             init: false,
             remove: false,
+            transient: false,
             runtime: RuntimeChoice::Native,
             machine: kiln_contract::MachineSpec::default(),
         }

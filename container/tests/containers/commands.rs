@@ -14,6 +14,7 @@ pub(crate) fn dispatch(arguments: &[String]) -> Option<ExitCode> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let ended = match words[..] {
         ["supervise", id, ready] => supervise(id, ready),
+        ["test-create", spec] => create(spec),
         ["test-start", name] => start(name, true),
         ["test-start", "--no-sig-proxy", name] => start(name, false),
         ["test-attach", name] => attach(name),
@@ -50,6 +51,15 @@ fn supervise(id: &str, ready: &str) -> Result<Option<u8>, BackendError> {
     kiln_container::prepare()?;
     kiln_instance::supervise(&home(), &id.parse().unwrap(), ready.parse().unwrap(), kiln_container::KINDS)?;
     Ok(Some(0))
+}
+
+/// Makes a container of a specification in JSON, and waits to be killed.
+fn create(spec: &str) -> Result<Option<u8>, BackendError> {
+    kiln_container::prepare()?;
+    Containers::open(&home())?.create(&serde_json::from_str(spec).unwrap())?;
+    loop {
+        std::thread::park();
+    }
 }
 
 fn start(name: &str, signal_proxy: bool) -> Result<Option<u8>, BackendError> {

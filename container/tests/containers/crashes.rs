@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
         "a supervisor killed at any moment of a start leaves nothing that cannot be removed",
         killed_while_starting,
     ),
+    ("a container of a command that is killed before it starts it is removed if it was to be", killed_maker),
     ("a killed foreground command takes its container along", killed_foreground),
     ("a container whose supervisor died waiting to restart it is exited", killed_while_restarting),
     ("after a restart of the host nothing of it is taken for alive", another_boot),
@@ -71,6 +72,31 @@ fn killed_while_starting() {
         bed.containers.remove(&record.id, RemoveOptions::default()).unwrap();
         assert_eq!(bed.traces(&record), [""; 0], "step {step}");
     }
+}
+
+fn killed_maker() {
+    let bed = Bed::new();
+    for transient in [true, false] {
+        let mut spec = bed.spec("victim", SLEEP);
+        (spec.remove, spec.transient) = (true, transient);
+        let mut command =
+            bed.command(&["test-create", &serde_json::to_string(&spec).unwrap()]).spawn().unwrap();
+        wait_until("it is made", || bed.containers.find("victim").is_ok());
+        let made = bed.look(&bed.containers.find("victim").unwrap());
+        assert_eq!(made.status, InstanceStatus::Created, "its maker lives");
+        command.kill().unwrap();
+        command.wait().unwrap();
+        assert_eq!(bed.containers.list().unwrap().is_empty(), transient, "one that is only to be made stays");
+        if transient {
+            assert_eq!(bed.traces(&made), [""; 0]);
+        }
+    }
+    // Once it was started its maker does not matter any more.
+    bed.containers.remove(&bed.containers.find("victim").unwrap().id, FORCE).unwrap();
+    let mut spec = bed.spec("victim", SLEEP);
+    (spec.remove, spec.transient) = (true, true);
+    let record = bed.run(&spec);
+    assert_eq!(bed.look(&record).maker, None);
 }
 
 fn killed_foreground() {

@@ -163,6 +163,7 @@ impl Supervisor {
             }
             before = Some((record.status, record.started));
             record.supervisor = Some(process::this());
+            record.maker = None;
             record.boot = Some(process::boot_id().to_owned());
             // Where it will be, so that it is found even if this process is killed while it makes it.
             record.cgroup = kind.planned_cgroup(id);

@@ -34,7 +34,7 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let instances = context.instances()?;
-        let record = create(context, &instances, &self.workload, self.quiet)?;
+        let record = create(context, &instances, &self.workload, self.quiet, false)?;
         let mut out = Out::new();
         out.line(record.id.as_str())?;
         out.flush()?;
@@ -42,12 +42,14 @@ impl Args {
     }
 }
 
-/// Makes an instance: finds or pulls its image, resolves its specification, creates it.
+/// Makes an instance: finds or pulls its image, resolves its specification, creates it. Whether it is `started_at_once`
+/// matters if this process dies before it has.
 pub(super) fn create(
     context: &Context,
     instances: &Backends,
     args: &WorkloadArgs,
     quiet: bool,
+    started_at_once: bool,
 ) -> Result<InstanceRecord> {
     let cidfile = args.cidfile.clone().map(IdFile::make).transpose()?;
     let store = context.store()?;
@@ -58,19 +60,25 @@ pub(super) fn create(
     })?;
     let settings = ImageSettings::read(&args.image, &config)?;
     let facts = ImageFacts { id: image.id, layers: image.layers, settings };
-    let record = create_named(instances, args, &facts)?;
+    let record = create_named(instances, args, &facts, started_at_once)?;
     if let Some(file) = cidfile {
         file.write(record.id.as_str())?;
     }
     Ok(record)
 }
 
-fn create_named(instances: &Backends, args: &WorkloadArgs, image: &ImageFacts) -> Result<InstanceRecord> {
+fn create_named(
+    instances: &Backends,
+    args: &WorkloadArgs,
+    image: &ImageFacts,
+    started_at_once: bool,
+) -> Result<InstanceRecord> {
     let mut attempt = 0;
     loop {
         let name = args.name.clone().unwrap_or_else(|| random_name(attempt));
-        let spec = Host::real(|host| instance_spec(args, &name, image, host))
+        let mut spec = Host::real(|host| instance_spec(args, &name, image, host))
             .map_err(|error| CliError::file("cannot tell the working directory", error))??;
+        spec.transient = started_at_once && spec.remove;
         match instances.create(&spec) {
             Ok(record) => return Ok(record),
             // A random name that is taken: another one.
@@ -112,7 +120,8 @@ fn find_image(context: &Context, store: &Store, args: &WorkloadArgs, quiet: bool
         (PullPolicy::Missing, false) => PullPolicy::Always,
         (policy, _) => policy,
     };
-    let options = PullOptions { platform, policy, ..Default::default() };
+    let limits = args.pulling.limits.limits();
+    let options = PullOptions { platform, policy, limits, ..Default::default() };
     let registry = Registry::new(args.pulling.registry.config())?;
     let progress = progress::new(quiet);
     progress.note(&format!("pulling {}", name.familiar()));

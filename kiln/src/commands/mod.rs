@@ -44,7 +44,8 @@ pub(crate) mod workload;
 use std::path::PathBuf;
 
 use clap::Args;
-use kiln_contract::HumanDuration;
+use kiln_contract::{ByteSize, HumanDuration};
+use kiln_store::ImportLimits;
 
 /// The keys that detach from a terminal unless others are asked for, as in Docker.
 pub(crate) const DETACH_KEYS: &str = "ctrl-p,ctrl-q";
@@ -73,6 +74,32 @@ pub(crate) struct RegistryArgs {
     /// Try again so often
     #[arg(long, value_name = "NUMBER", help_heading = "Registry")]
     pub(crate) retries: Option<u32>,
+}
+
+/// What a layer may be that is taken into the store: whoever made it may not be trusted.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct LayerLimitArgs {
+    /// Refuse an image with a layer whose files are larger together, unpacked
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) max_size: Option<ByteSize>,
+    /// Refuse an image with a layer of more files, directories and links (4000000)
+    #[arg(long, value_name = "NUMBER", help_heading = "Limits")]
+    pub(crate) max_entries: Option<u64>,
+    /// Refuse an image with a layer whose names, attributes and links take more memory (2G)
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    pub(crate) max_metadata: Option<ByteSize>,
+}
+
+impl LayerLimitArgs {
+    /// As the store takes them.
+    pub(crate) fn limits(self) -> ImportLimits {
+        let usual = ImportLimits::default();
+        ImportLimits {
+            max_size: self.max_size.map(ByteSize::bytes),
+            max_entries: self.max_entries.unwrap_or(usual.max_entries),
+            max_memory: self.max_metadata.map_or(usual.max_memory, ByteSize::bytes),
+        }
+    }
 }
 
 impl RegistryArgs {

@@ -43,7 +43,7 @@ impl Args {
             need_terminal(self.workload.tty, self.workload.interactive)?;
         }
         let instances = context.instances()?;
-        let record = create(context, &instances, &self.workload, self.quiet)?;
+        let record = create(context, &instances, &self.workload, self.quiet, true)?;
         let mode = if self.detach {
             StartMode::Detached
         } else {

@@ -100,6 +100,8 @@ pub(crate) struct PullingArgs {
     #[arg(long, value_name = "PLATFORM")]
     pub(crate) platform: Option<Platform>,
     #[command(flatten)]
+    pub(crate) limits: super::LayerLimitArgs,
+    #[command(flatten)]
     pub(crate) registry: super::RegistryArgs,
 }
 

@@ -1,7 +1,7 @@
 //! `kiln cp`: between the host's files and an instance, as tar streams in between.
 //!
 //! The instance's side is the back end's business. The host's side is here; both read and write archives with
-//! [`kiln_container::archive`], which no entry leaves. What lands where is decided as Docker does:
+//! [`kiln_instance::archive`], which no entry leaves. What lands where is decided as Docker does:
 //!
 //! | source | destination is missing | is a file | is a directory |
 //! |---|---|---|---|
@@ -16,8 +16,8 @@ use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use kiln_container::archive::{Archive, Base, Confine, Devices, Pack, Top, Unpack, pack};
 use kiln_contract::{BackendError, ErrorKind, InstanceId, RuntimeBackend};
+use kiln_instance::archive::{Archive, Base, Confine, Devices, Pack, Top, Unpack, pack};
 
 use crate::backends::Backends;
 use crate::error::{CliError, Result};

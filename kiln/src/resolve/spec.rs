@@ -56,6 +56,7 @@ pub(crate) fn instance_spec(
         labels: labels::labels(&settings.labels, &args.label_file, &args.label, host)?,
         init: args.process.init,
         remove: args.rm,
+        transient: false,
         runtime: runtime(&args.runtime, host)?,
         machine: MachineSpec {
             kernel: args.machine.kernel.clone(),

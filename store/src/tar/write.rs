@@ -25,15 +25,25 @@ pub(crate) fn write_tree(
     out: &mut impl Write,
     open: impl Fn(&Digest) -> Result<File>,
 ) -> Result<u64> {
+    write_below(tree, NodeId::ROOT, out, open)
+}
+
+/// As [`write_tree`], of one directory of the tree, which is `./` in the tar.
+pub(crate) fn write_below(
+    tree: &Tree,
+    top: NodeId,
+    out: &mut impl Write,
+    open: impl Fn(&Digest) -> Result<File>,
+) -> Result<u64> {
     let mut tar = TarWriter { out, written: 0, buffer: Vec::new() };
     let mut first_names: std::collections::HashMap<NodeId, Vec<u8>> = std::collections::HashMap::new();
     let mut path = Vec::new();
-    tar.directory(b"./", tree.node(NodeId::ROOT))?;
-    tar.opaque(b"", tree.node(NodeId::ROOT))?;
+    tar.directory(b"./", tree.node(top))?;
+    tar.opaque(b"", tree.node(top))?;
     let list =
         |dir| tree.children(dir).map(|(name, node)| (name.to_vec(), node)).collect::<Vec<_>>().into_iter();
     // The directories that are open, and where their names begin in `path`.
-    let mut stack = vec![(list(NodeId::ROOT), 0)];
+    let mut stack = vec![(list(top), 0)];
     while let Some((entries, start)) = stack.last_mut() {
         path.truncate(*start);
         let Some((name, id)) = entries.next() else {

@@ -148,6 +148,7 @@ fn record(id: InstanceId, runtime: &RuntimeChoice, args: &[&str]) -> InstanceRec
         exit: None,
         process: None,
         supervisor: None,
+        maker: None,
         boot: None,
         addresses: Vec::new(),
         ports: Vec::new(),

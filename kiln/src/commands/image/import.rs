@@ -4,9 +4,10 @@ use std::io::{self, BufRead, IsTerminal};
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use kiln_contract::{ByteSize, Platform};
+use kiln_contract::Platform;
 
 use super::image_name;
+use crate::commands::LayerLimitArgs;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::Exit;
@@ -29,12 +30,11 @@ pub(crate) struct Args {
     /// Take the image made for this platform (os/arch[/variant])
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<Platform>,
-    /// Refuse an image whose layer is larger when unpacked
-    #[arg(long, value_name = "SIZE")]
-    max_size: Option<ByteSize>,
     /// Show nothing meanwhile
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    limits: LayerLimitArgs,
 }
 
 /// A form in which images are outside of registries.
@@ -64,8 +64,8 @@ impl From<ArchiveFormat> for kiln_registry::Format {
 
 impl Args {
     /// What `kiln load` means.
-    pub(super) fn docker(source: PathBuf, quiet: bool) -> Self {
-        Self { source, image: None, format: None, platform: None, max_size: None, quiet }
+    pub(super) fn docker(source: PathBuf, quiet: bool, limits: LayerLimitArgs) -> Self {
+        Self { source, image: None, format: None, platform: None, quiet, limits }
     }
 
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
@@ -81,7 +81,7 @@ impl Args {
             self.format.map(Into::into),
             name.as_ref(),
             self.platform.as_ref(),
-            self.max_size.map(ByteSize::bytes),
+            self.limits.limits(),
             &*progress,
         )?;
         let mut out = Out::new();

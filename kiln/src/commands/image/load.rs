@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::import;
+use crate::commands::LayerLimitArgs;
 use crate::context::Context;
 use crate::error::Result;
 use crate::exit::Exit;
@@ -16,10 +17,12 @@ pub(crate) struct Args {
     /// Show nothing meanwhile
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    limits: LayerLimitArgs,
 }
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        import::Args::docker(self.input, self.quiet).run(context)
+        import::Args::docker(self.input, self.quiet, self.limits).run(context)
     }
 }

@@ -5,7 +5,7 @@ use kiln_contract::{ByteSize, Platform};
 use kiln_registry::{PullOptions, PullPolicy, Registry};
 
 use super::image_name;
-use crate::commands::RegistryArgs;
+use crate::commands::{LayerLimitArgs, RegistryArgs};
 use crate::complete;
 use crate::context::{self, Context};
 use crate::error::Result;
@@ -22,15 +22,14 @@ pub(crate) struct Args {
     /// Take the image made for this platform (os/arch[/variant])
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<Platform>,
-    /// Refuse an image whose layer is larger when unpacked
-    #[arg(long, value_name = "SIZE")]
-    max_size: Option<ByteSize>,
     /// How many layers are taken at once
     #[arg(long, value_name = "NUMBER")]
     parallel: Option<usize>,
     /// Show nothing while pulling
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten)]
+    limits: LayerLimitArgs,
     #[command(flatten)]
     registry: RegistryArgs,
 }
@@ -42,7 +41,7 @@ impl Args {
         let options = PullOptions {
             platform: self.platform,
             policy: PullPolicy::Always,
-            max_size: self.max_size.map(ByteSize::bytes),
+            limits: self.limits.limits(),
             parallel: self.parallel,
         };
         context::each(&self.images, |text| {

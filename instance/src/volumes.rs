@@ -1,21 +1,19 @@
 //! Named volumes: `volumes/<name>/`, with the data in `data/` and what is known of it in `volume.json`.
 //!
 //! A volume is made in a hidden directory and renamed, so that one that can be seen is complete. It is filled with
-//! what the image has at its first target when an instance first starts with it, as Docker does.
+//! what the image has at its first target when an instance first starts with it, as Docker does. Containers bind its data,
+//! machines get it as a share: one volume serves any number of either at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Seek as _};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use kiln_contract::{
-    BackendError, ErrorKind, Home, InstanceId, InstanceRecord, InstanceSpec, MountKind, MountSpec,
-};
+use kiln_contract::{BackendError, ErrorKind, Home, InstanceId, InstanceRecord, InstanceSpec, MountKind};
 use serde::{Deserialize, Serialize};
 
-use crate::archive::{Archive, Base, Confine, Devices, Pack, Top, Unpack, pack};
-use crate::runtime::ResolvedMount;
+use crate::archive::{Archive, Base, Confine, Devices, Unpack};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -149,7 +147,10 @@ impl Volumes {
     }
 
     /// Gives every volume that `spec` mounts a name, and makes those that are not there. Returns the anonymous ones.
-    pub(crate) fn claim(&self, spec: &mut InstanceSpec) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// As [`Self::create`]. Those that were made for the mounts before stay.
+    pub fn claim(&self, spec: &mut InstanceSpec) -> Result<Vec<String>> {
         let mut anonymous = Vec::new();
         for mount in &mut spec.mounts {
             if let MountKind::Volume { name, .. } = &mut mount.kind {
@@ -163,54 +164,17 @@ impl Volumes {
         Ok(anonymous)
     }
 
-    /// Removes volumes that were claimed for an instance; a missing one is no error.
-    pub(crate) fn release(&self, names: &[String]) -> Result<()> {
-        names.iter().try_for_each(|name| self.discard(name))
-    }
-
-    /// What an instance's mounts are on this host. New volumes are filled from `root`, its mounted root.
-    pub(crate) fn resolve(&self, spec: &InstanceSpec, root: &Path) -> Result<Vec<ResolvedMount>> {
-        // Parents before what is mounted in them.
-        let mut mounts: Vec<&MountSpec> = spec.mounts.iter().collect();
-        mounts.sort_by_key(|mount| Path::new(&mount.target).components().count());
-        mounts.into_iter().map(|mount| self.resolve_one(mount, root)).collect()
-    }
-
-    fn resolve_one(&self, mount: &MountSpec, root: &Path) -> Result<ResolvedMount> {
-        match &mount.kind {
-            MountKind::Tmpfs(options) => Ok(ResolvedMount::tmpfs(&mount.target, options, mount.read_only)),
-            MountKind::Bind { source, create, propagation } => {
-                self.bindable(source, *create)?;
-                Ok(ResolvedMount::bind(source, &mount.target, mount.read_only, propagation.as_deref()))
-            }
-            MountKind::Volume { name, copy } => {
-                let volume = self.create(name.as_deref(), &BTreeMap::new())?;
-                if *copy && is_empty(&volume.path) {
-                    fill(&volume, root, &mount.target)?;
-                }
-                Ok(ResolvedMount::bind(&volume.path, &mount.target, mount.read_only, None))
-            }
+    /// Removes volumes that were claimed for an instance that is gone, but those that another instance uses, as a fork
+    /// does its original's. A missing one is no error.
+    ///
+    /// # Errors
+    /// At the first that cannot be removed.
+    pub fn release(&self, names: &[String]) -> Result<()> {
+        if names.is_empty() {
+            return Ok(());
         }
-    }
-
-    fn bindable(&self, source: &Path, create: bool) -> Result<()> {
-        let failed = |error| {
-            BackendError::caused(format!("cannot bind {}", source.display()), error)
-                .of_kind(ErrorKind::Invalid)
-        };
-        match fs::metadata(source) {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !create => {
-                Err(failed(error).hint("make it first; `-v` makes what is missing"))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(source).map_err(|error| {
-                    BackendError::caused(format!("cannot make {} to bind it", source.display()), error)
-                        .of_kind(ErrorKind::Invalid)
-                })
-            }
-            Err(error) => Err(failed(error)),
-        }
+        let used = self.users()?;
+        names.iter().filter(|name| !used.contains_key(*name)).try_for_each(|name| self.discard(name))
     }
 
     fn read(&self, name: &str) -> Result<Option<Volume>> {
@@ -281,42 +245,30 @@ fn check_name(name: &str) -> Result<()> {
         .hint("letters, digits, `_`, `.` and `-`, beginning with a letter or digit; a path of the host begins with / or ."))
 }
 
-fn is_empty(directory: &Path) -> bool {
-    fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none())
-}
-
-/// Copies what the image has at `target` into a new volume, the directory's own owner and mode included.
-fn fill(volume: &Volume, root: &Path, target: &str) -> Result<()> {
-    let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
-        BackendError::caused(
-            format!("cannot fill the volume {} from the image's {target}", volume.name),
-            error,
-        )
-    };
-    let from = Base::open(root, Confine::InRoot).map_err(|error| failed(error.into()))?;
-    match from.directory(Path::new(target)) {
-        // The image has nothing there, or a file: nothing to fill a volume with.
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            return Ok(());
-        }
-        Err(error) => return Err(failed(error.into())),
-        Ok(_) => {}
+impl Volume {
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        fs::read_dir(&self.path).is_ok_and(|mut entries| entries.next().is_none())
     }
-    let mut spool = tempfile::tempfile().map_err(|error| failed(error.into()))?;
-    // `.` as the last part: entries are named below the volume's own root.
-    let inside = Base::open_below(&from, Path::new(target)).map_err(|error| failed(error.into()))?;
-    let what = Pack { path: Path::new("/"), top: Top::Own, follow: false, owners: true };
-    pack(&inside, &what, &mut spool).map_err(|error| failed(error.into()))?;
-    spool.rewind().map_err(|error| failed(error.into()))?;
-    let to = Base::open(&volume.path, Confine::Beneath).map_err(|error| failed(error.into()))?;
-    let options = Unpack { owners: true, devices: Devices::as_caller(), top: None };
-    Archive::open(&mut spool)
-        .and_then(|archive| archive.unpack(&to, Path::new(""), &options))
-        .map_err(|error| failed(error.into()))
+
+    /// Fills it from a tar archive of a directory: what is in that, and with `.` its owner and mode.
+    ///
+    /// # Errors
+    /// As [`Archive::unpack`].
+    pub fn fill(&self, mut archive: &mut dyn Read) -> Result<()> {
+        let failed = |error: Box<dyn std::error::Error + Send + Sync>| {
+            BackendError::caused(format!("cannot fill the volume {} from the image", self.name), error)
+        };
+        let to = Base::open(&self.path, Confine::Beneath).map_err(|error| failed(error.into()))?;
+        let options = Unpack { owners: true, devices: Devices::as_caller(), top: None };
+        Archive::open(&mut archive)
+            .and_then(|archive| archive.unpack(&to, Path::new(""), &options))
+            .map_err(|error| failed(error.into()))
+    }
 }
 
 /// Bytes of all files below `directory`, as far as they can be read.
-pub(crate) fn tree_size(directory: &Path) -> u64 {
+fn tree_size(directory: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let mut size = 0;
     let mut pending = vec![directory.to_owned()];
@@ -373,20 +325,18 @@ mod tests {
     }
 
     #[test]
-    fn a_new_volume_has_what_the_image_has_there() {
-        use std::os::unix::fs::PermissionsExt as _;
+    fn a_volume_that_another_instance_uses_outlives_its_own() {
         let (directory, volumes) = volumes();
-        let root = directory.path().join("root");
-        fs::create_dir_all(root.join("srv/data/sub")).unwrap();
-        fs::write(root.join("srv/data/sub/f"), "from the image").unwrap();
-        fs::set_permissions(root.join("srv/data"), fs::Permissions::from_mode(0o1750)).unwrap();
-        std::os::unix::fs::symlink("/srv", root.join("link")).unwrap();
-        let volume = volumes.create(Some("v"), &BTreeMap::new()).unwrap();
-        fill(&volume, &root, "/link/data").unwrap();
-        assert_eq!(fs::read(volume.path.join("sub/f")).unwrap(), b"from the image");
-        assert_eq!(fs::metadata(&volume.path).unwrap().permissions().mode() & 0o7777, 0o1750);
-        let other = volumes.create(Some("w"), &BTreeMap::new()).unwrap();
-        fill(&other, &root, "/nothing/here").unwrap();
-        assert!(is_empty(&other.path));
+        let instances = crate::Instances::of(&Home::at(directory.path()));
+        let mut spec = kiln_fixtures::instance_spec("fork");
+        let kind = MountKind::Volume { name: None, copy: true };
+        spec.mounts.push(kiln_contract::MountSpec { kind, target: "/data".into(), read_only: false });
+        let claimed = volumes.claim(&mut spec).unwrap();
+        let user = instances.create(&spec, claimed.clone()).unwrap();
+        volumes.release(&claimed).unwrap();
+        assert_eq!(volumes.remove(&claimed[0]).unwrap_err().kind(), ErrorKind::Conflict);
+        instances.forget(&user).unwrap();
+        volumes.release(&claimed).unwrap();
+        assert!(volumes.list().unwrap().is_empty());
     }
 }
