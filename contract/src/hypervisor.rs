@@ -31,6 +31,8 @@ pub struct VmConfig {
 pub struct BootConfig {
     /// The kernel.
     pub kernel: PathBuf,
+    /// The same kernel as an uncompressed ELF file, where there is one.
+    pub vmlinux: Option<PathBuf>,
     /// The initial RAM file system.
     pub initramfs: PathBuf,
     /// Words for the kernel's command line, after those that the driver needs.

@@ -277,6 +277,7 @@ impl<'a> Templates<'a> {
             memory_kind: MemoryKind::Written,
             boot: Some(BootConfig {
                 kernel: kernel.image(),
+                vmlinux: kernel.vmlinux(),
                 initramfs,
                 command_line: COMMAND_LINE.to_owned(),
             }),

@@ -14,8 +14,32 @@ pub enum VmmError {
     Missing {
         /// What was looked for.
         program: String,
-        /// The Debian package that has it.
-        package: &'static str,
+        /// What the user can do to have it: one clause.
+        get: String,
+    },
+    /// It needs KVM.
+    #[error("cannot run machines with {hypervisor}, which needs KVM: {because}")]
+    NoKvm {
+        /// Its name.
+        hypervisor: &'static str,
+        /// What is wrong with KVM.
+        because: String,
+    },
+    /// It is older than what is asked of it.
+    #[error("cannot run machines: {} is version {version}, and {oldest} is the oldest that can be used", program.display())]
+    TooOld {
+        /// Its path.
+        program: PathBuf,
+        /// What it is.
+        version: String,
+        /// What it must be.
+        oldest: String,
+    },
+    /// A path that cannot be said to it.
+    #[error("the hypervisor takes only paths in UTF-8, and {} is not", path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
     },
     /// It ended, with its last words.
     #[error("{program} ended: {words}")]
@@ -69,13 +93,16 @@ impl VmmError {
 impl From<VmmError> for BackendError {
     fn from(error: VmmError) -> Self {
         let kind = match &error {
-            VmmError::Missing { .. } => ErrorKind::Unsupported,
+            VmmError::Missing { .. } | VmmError::NoKvm { .. } | VmmError::TooOld { .. } => {
+                ErrorKind::Unsupported
+            }
+            VmmError::Path { .. } => ErrorKind::Invalid,
             _ => ErrorKind::Failed,
         };
         let hint = match &error {
-            VmmError::Missing { package, .. } => {
-                Some(format!("on Debian and Ubuntu: apt-get install --no-install-recommends {package}"))
-            }
+            VmmError::Missing { get, .. } => Some(get.clone()),
+            VmmError::NoKvm { .. } => Some("--hypervisor qemu works without it".to_owned()),
+            VmmError::Path { .. } => Some("set KILN_HOME to another directory".to_owned()),
             _ => None,
         };
         let error = Self::new(kind, error.to_string());

@@ -1,12 +1,19 @@
 //! Drivers of hypervisors: one file each, behind [`kiln_contract::Hypervisor`].
 //!
 //! - [`Qemu`]: with KVM where it can run guests, with TCG (software) elsewhere, so that a machine works everywhere.
+//! - [`Firecracker`]: where KVM can run guests.
 //!
 //! Which [`Accelerator`] is taken, and why, is told by [`Accelerator::choose`].
 
 #[cfg(target_os = "linux")]
 mod accelerator;
+#[cfg(target_os = "linux")]
+mod child;
 mod error;
+#[cfg(target_os = "linux")]
+mod fingerprint;
+#[cfg(target_os = "linux")]
+mod firecracker;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(target_os = "linux")]
@@ -16,5 +23,7 @@ mod qmp;
 #[cfg(target_os = "linux")]
 pub use accelerator::Accelerator;
 pub use error::VmmError;
+#[cfg(target_os = "linux")]
+pub use firecracker::Firecracker;
 #[cfg(target_os = "linux")]
 pub use qemu::Qemu;

@@ -66,7 +66,10 @@ impl Qemu {
         let program = std::env::split_paths(&path)
             .map(|directory| directory.join(PROGRAM.0))
             .find(|candidate| rustix::fs::access(candidate, rustix::fs::Access::EXEC_OK).is_ok())
-            .ok_or_else(|| VmmError::Missing { program: PROGRAM.0.to_owned(), package: PROGRAM.1 })?;
+            .ok_or_else(|| VmmError::Missing {
+                program: PROGRAM.0.to_owned(),
+                get: format!("on Debian and Ubuntu: apt-get install --no-install-recommends {}", PROGRAM.1),
+            })?;
         Ok(Self { program, accelerator: Accelerator::choose() })
     }
 
