@@ -27,7 +27,7 @@ pub(crate) struct Machine {
     /// Processes that were started over the link, by number: where to send who wants to attach, and their pids.
     pub(crate) processes: Mutex<HashMap<u32, Entry>>,
     /// What the root and the network are made of, until they are.
-    pub(crate) ready: Mutex<Option<Ready>>,
+    pub(crate) ready: Ready,
     /// The network, once there is one.
     pub(crate) network: Mutex<Option<crate::network::Network>>,
     /// What to look after in the root, once there is one.
@@ -98,7 +98,7 @@ async fn run() -> Result<(), Failure> {
         pid_one,
         workload,
         processes: Mutex::default(),
-        ready: Mutex::new(Some(ready)),
+        ready,
         network: Mutex::default(),
         root: Mutex::default(),
     });

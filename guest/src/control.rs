@@ -19,6 +19,7 @@ pub(crate) async fn answer(
         Request::Configure(wanted) => {
             configure::configure(machine, &wanted, opener).await.map(|()| Answer::Done)
         }
+        Request::Prepare { files } => configure::prepare(machine, &files).map(|()| Answer::Done),
         Request::Signal { process, signal } => {
             process::signal(machine, process, signal).map(|()| Answer::Done)
         }

@@ -93,26 +93,14 @@ impl Disk {
         }
     }
 
-    /// The root of its filesystem, which is mounted at `place` if it is not yet, and has `bytes`.
-    pub(crate) fn ready(mut self, place: &str, bytes: u64) -> Result<OwnedFd, Failure> {
-        match self.mounted.take() {
-            Some((root, size)) if size == bytes => return Ok(root),
-            Some((root, size)) if size < bytes => {
-                wait_for_size(&self.device, bytes)?;
-                grow(&root, bytes)?;
-                return Ok(root);
-            }
-            Some((_, size)) => {
-                return Err(invalid(format!(
-                    "the disk has {size} bytes already and cannot shrink to {bytes}"
-                )));
-            }
-            None => {}
+    /// The root of its filesystem, and its size. If it is not mounted yet, it is at `place`, and has `bytes`.
+    pub(crate) fn mounted(mut self, place: &str, bytes: Option<u64>) -> Result<(OwnedFd, u64), Failure> {
+        if let (None, Some(bytes)) = (&self.mounted, bytes) {
+            forget(&self.device)?;
+            wait_for_size(&self.device, bytes)?;
+            self.mount(place)?;
         }
-        forget(&self.device)?;
-        wait_for_size(&self.device, bytes)?;
-        self.mount(place)?;
-        self.mounted.map(|(root, _)| root).ok_or_else(|| invalid("the disk is not mounted"))
+        self.mounted.ok_or_else(|| invalid("the disk has no filesystem yet"))
     }
 
     fn size(&self) -> u64 {

@@ -21,42 +21,37 @@ pub(crate) const FILES: &str = "/files";
 /// Bytes of a message of 9P: what is asked for; the server may give less.
 const MESSAGE: usize = 512 << 10;
 
-/// Lays the host's files over the image's. A file that the image has not got is left out: no change of the root is made for it.
-pub(crate) fn host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
-    for file in files {
-        let Ok(target) = place(crate::root::MOUNT, &file.path, false) else { continue };
-        let name = name_of(file);
-        write(root, file)?;
-        mount_bind(format!("{FILES}/{name}").as_str(), descriptor(&target).as_str())
-            .doing(format_args!("show {}", file.path))?;
+/// Lays files of the host's over the image's, at these paths. One that the image has not got is left out: no change of the root
+/// is made for it.
+pub(crate) fn host_files(root: &Root, paths: &[String]) -> Result<(), Failure> {
+    for path in paths {
+        let Ok(target) = place(crate::root::MOUNT, path, false) else { continue };
+        let name = name_of(path);
+        create_below(root.files.as_fd(), &name)?;
+        mount_bind(format!("{}/{name}", descriptor(&root.files)).as_str(), descriptor(&target).as_str())
+            .doing(format_args!("show {path}"))?;
     }
     Ok(())
 }
 
-/// Gives the host's files new content where they lie already.
-pub(crate) fn rewrite_host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
+/// Gives the host's files their content, where they lie already.
+pub(crate) fn write_host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
     for file in files {
         let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::CLOEXEC;
         // One that is not there was left out, for it had no place.
-        if let Ok(open) = openat(&root.files, name_of(file), flags, Mode::empty()) {
+        if let Ok(open) = openat(&root.files, name_of(&file.path), flags, Mode::empty()) {
             File::from(open).write_all(&file.content).doing(format_args!("write {}", file.path))?;
         }
     }
     Ok(())
 }
 
-fn write(root: &Root, file: &HostFile) -> Result<(), Failure> {
-    create_below(root.files.as_fd(), &name_of(file))?
-        .write_all(&file.content)
-        .doing(format_args!("write {}", file.path))
-}
-
-fn name_of(file: &HostFile) -> String {
-    file.path.trim_start_matches('/').replace('/', "-")
+fn name_of(path: &str) -> String {
+    path.trim_start_matches('/').replace('/', "-")
 }
 
 /// Mounts the shares again, over another link: what they were mounted over is gone. Files that were open in them stay broken.
-pub(crate) async fn again(mounts: &[Mount], opener: &Opener) -> Result<(), Failure> {
+pub(crate) async fn again(mounts: &[Mount], files: String, opener: &Opener) -> Result<(), Failure> {
     let shares = mounts.iter().filter_map(|wanted| match wanted.source {
         MountSource::Share { number, file } => Some((wanted, number, file)),
         MountSource::Tmpfs { .. } => None,
@@ -71,13 +66,13 @@ pub(crate) async fn again(mounts: &[Mount], opener: &Opener) -> Result<(), Failu
         .await?;
     }
     for (wanted, number, file) in shares {
-        share(wanted, number, file, opener, "/").await?;
+        share(wanted, number, file, &files, opener).await?;
     }
     Ok(())
 }
 
-/// Mounts what the host asks for, in order, in the root at `root`.
-pub(crate) async fn all(mounts: &[Mount], opener: &Opener, root: &'static str) -> Result<(), Failure> {
+/// Mounts what the host asks for, in order. Shares of single files are kept in the directory `files`.
+pub(crate) async fn all(mounts: &[Mount], files: String, opener: &Opener) -> Result<(), Failure> {
     for wanted in mounts {
         match &wanted.source {
             MountSource::Tmpfs { options } => {
@@ -86,13 +81,13 @@ pub(crate) async fn all(mounts: &[Mount], opener: &Opener, root: &'static str) -
                 let target = wanted.target.clone();
                 // It may lie in a share.
                 aside(move || {
-                    let place = place(root, &target, true)?;
+                    let place = place("/", &target, true)?;
                     mount("tmpfs", descriptor(&place).as_str(), "tmpfs", flags, Some(options.as_c_str()))
                         .doing(format_args!("mount memory at {target}"))
                 })
                 .await?;
             }
-            MountSource::Share { number, file } => share(wanted, *number, *file, opener, root).await?,
+            MountSource::Share { number, file } => share(wanted, *number, *file, &files, opener).await?,
         }
     }
     Ok(())
@@ -103,13 +98,7 @@ fn read_only(wanted: &Mount) -> MountFlags {
 }
 
 /// Mounts a share of the host's: the kernel speaks 9P over a socket, and the agent carries it over the link.
-async fn share(
-    wanted: &Mount,
-    number: u16,
-    file: bool,
-    opener: &Opener,
-    root: &'static str,
-) -> Result<(), Failure> {
+async fn share(wanted: &Mount, number: u16, file: bool, files: &str, opener: &Opener) -> Result<(), Failure> {
     let doing = format!("mount the share at {}", wanted.target);
     let mut stream = opener.open(service::SHARE).await.doing(&doing)?;
     stream.write_u16_le(number).await.doing(&doing)?;
@@ -127,27 +116,31 @@ async fn share(
         }
     });
     let (target, flags) = (wanted.target.clone(), read_only(wanted));
+    let aside = file.then(|| format!("{files}/share-{}", kernel.as_raw_fd()));
     // The kernel greets the server before the call returns, which takes this thread to carry.
-    tokio::task::spawn_blocking(move || attach(&kernel, root, &target, flags, file)).await.doing(&doing)?
+    tokio::task::spawn_blocking(move || attach(&kernel, &target, flags, aside.as_deref()))
+        .await
+        .doing(&doing)?
 }
 
-fn attach(kernel: &OwnedFd, root: &str, target: &str, flags: MountFlags, file: bool) -> Result<(), Failure> {
+/// Mounts at `target`; what is a single file first at `aside`.
+fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, aside: Option<&str>) -> Result<(), Failure> {
+    let root = "/";
     let number = kernel.as_raw_fd();
     let options = format!(
         "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=none,msize={MESSAGE}"
     );
     let options = CString::new(options).doing("say how it is mounted")?;
     let doing = || format!("mount the share at {target}");
-    if !file {
+    let Some(aside) = aside else {
         let place = place(root, target, true)?;
         return mount("kiln", descriptor(&place).as_str(), "9p", flags, Some(options.as_c_str()))
             .doing(doing());
-    }
+    };
     // A share of one file is a directory with that file in it.
-    let aside = format!("{FILES}/share-{number}");
-    std::fs::create_dir_all(&aside).doing(doing())?;
-    mount("kiln", aside.as_str(), "9p", flags, Some(options.as_c_str())).doing(doing())?;
-    let entry = std::fs::read_dir(&aside).doing(doing())?.flatten().next();
+    std::fs::create_dir_all(aside).doing(doing())?;
+    mount("kiln", aside, "9p", flags, Some(options.as_c_str())).doing(doing())?;
+    let entry = std::fs::read_dir(aside).doing(doing())?.flatten().next();
     let entry = entry.ok_or_else(|| crate::failure::failed(doing(), "the share is empty"))?;
     let (parent, _) = target.rsplit_once('/').unwrap_or(("", target));
     drop(place(root, if parent.is_empty() { "/" } else { parent }, true)?);

@@ -4,6 +4,8 @@
 //! network change belongs here. Under software emulation code is translated anew in every process of the hypervisor, so what
 //! is not executed after a restore is what makes a start fast.
 
+use std::sync::{Mutex, PoisonError};
+
 use kiln_usernet::guest::{Tun, TunConfig};
 
 use crate::disks::{self, Disk};
@@ -14,10 +16,10 @@ use crate::{network, root};
 /// What a root and a network are made of.
 #[derive(Debug)]
 pub(crate) struct Ready {
-    /// What the root is made of.
-    pub(crate) root: Parts,
-    /// The network's device; dropped, it is gone.
-    pub(crate) network: Tun,
+    /// What the root is made of, until it is.
+    root: Mutex<Option<Parts>>,
+    /// The network's device, until somebody has it; dropped, it is gone.
+    network: Mutex<Option<Tun>>,
 }
 
 impl Ready {
@@ -38,6 +40,17 @@ impl Ready {
             parts.is_new = root::lay_out()?;
             parts.disk.settle()?;
         }
-        Ok(Self { root: parts, network: Tun::create(&TunConfig::default()).doing("make the network")? })
+        let network = Tun::create(&TunConfig::default()).doing("make the network")?;
+        Ok(Self { root: Mutex::new(Some(parts)), network: Mutex::new(Some(network)) })
+    }
+
+    /// The parts of the root, for once.
+    pub(crate) fn take_root(&self) -> Option<Parts> {
+        self.root.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The network's device, for once.
+    pub(crate) fn take_network(&self) -> Option<Tun> {
+        self.network.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

@@ -30,12 +30,18 @@ pub(crate) const MOUNT: &str = "/root";
 pub(crate) const IMAGE: &str = "/image";
 pub(crate) const DISK: &str = "/disk";
 const SHM: &str = "/dev/shm";
+/// Where container engines keep what they have.
+const ENGINES: [&str; 2] = ["/var/lib/docker", "/var/lib/containerd"];
 /// Bytes of shared memory unless more or less is asked for.
 const USUAL_SHM: u64 = 64 << 20;
 
 /// A mounted root, and what of it is out of reach once it is `/`.
 #[derive(Debug)]
 pub(crate) struct Root {
+    /// Whether it was made for whoever comes, and nobody has.
+    pub(crate) is_nobodys: bool,
+    /// Bytes of the writable disk.
+    disk_size: u64,
     /// The root of the writable disk.
     pub(crate) disk: OwnedFd,
     /// What the workload changed.
@@ -71,25 +77,80 @@ pub(crate) fn lay_out() -> Result<bool, Failure> {
     Ok(is_new)
 }
 
-/// Mounts the root at [`MOUNT`] with everything that belongs to any Linux system.
-pub(crate) fn make(wanted: &Wanted, parts: Parts) -> Result<Root, Failure> {
+/// Mounts the root at [`MOUNT`] with everything that belongs to any Linux system. A disk that is not mounted yet has
+/// `disk_size`, as the host says.
+pub(crate) fn make(parts: Parts, disk_size: Option<u64>) -> Result<Root, Failure> {
     let Parts { image, disk, is_new, system } = parts;
     disks::forget(&image)?;
     mount(image.as_str(), IMAGE, "erofs", MountFlags::RDONLY, None).doing("mount the image")?;
-    let disk = disk.ready(DISK, wanted.disk_size)?;
+    let (disk, disk_size) = disk.mounted(DISK, disk_size)?;
     if is_new || lay_out()? {
         copy_attributes(IMAGE, &format!("{DISK}/upper"))?;
     }
-    let root =
-        Root { disk, upper: directory(&format!("{DISK}/upper"))?, files: directory(crate::mounts::FILES)? };
     let options = format!("lowerdir={IMAGE},upperdir={DISK}/upper,workdir={DISK}/work");
-    let flags = if wanted.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     let options = std::ffi::CString::new(options).doing("say how the root is mounted")?;
-    mount("kiln", MOUNT, "overlay", flags, Some(options.as_c_str())).doing("mount the root")?;
+    mount("kiln", MOUNT, "overlay", MountFlags::empty(), Some(options.as_c_str())).doing("mount the root")?;
     mount_change(MOUNT, MountPropagationFlags::SHARED).doing("share the root's mounts")?;
-    system.mount(wanted)?;
-    keep_engines_off_the_overlay(wanted)?;
+    system.mount()?;
+    let root = Root {
+        is_nobodys: true,
+        disk_size,
+        disk,
+        upper: directory(&format!("{DISK}/upper"))?,
+        files: directory(crate::mounts::FILES)?,
+    };
+    for engine in ENGINES {
+        if let Ok(place) = place(MOUNT, engine, false) {
+            root.keep_off_the_overlay(engine, &place)?;
+        }
+    }
     Ok(root)
+}
+
+impl Root {
+    /// Makes it as somebody wants it. It is `/` now.
+    pub(crate) fn become_somebodys(&mut self, wanted: &Wanted) -> Result<(), Failure> {
+        self.is_nobodys = false;
+        if wanted.disk_size != self.disk_size {
+            disks::grow_to(&self.disk, wanted.disk_size)?;
+            self.disk_size = wanted.disk_size;
+        }
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        if wanted.shm_size != USUAL_SHM {
+            let size = format!("size={}", wanted.shm_size);
+            let size = std::ffi::CString::new(size).doing("say how large shared memory is")?;
+            mount_remount(descriptor(&place("/", SHM, false)?).as_str(), flags, size.as_c_str())
+                .doing("size shared memory")?;
+        }
+        if wanted.system {
+            // A container's /run is its image's; a system's is memory.
+            let run = place("/", "/run", true)?;
+            mount("tmpfs", descriptor(&run).as_str(), "tmpfs", flags, Some(c"mode=0755"))
+                .doing("mount memory at /run")?;
+            for engine in ENGINES {
+                if place("/", engine, false).is_err() {
+                    self.keep_off_the_overlay(engine, &place("/", engine, true)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Container engines put overlays of their own below these, and an overlay cannot be the upper layer of another.
+    fn keep_off_the_overlay(&self, engine: &str, place: &OwnedFd) -> Result<(), Failure> {
+        let name = engine.rsplit('/').next().unwrap_or(engine);
+        match mkdirat(&self.disk, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(failed(format_args!("make a directory for {engine}"), errno)),
+        }
+        let source = format!("{}/{name}", descriptor(&self.disk));
+        mount_bind(source.as_str(), descriptor(place).as_str()).doing(format_args!("mount {engine}"))
+    }
+}
+
+/// Nothing of `/` can be changed any more, except what is mounted in it.
+pub(crate) fn make_read_only() -> Result<(), Failure> {
+    mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, "").doing("make the root read-only")
 }
 
 /// The overlay's root has the attributes of the upper directory: those of the image's root, then.
@@ -153,24 +214,11 @@ impl System {
         Ok(Self(made))
     }
 
-    fn mount(self, wanted: &Wanted) -> Result<(), Failure> {
+    fn mount(self) -> Result<(), Failure> {
         for (target, mounted) in self.0 {
             let place = place(MOUNT, target, true)?;
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
             move_mount(&mounted, "", &place, "", flags).doing(format_args!("mount {target}"))?;
-        }
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        if wanted.shm_size != USUAL_SHM {
-            let size = format!("size={}", wanted.shm_size);
-            let size = std::ffi::CString::new(size).doing("say how large shared memory is")?;
-            mount_remount(descriptor(&place(MOUNT, SHM, false)?).as_str(), flags, size.as_c_str())
-                .doing("size shared memory")?;
-        }
-        if wanted.system {
-            // A container's /run is its image's; a system's is memory.
-            let place = place(MOUNT, "/run", true)?;
-            mount("tmpfs", descriptor(&place).as_str(), "tmpfs", flags, Some(c"mode=0755"))
-                .doing("mount memory at /run")?;
         }
         Ok(())
     }
@@ -184,18 +232,6 @@ fn detached(kind: &str, flags: MountAttrFlags, options: &str) -> Result<OwnedFd,
     }
     fsconfig_create(filesystem.as_fd())?;
     fsmount(filesystem.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)
-}
-
-/// Container engines put overlays of their own below these, and an overlay cannot be the upper layer of another.
-fn keep_engines_off_the_overlay(wanted: &Wanted) -> Result<(), Failure> {
-    for engine in ["docker", "containerd"] {
-        let target = format!("/var/lib/{engine}");
-        let Ok(place) = place(MOUNT, &target, wanted.system) else { continue };
-        let source = format!("{DISK}/{engine}");
-        std::fs::create_dir_all(&source).doing(format_args!("make {source}"))?;
-        mount_bind(source.as_str(), descriptor(&place).as_str()).doing(format_args!("mount {target}"))?;
-    }
-    Ok(())
 }
 
 /// Opens `path` in the root at `root`, through the image's links but not out of it. With `make`, missing directories are made.

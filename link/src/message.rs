@@ -50,7 +50,7 @@ pub struct Configure {
     /// Random bytes of the host's; the kernel's generator is re-seeded with them before anything else.
     #[cbor(n(3), with = "minicbor::bytes")]
     pub entropy: Vec<u8>,
-    /// The root to make; `None` where it is there already: in a live fork.
+    /// How the root is to be; `None` where somebody had it before: in a live fork.
     #[n(4)]
     pub root: Option<Root>,
     /// What is seen in the root besides the image, in order.
@@ -238,6 +238,14 @@ pub enum Request {
         /// Nanoseconds since 1970, UTC.
         #[n(0)]
         now: u64,
+    },
+    /// Make the root of the image and the disk that are there, for whoever will become somebody with them: before
+    /// [`Configure`](Self::Configure), which makes it otherwise. Answer: [`Answer::Done`].
+    #[n(11)]
+    Prepare {
+        /// The paths of files that the host will decide.
+        #[n(0)]
+        files: Vec<String>,
     },
 }
 

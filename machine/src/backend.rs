@@ -59,11 +59,12 @@ impl Machines {
     /// Makes what a start would otherwise make without anybody seeing how far it is.
     fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let qemu = Qemu::find()?;
+        let image = image(self.home(), record, &*self.progress)?;
         if Saved::load(&plan::saved(&self.instances().dir(&record.id))).is_none() {
             let disks = disks(self.home())?;
-            template(self.home(), record, &qemu, &*disks, &*self.progress)?;
+            template(self.home(), record, &qemu, (&*disks, &image), &*self.progress)?;
         }
-        image(self.home(), record, &*self.progress).map(drop)
+        Ok(())
     }
 
     /// Asks the guest of a running machine.

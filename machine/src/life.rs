@@ -8,8 +8,8 @@ use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, O
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 
 use crate::saved::Saved;
-use crate::stream;
 use crate::template::{DISK_SIZE, Shape};
+use crate::{plan, stream};
 
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
@@ -102,6 +102,15 @@ impl Life {
     /// What opens streams to its guest.
     pub fn opener(&self) -> Opener {
         self.session.opener()
+    }
+
+    /// Has the guest make the root of its image, for whoever it will be.
+    ///
+    /// # Errors
+    /// The guest's own, or those of the link.
+    pub async fn prepare(&self) -> Result<(), BackendError> {
+        let files = plan::HOST_FILES.map(str::to_owned).to_vec();
+        ask(&self.opener(), Request::Prepare { files }).await.map(drop)
     }
 
     /// Tells the guest who it is.

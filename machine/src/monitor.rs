@@ -41,7 +41,7 @@ use crate::door::{self, Ask, Reply};
 use crate::life::{Life, Paths, ask, start};
 use crate::saved::Saved;
 use crate::services::Services;
-use crate::template::{DISK_SIZE, Disk, Templates, disk_of};
+use crate::template::{DISK_SIZE, Templates, disk_of};
 use crate::{plan, stream};
 
 /// How long a guest may take to hold still.
@@ -80,12 +80,7 @@ pub fn monitor(home: &Home, id: &InstanceId, socket: i32) -> Result<u8, BackendE
     let supervisor = Blocking::from(unsafe { OwnedFd::from_raw_fd(socket) });
     rustix::io::fcntl_setfd(&supervisor, rustix::io::FdFlags::CLOEXEC)
         .map_err(|error| BackendError::caused("cannot use the inherited socket", io::Error::from(error)))?;
-    let outcome = stream::runtime().and_then(|runtime| {
-        let code = runtime.block_on(run(home, id, &supervisor));
-        // Threads that wait for input that never comes are not waited for.
-        runtime.shutdown_background();
-        code
-    });
+    let outcome = begin(home, id, &supervisor);
     match outcome {
         Ok(code) => Ok(code),
         Err(error) => {
@@ -94,6 +89,17 @@ pub fn monitor(home: &Home, id: &InstanceId, socket: i32) -> Result<u8, BackendE
             Ok(125)
         }
     }
+}
+
+fn begin(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, BackendError> {
+    let signals =
+        Signals::take().map_err(|error| BackendError::caused("cannot take signals as events", error))?;
+    let found = find(home, id)?;
+    let runtime = stream::runtime()?;
+    let code = runtime.block_on(run(found, &signals, supervisor));
+    // Threads that wait for input that never comes are not waited for.
+    runtime.shutdown_background();
+    code
 }
 
 fn tell(mut supervisor: &Blocking, news: &News) {
@@ -117,12 +123,12 @@ struct Ground {
     disk_size: u64,
 }
 
-/// The template for a machine, made if it is not there.
+/// The template for a machine whose image disk is at `image`, made if it is not there.
 pub(crate) fn template(
     home: &Home,
     record: &InstanceRecord,
     qemu: &Qemu,
-    disks: &dyn DiskBackend,
+    (disks, image): (&dyn DiskBackend, &Path),
     progress: &dyn kiln_contract::Progress,
 ) -> Result<Saved, BackendError> {
     let kernels = Kernels::open(home);
@@ -130,10 +136,14 @@ pub(crate) fn template(
         Some(name) => kernels.find(name)?,
         None => kernels.default()?,
     };
-    let begins_empty =
-        disks.path(&DiskId::from(&record.id)).is_err() && plan::disk_size(&record.spec) >= DISK_SIZE;
-    let disk = if begins_empty { Disk::Empty } else { Disk::Own };
-    Templates::open(home, disks).get(qemu, &kernel, plan::shape(&record.spec.resources)?, disk, progress)
+    let has_disk = disks.path(&DiskId::from(&record.id)).is_ok();
+    let shape = plan::shape(&record.spec.resources)?;
+    let templates = Templates::open(home, disks);
+    if has_disk || plan::disk_size(&record.spec) < DISK_SIZE {
+        templates.get(qemu, &kernel, shape, false, progress)
+    } else {
+        templates.with_root(qemu, &kernel, shape, (image, &record.spec.image), progress)
+    }
 }
 
 /// The image disk of a machine, made if it is not there.
@@ -180,38 +190,60 @@ fn own_disk(
     Ok(path)
 }
 
-async fn run(home: &Home, id: &InstanceId, supervisor: &Blocking) -> Result<u8, BackendError> {
-    let signals =
-        Signals::take().map_err(|error| BackendError::caused("cannot take signals as events", error))?;
+/// What a machine is restored from, on which disks, and what it is given.
+struct Found {
+    home: Home,
+    qemu: Qemu,
+    saved: Saved,
+    paths: Paths,
+    ground: Ground,
+    /// Keeps the template from being removed.
+    _held: File,
+}
+
+/// Finds all that is needed, and makes what is not there.
+fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
     let instances = Instances::of(home);
     let record = instances.read(id)?;
     let dir = instances.dir(id);
     let qemu = Qemu::find()?;
+    let disks = disks(home)?;
+    let image = image(home, &record, &Silent)?;
     let own = Saved::load(&plan::saved(&dir));
     let is_own = own.is_some();
-    let disks = disks(home)?;
     let saved = match own {
         Some(own) => {
             own.check(&qemu)?;
             own
         }
-        None => template(home, &record, &qemu, &*disks, &Silent)?,
+        None => template(home, &record, &qemu, (&*disks, &image), &Silent)?,
     };
     let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
-    let _held = base.hold()?;
     let disk = DiskId::from(id);
     let paths = Paths {
         directory: dir.path().to_owned(),
         memory: base.memory(),
-        image: image(home, &record, &Silent)?,
+        image,
         disk: own_disk(&*disks, &disk, &saved, is_own, plan::disk_size(&record.spec))?,
         disk_size: disks.size(&disk)?,
     };
-    let services = Services::prepare(home, &record.spec)?;
-    let life = Life::restore(&qemu, &saved, &paths).await?;
-    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size: paths.disk_size };
-    let outcome = live(&ground, life, services, supervisor, &signals).await;
-    door::close(&ground.dir);
+    let disk_size = paths.disk_size;
+    let held = base.hold()?;
+    Ok(Found {
+        home: home.clone(),
+        qemu,
+        saved,
+        paths,
+        ground: Ground { record, dir, disks, disk, base, is_own, disk_size },
+        _held: held,
+    })
+}
+
+async fn run(found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
+    let services = Services::prepare(&found.home, &found.ground.record.spec)?;
+    let life = Life::restore(&found.qemu, &found.saved, &found.paths).await?;
+    let outcome = live(&found.ground, life, services, supervisor, signals).await;
+    door::close(&found.ground.dir);
     outcome
 }
 

@@ -68,6 +68,10 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     Ok(())
 }
 
+/// Files that the host decides.
+pub(crate) const HOST_FILES: [&str; 4] =
+    ["/etc/hostname", "/etc/machine-id", "/etc/hosts", "/etc/resolv.conf"];
+
 /// What the guest is told of who it is. `disk` is the size of its writable disk in bytes, and `None` for a machine that has a
 /// root already.
 ///
@@ -83,11 +87,12 @@ pub(crate) fn configure(record: &InstanceRecord, disk: Option<u64>) -> Result<Co
     let machine_id = Digest::of(format!("machine-id {}", record.id).as_bytes()).hex()[..32].to_owned();
     let file =
         |path: &str, content: String| HostFile { path: path.to_owned(), content: content.into_bytes() };
+    let [hostname_file, machine_id_file, hosts_file, resolver_file] = HOST_FILES;
     let files = vec![
-        file("/etc/hostname", format!("{hostname}\n")),
-        file("/etc/machine-id", format!("{machine_id}\n")),
-        file("/etc/hosts", hosts(spec, &hostname)),
-        file("/etc/resolv.conf", resolv_conf(spec)),
+        file(hostname_file, format!("{hostname}\n")),
+        file(machine_id_file, format!("{machine_id}\n")),
+        file(hosts_file, hosts(spec, &hostname)),
+        file(resolver_file, resolv_conf(spec)),
     ];
     let root = |disk_size| Root {
         read_only: spec.security.read_only,

@@ -89,7 +89,9 @@ impl Saved {
         let blocks = |name: &str| {
             fs::metadata(self.directory.join(name)).map_or(0, |file| file.blocks().saturating_mul(512))
         };
-        [RECORD, MEMORY, STATE, DELTA].map(blocks).iter().sum()
+        // With changes of its own, it has the memory of another one below.
+        let memory = if self.own_memory().is_some() { 0 } else { blocks(MEMORY) };
+        memory + [RECORD, STATE, DELTA].map(blocks).iter().sum::<u64>()
     }
 
     /// Bytes of memory that are its own; `None` for a template.

@@ -8,9 +8,11 @@
 //! disks/template-<key>   the writable disk that is mounted in it, if one is
 //! ```
 //!
-//! There are two kinds. The guest of one has mounted an empty disk of the usual size, and machines begin with a copy of that
-//! disk: it is theirs from then on. The guest of the other has mounted none, for machines that have a disk of their own
-//! already or want a smaller one; mounting it is part of their start.
+//! There are three kinds. The guest of the first has mounted an empty disk of the usual size. Such a one is restored once for
+//! each image to make the image's root on that disk, and is saved again: the second kind, as small as what that changed.
+//! Machines of the image begin with it and with a copy of its disk, which is theirs from then on. The guest of the third kind
+//! has mounted no disk, for machines that have one of their own already or want a smaller one; all of that is part of their
+//! start.
 //!
 //! The key is the digest of everything that a saved state depends on: the hypervisor with its version and accelerator, kernel,
 //! guest, link, number of processors, memory, and the sizes that the devices had. If any of it changes, there is just no
@@ -33,18 +35,21 @@ use kiln_link::{HostLink, LinkError, VERSION};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::life::{Life, Paths};
 use crate::monitor::disks;
-use crate::saved::{FORMAT, MEMORY, RECORD, Saved, TemplateRecord};
+use crate::saved::{self, FORMAT, MEMORY, RECORD, Saved, TemplateRecord};
 use crate::{guest, stream};
 
-/// Templates that are kept besides the newest; each has a size and kernel of its own.
-const KEPT: usize = 8;
+/// Templates that are kept besides the newest; each has a size, a kernel or an image of its own.
+const KEPT: usize = 32;
 /// Bytes that all of them may take together.
 const KEPT_BYTES: u64 = 8 << 30;
 /// What the name of a template's lock ends in.
 const LOCK: &str = "lock";
 /// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
 const TO_BOOT: Duration = Duration::from_secs(180);
+/// How long a guest that has nothing to do may take to hold still.
+const TO_PARK: Duration = Duration::from_secs(30);
 /// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
 const IMAGE_SIZE: u64 = 16 << 40;
 /// The size of a template's writable disk. A machine's that is of another size says so.
@@ -67,12 +72,21 @@ pub enum Disk {
     Empty,
     /// None yet: a machine mounts its own.
     Own,
+    /// One on which the root of an image was made, and mounted: a machine of that image begins with a copy of it.
+    Root,
+}
+
+/// Where a template is being made.
+struct Place<'a> {
+    directory: &'a Path,
+    /// The writable disk that it is to have.
+    disk: Option<&'a DiskId>,
 }
 
 /// The disk that a machine begins with a copy of.
 pub(crate) fn disk_of(template: &Saved) -> Option<DiskId> {
     match template.record().disk {
-        Disk::Empty => disk_id(template.record().key),
+        Disk::Empty | Disk::Root => disk_id(template.record().key),
         Disk::Own => None,
     }
 }
@@ -182,7 +196,8 @@ impl<'a> Templates<'a> {
         has_disk.then_some(found)
     }
 
-    /// The template for machines of `shape` with `kernel`; made if it is not there, by one process while others wait.
+    /// The template for machines of `shape` with `kernel`, with an empty disk or none; made if it is not there, by one process
+    /// while others wait. Not to be called in a runtime, and from a thread that outlives the call.
     ///
     /// # Errors
     /// A guest that does not get ready: with the last lines of its console. The disk is full. Nothing is left then.
@@ -191,17 +206,58 @@ impl<'a> Templates<'a> {
         hypervisor: &dyn Hypervisor,
         kernel: &Kernel,
         shape: Shape,
-        disk: Disk,
+        has_disk: bool,
         progress: &dyn Progress,
     ) -> Result<Saved, BackendError> {
+        let disk = if has_disk { Disk::Empty } else { Disk::Own };
         let key = key(hypervisor, kernel, shape, disk);
+        let name = format!("{} ({} CPU, {} MiB)", kernel.name(), shape.cpus, shape.memory >> 20);
+        self.once(key, disk, (name, progress), |place| self.boot(hypervisor, kernel, shape, place))
+    }
+
+    /// The template for machines that begin with the image disk at `image`: the one with an empty disk, in which the root of
+    /// that image was made. `name` is the image's, for who watches. Otherwise as [`get`](Self::get).
+    ///
+    /// # Errors
+    /// As [`get`](Self::get); and if the guest cannot make the root.
+    pub fn with_root(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        kernel: &Kernel,
+        shape: Shape,
+        (image, name): (&Path, &str),
+        progress: &dyn Progress,
+    ) -> Result<Saved, BackendError> {
+        let base = key(hypervisor, kernel, shape, Disk::Empty);
+        // Its name is the digest of the layers that it was made from.
+        let image_name = image.file_name().unwrap_or_default().to_string_lossy();
+        let key = Digest::of(format!("{base} {image_name}").as_bytes());
+        if let Some(template) = self.load(&self.root.join(key.hex())) {
+            touch(&template);
+            return Ok(template);
+        }
+        let base = self.get(hypervisor, kernel, shape, true, progress)?;
+        let _held = base.hold()?;
+        self.once(key, Disk::Root, (name.to_owned(), progress), |place| {
+            self.make_root(hypervisor, &base, image, place)
+        })
+    }
+
+    /// The template of that key, made by one process if it is not there.
+    fn once(
+        &self,
+        key: Digest,
+        disk: Disk,
+        (name, progress): (String, &dyn Progress),
+        make: impl FnOnce(&Place<'_>) -> Result<TemplateRecord, BackendError>,
+    ) -> Result<Saved, BackendError> {
         let directory = self.root.join(key.hex());
         if let Some(template) = self.load(&directory) {
             touch(&template);
             return Ok(template);
         }
         fs::create_dir_all(&self.root).map_err(failed("make", &self.root))?;
-        let path = self.root.join(key.hex()).with_extension(LOCK);
+        let path = directory.with_extension(LOCK);
         let lock = File::create(&path).map_err(failed("make", &path))?;
         rustix::io::retry_on_intr(|| flock(&lock, FlockOperation::LockExclusive))
             .map_err(|error| failed("lock", &path)(error.into()))?;
@@ -210,25 +266,13 @@ impl<'a> Templates<'a> {
             return Ok(template);
         }
         // What is there and is not whole: a disk was full, a file was cut.
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove", &directory)(error));
-            }
-            _ => {}
-        }
-        let begun_with = match disk {
-            Disk::Empty => disk_id(key),
-            Disk::Own => None,
-        };
+        saved::remove(&directory)?;
+        let begun_with = if disk == Disk::Own { None } else { disk_id(key) };
         if let Some(disk) = begun_with.as_ref().filter(|disk| self.disks.path(disk).is_ok()) {
             self.disks.remove(disk)?;
         }
-        let step = progress.begin(Step {
-            name: format!("{} ({} CPU, {} MiB)", kernel.name(), shape.cpus, shape.memory >> 20),
-            verb: "template",
-            total: None,
-        });
-        let made = self.make(hypervisor, kernel, (key, shape, disk), begun_with.as_ref());
+        let step = progress.begin(Step { name, verb: "template", total: None });
+        let made = self.put(key, disk, begun_with.as_ref(), &directory, make);
         progress.end(step, if made.is_ok() { "done" } else { "failed" });
         if let (Err(_), Some(disk)) = (&made, &begun_with)
             && let Err(error) = self.disks.remove(disk)
@@ -242,35 +286,63 @@ impl<'a> Templates<'a> {
         })
     }
 
-    fn make(
+    /// Has one made aside, and puts it in its place.
+    fn put(
         &self,
-        hypervisor: &dyn Hypervisor,
-        kernel: &Kernel,
-        (key, shape, disk): (Digest, Shape, Disk),
+        key: Digest,
+        disk: Disk,
         begun_with: Option<&DiskId>,
+        directory: &Path,
+        make: impl FnOnce(&Place<'_>) -> Result<TemplateRecord, BackendError>,
     ) -> Result<(), BackendError> {
-        if guest::PROGRAM.is_empty() {
-            return Err(BackendError::unsupported(
-                "this program was built without a guest and cannot make machines",
-            ));
-        }
         // Gone with all that is in it, whatever happens.
         let staging = tempfile::Builder::new()
             .prefix(".new-")
             .tempdir_in(&self.root)
             .map_err(failed("make a directory in", &self.root))?;
-        let at = |name: &str| staging.path().join(name);
+        let record = make(&Place { directory: staging.path(), disk: begun_with })?;
+        let record = TemplateRecord { key, disk, ..record };
+        for used_up in ["image", "disk", "initramfs", "console.log", "console.sock", "qemu.log"] {
+            let _ = fs::remove_file(staging.path().join(used_up));
+        }
+        let json =
+            serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;
+        fs::write(staging.path().join(RECORD), json).map_err(failed("write", directory))?;
+        // One that is seen is whole, even if the host loses its power.
+        File::open(staging.path())
+            .and_then(|open| Ok(rustix::fs::syncfs(open)?))
+            .map_err(failed("write", directory))?;
+        if let Some(disk) = begun_with {
+            self.disks.flush(disk)?;
+        }
+        let staging = staging.keep();
+        fs::rename(&staging, directory).map_err(failed("make", directory))
+    }
+
+    /// Boots a machine until its guest is ready, and saves it.
+    fn boot(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        kernel: &Kernel,
+        shape: Shape,
+        place: &Place<'_>,
+    ) -> Result<TemplateRecord, BackendError> {
+        if guest::PROGRAM.is_empty() {
+            return Err(BackendError::unsupported(
+                "this program was built without a guest and cannot make machines",
+            ));
+        }
+        let at = |name: &str| place.directory.join(name);
         let sparse = |name: &str, size: u64| {
             let path = at(name);
             let made = File::create(&path).and_then(|file| file.set_len(size));
             made.map_err(failed("make", &path)).map(|()| path)
         };
-        let directory = &self.root.join(key.hex());
         let initramfs = at("initramfs");
         let bytes = kiln_boot::initramfs(kernel, guest::PROGRAM)?;
         fs::write(&initramfs, bytes).map_err(failed("write", &initramfs))?;
         let config = VmConfig {
-            directory: staging.path().to_owned(),
+            directory: place.directory.to_owned(),
             cpus: shape.cpus,
             memory: shape.memory,
             memory_file: sparse(MEMORY, shape.memory)?,
@@ -282,7 +354,7 @@ impl<'a> Templates<'a> {
                 command_line: COMMAND_LINE.to_owned(),
             }),
             image: sparse("image", image_size(&self.root))?,
-            disk: match begun_with {
+            disk: match place.disk {
                 Some(disk) => self.disks.create(disk, DISK_SIZE)?,
                 None => sparse("disk", DISK_SIZE)?,
             },
@@ -294,33 +366,50 @@ impl<'a> Templates<'a> {
         greet(link).map_err(|error| with_console(error, &at("console.log")))?;
         let boot_millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         vm.pause()?;
-        vm.save(staging.path())?;
-        drop(vm);
-        let record = TemplateRecord {
+        vm.save(place.directory)?;
+        Ok(TemplateRecord {
             format: FORMAT,
-            key,
+            key: Digest::of(&[]),
             made: Timestamp::now(),
             kernel: kernel.name().to_owned(),
             hypervisor: hypervisor.fingerprint(),
             shape,
-            disk,
+            disk: Disk::Own,
             boot_millis,
+        })
+    }
+
+    /// Has the guest of `base` make the root of an image, and saves it again.
+    fn make_root(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        base: &Saved,
+        image: &Path,
+        place: &Place<'_>,
+    ) -> Result<TemplateRecord, BackendError> {
+        let (Some(empty), Some(disk)) = (disk_of(base), place.disk) else {
+            return Err(BackendError::new(ErrorKind::Failed, "the template has no disk to begin with"));
         };
-        for used_up in ["image", "disk", "initramfs", "console.log", "console.sock", "qemu.log"] {
-            let _ = fs::remove_file(at(used_up));
-        }
-        let json =
-            serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;
-        fs::write(at(RECORD), json).map_err(failed("write", directory))?;
-        // One that is seen is whole, even if the host loses its power.
-        File::open(staging.path())
-            .and_then(|open| Ok(rustix::fs::syncfs(open)?))
-            .map_err(failed("write", directory))?;
-        if let Some(disk) = begun_with {
-            self.disks.flush(disk)?;
-        }
-        let staging = staging.keep();
-        fs::rename(&staging, directory).map_err(failed("make", directory))
+        let paths = Paths {
+            directory: place.directory.to_owned(),
+            memory: base.memory(),
+            image: image.to_owned(),
+            disk: self.disks.clone_disk(&empty, None, disk)?,
+            disk_size: DISK_SIZE,
+        };
+        stream::runtime()?.block_on(async {
+            let mut life = Life::restore(hypervisor, base, &paths).await?;
+            life.prepare().await?;
+            let parked = life.parker().park(TO_PARK).await;
+            let parked = parked.map_err(|error| BackendError::caused("cannot save the machine", error))?;
+            life.vm().pause()?;
+            life.vm().save(place.directory)?;
+            drop(parked);
+            Ok::<_, BackendError>(())
+        })?;
+        fs::hard_link(base.memory(), place.directory.join(MEMORY))
+            .map_err(failed("make a template in", &self.root))?;
+        Ok(TemplateRecord { made: Timestamp::now(), ..base.record().clone() })
     }
 
     /// Removes what was not used for longest, beyond a few.

@@ -7,7 +7,7 @@ use kiln_boot::{Kernels, Source};
 use kiln_contract::{Digest, DiskBackend, DiskId, Home, Silent};
 use kiln_link::Stream;
 use kiln_link::message::{self, Configure, HostFile, Output, Process, Root, WORKLOAD};
-use kiln_machine::{Disk, Life, Paths, Saved, Shape, Templates};
+use kiln_machine::{Life, Paths, Saved, Shape, Templates};
 use kiln_store::{ImportLimits, Store};
 use kiln_vmm::Qemu;
 
@@ -37,7 +37,7 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let qemu = Qemu::find().unwrap();
     let shape = Shape { cpus: 1, memory: 256 << 20 };
     let disks = kiln_disk::open(&home, &kiln_disk::Choice::Auto).unwrap().backend;
-    let template = Templates::open(&home, &*disks).get(&qemu, &kernel, shape, Disk::Own, &Silent).unwrap();
+    let template = Templates::open(&home, &*disks).get(&qemu, &kernel, shape, false, &Silent).unwrap();
     Some(Bed { _directory: directory, home, qemu, template, image, disks })
 });
 

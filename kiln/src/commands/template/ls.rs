@@ -81,6 +81,7 @@ impl Args {
             for row in rows {
                 let disk = match row.disk {
                     Disk::Empty => "new",
+                    Disk::Root => "image",
                     Disk::Own => "own",
                 };
                 table.row([
