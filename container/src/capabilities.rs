@@ -103,12 +103,6 @@ impl CapabilitySet {
         self.0 & Self::only(capability).0 != 0
     }
 
-    /// The set with `capability` taken away.
-    #[must_use]
-    pub(crate) fn without(self, capability: Capability) -> Self {
-        Self(self.0 & !Self::only(capability).0)
-    }
-
     /// What is in both sets.
     #[must_use]
     pub(crate) const fn and(self, other: Self) -> Self {

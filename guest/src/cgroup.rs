@@ -41,7 +41,7 @@ impl Workload {
             std::fs::create_dir(&path).doing(format_args!("make {path}"))?;
         }
         // Not every kernel has all of them.
-        for controller in ["+cpu", "+memory", "+pids", "+io"] {
+        for controller in ["+cpu", "+cpuset", "+memory", "+pids", "+io"] {
             let _ = std::fs::write(format!("{MOUNT}/cgroup.subtree_control"), controller);
         }
         let directory = openat(

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /image                   EROFS, read-only
-//! /disk                    ext4: upper/ and work/ of the overlay; docker/ and containerd/, which must not lie on one
+//! /disk                    ext4: upper/ and work/ of the overlay; docker/, containerd/ and kiln/, which must not lie on one
 //! /root                    the overlay; becomes /
 //! ```
 //!
@@ -31,7 +31,7 @@ pub(crate) const IMAGE: &str = "/image";
 pub(crate) const DISK: &str = "/disk";
 const SHM: &str = "/dev/shm";
 /// Where container engines keep what they have.
-const ENGINES: [&str; 2] = ["/var/lib/docker", "/var/lib/containerd"];
+const ENGINES: [&str; 3] = ["/var/lib/docker", "/var/lib/containerd", "/var/lib/kiln"];
 /// Bytes of shared memory unless more or less is asked for.
 const USUAL_SHM: u64 = 64 << 20;
 

@@ -29,9 +29,13 @@ pub struct Overlay {
     servers: Mutex<Vec<fuse::Mounted>>,
 }
 
-/// How an overlay finds the objects that the tree names.
+/// How an overlay is told its lower layers, and where it finds the objects that the tree names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
+    /// The lower file system gives files with their content. Linux 6.7: as one option a layer.
+    Whole,
+    /// The same in the one option that older kernels know, in which `:` and `\` need escapes.
+    WholeInOne,
     /// Linux 6.16: files of lower layers may redirect into data-only layers, while new uppers stay plain.
     Plain,
     /// Linux 6.5: only with `metacopy`, which new uppers then use too.
@@ -47,13 +51,17 @@ impl Overlay {
     fn mount_kernel(&self, request: &ViewRequest) -> Result<(), Failure> {
         let tree = mount_file_system("erofs", &[("source", request.tree.as_os_str().as_encoded_bytes())])?;
         attach(&tree, &request.target)?;
-        let stacked = stack(request, Some(Form::Plain)).or_else(|_| stack(request, Some(Form::Metacopy)));
+        let stacked = stack(request, Form::Plain).or_else(|_| stack(request, Form::Metacopy));
         replace(stacked, &request.target)
     }
 
     fn mount_fuse(&self, request: &ViewRequest) -> Result<(), BackendError> {
         let server = fuse::mount(&request.tree, &request.objects, &request.target)?;
-        replace(stack(request, None), &request.target).map_err(|failure| failure.at(request))?;
+        let stacked = stack(request, Form::Whole).or_else(|failure| match failure.errno {
+            Errno::INVAL => stack(request, Form::WholeInOne),
+            _ => Err(failure),
+        });
+        replace(stacked, &request.target).map_err(|failure| failure.at(request))?;
         self.servers.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(server);
         Ok(())
     }
@@ -98,22 +106,25 @@ impl ViewBackend for Overlay {
     }
 }
 
-/// Makes the overlay of a request whose lower file system is mounted at the target. `form` is `None` where the lower has
-/// the data itself.
-fn stack(request: &ViewRequest, form: Option<Form>) -> Result<OwnedFd, Failure> {
+/// Makes the overlay of a request whose lower file system is mounted at the target.
+fn stack(request: &ViewRequest, form: Form) -> Result<OwnedFd, Failure> {
     let path = |path: &Path| path.as_os_str().as_encoded_bytes().to_vec();
-    let mut options = vec![("lowerdir+", path(&request.target))];
-    if form.is_some() {
-        options.push(("datadir+", path(&request.objects)));
-    }
+    let mut options = match form {
+        Form::WholeInOne => vec![("lowerdir", escaped(&path(&request.target)))],
+        _ => vec![("lowerdir+", path(&request.target))],
+    };
     match form {
-        Some(Form::Metacopy) => {
-            options.extend([("metacopy", b"on".to_vec()), ("redirect_dir", b"on".to_vec())]);
-        }
-        Some(Form::Plain) => {
-            options.extend([("metacopy", b"off".to_vec()), ("redirect_dir", b"nofollow".to_vec())]);
-        }
-        None => {}
+        Form::Metacopy => options.extend([
+            ("datadir+", path(&request.objects)),
+            ("metacopy", b"on".to_vec()),
+            ("redirect_dir", b"on".to_vec()),
+        ]),
+        Form::Plain => options.extend([
+            ("datadir+", path(&request.objects)),
+            ("metacopy", b"off".to_vec()),
+            ("redirect_dir", b"nofollow".to_vec()),
+        ]),
+        Form::Whole | Form::WholeInOne => {}
     }
     if userns::entered() {
         options.push(("userxattr", Vec::new()));
@@ -126,6 +137,13 @@ fn stack(request: &ViewRequest, form: Option<Form>) -> Result<OwnedFd, Failure> 
     }
     let options: Vec<(&str, &[u8])> = options.iter().map(|(key, value)| (*key, &value[..])).collect();
     mount_file_system("overlay", &options)
+}
+
+/// A path as one of several in `lowerdir`.
+fn escaped(path: &[u8]) -> Vec<u8> {
+    path.iter()
+        .flat_map(|&byte| [b'\\', byte].into_iter().skip(usize::from(!b":\\".contains(&byte))))
+        .collect()
 }
 
 /// Puts the overlay where the lower file system is, or takes that away if there is no overlay.

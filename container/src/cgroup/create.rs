@@ -6,9 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use kiln_contract::{ByteSize, InstanceId, Resources};
+use oci_spec::runtime::LinuxDeviceCgroup;
 
 use super::Cgroup;
+use super::device_filter;
 use super::hierarchies::{self, ALWAYS, FOR_LIMITS, Hierarchies};
+use crate::devices;
 use crate::runtime::RuntimeError;
 
 /// The period in which processor time is counted out, in microseconds: the kernel's own default.
@@ -57,8 +60,8 @@ fn join_file(hierarchies: &Hierarchies) -> &'static str {
     if *hierarchies == Hierarchies::V1 { "tasks" } else { "cgroup.procs" }
 }
 
-/// Makes the group of instance `id` with the limits of `resources`. `device_rules` are lines of the v1 device
-/// controller (`c 1:3 rwm`) of what is allowed; `None` allows everything.
+/// Makes the group of instance `id` with the limits of `resources`. `device_rules` are what is allowed of devices; `None`
+/// allows everything.
 ///
 /// `None` where this host or user can have no groups and no limit is asked for.
 ///
@@ -67,13 +70,13 @@ fn join_file(hierarchies: &Hierarchies) -> &'static str {
 pub(crate) fn create(
     id: &InstanceId,
     resources: &Resources,
-    device_rules: Option<&[String]>,
+    device_rules: Option<&[LinuxDeviceCgroup]>,
     host_root: bool,
 ) -> Result<Option<Prepared>, RuntimeError> {
     let hierarchies = Hierarchies::detect();
     let prepared = match hierarchies {
         Hierarchies::V1 if host_root => Some(create_v1(id, resources, device_rules)?),
-        Hierarchies::V2 => create_v2(id, resources, host_root)?,
+        Hierarchies::V2 => create_v2(id, resources, device_rules, host_root)?,
         Hierarchies::V1 | Hierarchies::None => None,
     };
     if prepared.is_none() {
@@ -177,7 +180,7 @@ fn make_directory(directory: &Path) -> Result<(), RuntimeError> {
 fn create_v1(
     id: &InstanceId,
     resources: &Resources,
-    device_rules: Option<&[String]>,
+    device_rules: Option<&[LinuxDeviceCgroup]>,
 ) -> Result<Prepared, RuntimeError> {
     let cgroup = Cgroup { path: v1_path(id), hierarchies: Hierarchies::V1 };
     let made = fill_v1(&cgroup, resources, device_rules);
@@ -191,7 +194,7 @@ fn create_v1(
 fn fill_v1(
     cgroup: &Cgroup,
     resources: &Resources,
-    device_rules: Option<&[String]>,
+    device_rules: Option<&[LinuxDeviceCgroup]>,
 ) -> Result<Vec<PathBuf>, RuntimeError> {
     let mut joins = Vec::with_capacity(ALWAYS.len());
     for controller in ALWAYS.into_iter().chain(FOR_LIMITS) {
@@ -240,17 +243,13 @@ fn fill_v1(
                     fill_cpuset(&parent, file)?;
                     fill_cpuset(&directory, file)?;
                 }
-                set("cpuset.cpus", resources.cpuset.as_deref().unwrap_or_default()).map_err(|error| {
-                    RuntimeError::Invalid(format!(
-                        "cannot run on processors `{}`: {error}",
-                        resources.cpuset.as_deref().unwrap_or_default()
-                    ))
-                })?;
+                let processors = resources.cpuset.as_deref().unwrap_or_default();
+                set("cpuset.cpus", processors).map_err(|error| cannot_run_on(processors, &error))?;
             }
             "devices" => {
                 set("devices.deny", "a")?;
                 for rule in device_rules.unwrap_or_default() {
-                    set("devices.allow", rule)?;
+                    set("devices.allow", &devices::v1_line(rule))?;
                 }
             }
             _ => {}
@@ -258,6 +257,11 @@ fn fill_v1(
         joins.push(directory.join("tasks"));
     }
     Ok(joins)
+}
+
+/// Those numbers are no processors of this host, or none that are left to this group.
+fn cannot_run_on(processors: &str, error: &RuntimeError) -> RuntimeError {
+    RuntimeError::Invalid(format!("cannot run on processors `{processors}`: {error}"))
 }
 
 fn fill_cpuset(directory: &Path, file: &str) -> Result<(), RuntimeError> {
@@ -299,6 +303,7 @@ fn limit_memory_v1(directory: &Path, resources: &Resources) -> Result<(), Runtim
 fn create_v2(
     id: &InstanceId,
     resources: &Resources,
+    device_rules: Option<&[LinuxDeviceCgroup]>,
     host_root: bool,
 ) -> Result<Option<Prepared>, RuntimeError> {
     let Some(path) = v2_path(id, host_root) else { return Ok(None) };
@@ -306,7 +311,12 @@ fn create_v2(
     let directory = hierarchies::v2_directory(&cgroup.path);
     let made = make_directory(&directory).and_then(|()| {
         enable_controllers(&directory);
-        limit_v2(&directory, resources)
+        limit_v2(&directory, resources)?;
+        match device_rules {
+            // In a user namespace no device works but those that were given to it.
+            Some(rules) if host_root => keep_devices(&directory, rules),
+            _ => Ok(()),
+        }
     });
     match made {
         Ok(()) => {
@@ -319,6 +329,15 @@ fn create_v2(
             if nothing_asked && !host_root { Ok(None) } else { Err(error) }
         }
     }
+}
+
+fn keep_devices(directory: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), RuntimeError> {
+    device_filter::attach(directory, rules).map_err(|source| {
+        RuntimeError::Unsupported(format!(
+            "this host cannot keep its devices from a container ({source}): its kernel needs CONFIG_CGROUP_BPF, and Kiln all \
+             capabilities; --privileged gives a container all devices"
+        ))
+    })
 }
 
 /// Turns on, from the top down, what containers may need. What cannot be turned on is missed only by the limit that
@@ -375,7 +394,10 @@ fn limit_v2(directory: &Path, resources: &Resources) -> Result<(), RuntimeError>
         set("cpu.weight", weight_of(shares).to_string())?;
     }
     if let Some(cpuset) = &resources.cpuset {
-        set("cpuset.cpus", cpuset.clone())?;
+        set("cpuset.cpus", cpuset.clone()).map_err(|error| match error {
+            RuntimeError::Io { .. } => cannot_run_on(cpuset, &error),
+            other => other,
+        })?;
     }
     if limits_pids(&resources.pids) {
         set("pids.max", resources.pids.unwrap_or_default().to_string())?;

@@ -1,6 +1,7 @@
 //! The control group of a container: limits, freezing, killing, measuring; on v1, hybrid and v2 hierarchies.
 
 mod create;
+mod device_filter;
 mod hierarchies;
 mod processes;
 mod stats;

@@ -57,9 +57,7 @@ impl OciRuntime for External {
         let host_root = host::is_host_root();
         let resources = &record.spec.resources;
         let (group, prepared) = if self.leaves_groups_to_us() {
-            let rules =
-                devices.rules.as_ref().map(|rules| rules.iter().map(devices::v1_line).collect::<Vec<_>>());
-            let prepared = cgroup::create(&record.id, resources, rules.as_deref(), host_root)?;
+            let prepared = cgroup::create(&record.id, resources, devices.rules.as_deref(), host_root)?;
             (prepared.as_ref().map(|prepared| prepared.cgroup.clone()), prepared)
         } else {
             (cgroup::left_to_runtime(&record.id, resources, host_root)?, None)

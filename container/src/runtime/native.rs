@@ -31,10 +31,8 @@ impl OciRuntime for Native {
         let identity = Identity::resolve(record, root)?;
         let plan = spec::plan(record, &identity)?;
         let devices = devices::resolve(&record.spec.security.devices, record.spec.security.privileged)?;
-        let rules =
-            devices.rules.as_ref().map(|rules| rules.iter().map(devices::v1_line).collect::<Vec<_>>());
         let host_root = host::is_host_root();
-        let group = cgroup::create(&record.id, &record.spec.resources, rules.as_deref(), host_root)?;
+        let group = cgroup::create(&record.id, &record.spec.resources, devices.rules.as_deref(), host_root)?;
         let result = spec::build(&Ingredients {
             record,
             root,

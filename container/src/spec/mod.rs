@@ -7,14 +7,14 @@ mod process;
 
 use std::path::Path;
 
-use kiln_contract::{ExecSpec, InstanceRecord, RuntimeChoice};
+use kiln_contract::{ExecSpec, InstanceRecord};
 use oci_spec::runtime::{
-    Capability, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccomp,
-    RootBuilder, Spec, SpecBuilder,
+    LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccomp, RootBuilder, Spec,
+    SpecBuilder,
 };
 
 use crate::capabilities::CapabilitySet;
-use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cgroup::Cgroup;
 use crate::devices::Devices;
 use crate::runtime::{NetworkNamespace, ResolvedMount, RuntimeError};
 use kiln_accounts::User;
@@ -76,17 +76,7 @@ impl Identity {
 /// [`RuntimeError::Invalid`] for a name that is none.
 pub(crate) fn capabilities(record: &InstanceRecord) -> Result<CapabilitySet, RuntimeError> {
     let spec = &record.spec;
-    let set = CapabilitySet::asked_for(&spec.security)?.and(CapabilitySet::of_this_process()?);
-    // On v2 hosts devices are kept from a container by a program that the native runtime does not have: there it is
-    // kept from making any, unless the user says otherwise.
-    let asked = spec.security.privileged
-        || spec.security.cap_add.iter().any(|name| {
-            crate::capabilities::parse(name).is_ok_and(|capability| capability == Capability::Mknod)
-        });
-    if spec.runtime == RuntimeChoice::Native && !asked && Hierarchies::detect() == Hierarchies::V2 {
-        return Ok(set.without(Capability::Mknod));
-    }
-    Ok(set)
+    Ok(CapabilitySet::asked_for(&spec.security)?.and(CapabilitySet::of_this_process()?))
 }
 
 /// The same for a further process.

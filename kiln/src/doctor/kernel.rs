@@ -20,6 +20,9 @@ pub(super) fn examine(root: bool) -> Vec<Finding> {
     };
     let mut findings = vec![version(&release)];
     findings.push(match (root, known("erofs")) {
+        _ if number(&release) < DIRECT => {
+            Finding::ok("erofs", "containers do without it: this kernel cannot mount a tree from its file")
+        }
         (_, Some(how)) => Finding::ok("erofs", format!("{how}: roots of containers are mounted as they are")),
         (true, None) => Finding::fail(
             "erofs",
@@ -38,25 +41,37 @@ pub(super) fn examine(root: bool) -> Vec<Finding> {
             "use a kernel with CONFIG_OVERLAY_FS, or load the module: modprobe overlay",
         ),
     });
-    if root {
+    let served = !root || number(&release) < DIRECT;
+    if !served {
         findings.push(data_only());
     }
-    findings.push(fuse(root));
+    findings.push(fuse(served));
     findings.push(kvm());
     findings
 }
 
-fn version(release: &str) -> Finding {
+/// The first Linux that mounts a tree from its file.
+const DIRECT: (u32, u32) = (6, 12);
+/// The first Linux on which tests have run containers.
+const TESTED: (u32, u32) = (6, 1);
+
+/// The two numbers that a release begins with.
+fn number(release: &str) -> (u32, u32) {
     let number = |part: Option<&str>| part.and_then(|part| part.parse::<u32>().ok()).unwrap_or(0);
     let mut parts = release.split(['.', '-']);
-    let version = (number(parts.next()), number(parts.next()));
-    if version >= (6, 12) {
+    (number(parts.next()), number(parts.next()))
+}
+
+fn version(release: &str) -> Finding {
+    if number(release) >= DIRECT {
         Finding::ok("kernel", format!("Linux {release}"))
-    } else if version >= (6, 5) {
+    } else if number(release) >= TESTED {
         Finding::warn(
             "kernel",
-            format!("Linux {release} mounts trees only through loop devices"),
-            "Linux 6.12 or later mounts them directly",
+            format!(
+                "Linux {release} cannot mount a tree from its file: roots of containers are served through FUSE"
+            ),
+            "Linux 6.12 or later mounts them, and they are faster",
         )
     } else {
         Finding::warn(
@@ -105,10 +120,10 @@ fn data_only() -> Finding {
     }
 }
 
-fn fuse(root: bool) -> Finding {
+fn fuse(serves_roots: bool) -> Finding {
     match fs::OpenOptions::new().read(true).write(true).open("/dev/fuse") {
         Ok(_) => Finding::ok("fuse", "/dev/fuse can be used"),
-        Err(error) if root => Finding::ok(
+        Err(error) if !serves_roots => Finding::ok(
             "fuse",
             format!("/dev/fuse cannot be used ({error}); root's containers do without it"),
         ),
@@ -120,9 +135,7 @@ fn fuse(root: bool) -> Finding {
             };
             Finding::fail(
                 "fuse",
-                format!(
-                    "/dev/fuse cannot be used: {error}; roots of ordinary users' containers are served through it"
-                ),
+                format!("/dev/fuse cannot be used: {error}; roots of containers are served through it here"),
                 advice,
             )
         }
@@ -180,6 +193,7 @@ mod tests {
             ("6.18.0", Verdict::Ok),
             ("6.12-rc1", Verdict::Ok),
             ("6.8.0-40-generic", Verdict::Warn),
+            ("6.1.0-48-amd64", Verdict::Warn),
             ("5.4", Verdict::Warn),
         ] {
             assert_eq!(version(release).verdict, verdict, "{release}");
