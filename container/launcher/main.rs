@@ -9,7 +9,8 @@
 //!
 //! Arguments and environment are the workload's own. Descriptor 3 holds the [`Orders`]; descriptor 4 takes the reports:
 //! a byte for what failed and the number of the error, or nothing if the command runs (the descriptor is closed by
-//! `execve`). With [`CHILD`], descriptor 5 takes the number of the process that was made.
+//! `execve`). With [`CHILD`], descriptor 5 takes the number of the process that was made;
+//! with [`INIT`], it is closed when this process may be seen by the workload.
 //!
 //! `runtime/launcher.rs` is the other side of this.
 
@@ -93,6 +94,7 @@ unsafe extern "C" fn launch(stack: *const usize) -> ! {
         if confine(orders).is_err() {
             exit(126);
         }
+        let _ = call(system::CLOSE, [TOLD, 0, 0, 0, 0]);
         reap(orders.child)
     }
     const F_SETFD: usize = 2;

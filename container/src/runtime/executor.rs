@@ -9,7 +9,8 @@
 //!    the container's `PATH`. Errors go into a pipe that `execve` closes, so that the caller knows of success too.
 //!
 //! Until then nobody else is in the container who could look into this process. With `--init` it forks first, and
-//! becomes the launcher twice: process 1 reaps and passes signals on, its child becomes the command.
+//! becomes the launcher twice: process 1 reaps and passes signals on, its child becomes the command. The child waits until
+//! process 1 is done: a command that finds it half made could look into Kiln through it.
 
 use std::collections::HashMap;
 use std::io;
@@ -19,6 +20,7 @@ use std::rc::Rc;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
+use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::RuntimeError;
 use super::launcher::{Launcher, Part};
@@ -106,11 +108,16 @@ impl Workload {
             // Whoever made this process is gone.
             _ => exit(1),
         }
-        if self.init
-            && let Some(child) = become_parent(self.terminal)
-        {
-            // Signals are passed on to a child that may become another user.
-            self.launcher.run(Part::Init { child }, self.capabilities.common(CapabilitySet::KILL))
+        if self.init {
+            let Ok((confined, ready)) = pipe_with(PipeFlags::CLOEXEC) else { exit(126) };
+            if let Some(child) = become_parent(self.terminal) {
+                // Signals are passed on to a child that may become another user.
+                let keep = self.capabilities.common(CapabilitySet::KILL);
+                self.launcher.run(Part::Init { child, ready: ready.as_fd() }, keep)
+            }
+            drop(ready);
+            // The end of the pipe. If it comes because process 1 failed, its end is this process's, too.
+            let _ = rustix::io::retry_on_intr(|| rustix::io::read(&confined, &mut go));
         }
         self.launcher.run(Part::Command { report: self.report.as_fd() }, self.capabilities)
     }

@@ -57,6 +57,8 @@ pub(super) enum Part<'a> {
     Init {
         /// The child.
         child: i32,
+        /// Closed when this process has nothing of Kiln's any more, and is confined.
+        ready: BorrowedFd<'a>,
     },
 }
 
@@ -70,8 +72,8 @@ impl<'a> Part<'a> {
 
     fn told(self) -> Option<BorrowedFd<'a>> {
         match self {
-            Self::Child { told, .. } => Some(told),
-            Self::Command { .. } | Self::Init { .. } => None,
+            Self::Child { told, .. } | Self::Init { ready: told, .. } => Some(told),
+            Self::Command { .. } => None,
         }
     }
 }
@@ -209,7 +211,7 @@ fn orders(part: Part<'_>, filter: Option<&Program>) -> io::Result<OwnedFd> {
         Part::Command { .. } => (0, 0),
         Part::Child { terminal: false, .. } => (CHILD, 0),
         Part::Child { terminal: true, .. } => (CHILD | TERMINAL, 0),
-        Part::Init { child } => (INIT, child),
+        Part::Init { child, .. } => (INIT, child),
     };
     let filter = filter.map(Program::bytes).unwrap_or_default();
     let mut bytes = Vec::with_capacity(16 + filter.len());

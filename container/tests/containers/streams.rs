@@ -1,6 +1,6 @@
 //! Output, input and logs, without a terminal.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::ops::ControlFlow;
 use std::process::Stdio;
 use std::thread;
@@ -132,9 +132,10 @@ fn attaching() {
 
 fn two_attached() {
     let bed = Bed::new();
-    let mut spec = bed.spec("both", &["sh", "-c", "read go; echo hello; echo oops >&2"]);
+    let script = "while read word; do echo $word; [ $word = end ] && break; done; echo oops >&2";
+    let mut spec = bed.spec("both", &["sh", "-c", script]);
     spec.process.stdin = true;
-    let record = bed.run(&spec);
+    bed.run(&spec);
     let attach = || {
         bed.command(&["test-attach", "both"])
             .stdin(Stdio::piped())
@@ -143,21 +144,32 @@ fn two_attached() {
             .spawn()
             .unwrap()
     };
-    let (watcher, mut typist) = (attach(), attach());
-    // Until both are connected nothing must be written.
-    let connected = || {
-        let pid = bed.look(&record).supervisor.unwrap().pid;
-        std::fs::read_dir(format!("/proc/{pid}/fd"))
-            .unwrap()
-            .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
-            .filter(|target| target.to_string_lossy().starts_with("socket:"))
-            .count()
-    };
-    crate::bed::wait_until("both are connected", || connected() >= 3);
-    typist.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    for child in [watcher, typist] {
-        let output = child.wait_with_output().unwrap();
-        assert_eq!((&output.stdout[..], &output.stderr[..]), (&b"hello\n"[..], &b"oops\n"[..]));
+    let mut children = [attach(), attach()];
+    let mut outputs = children.each_mut().map(|child| BufReader::new(child.stdout.take().unwrap()));
+    let mut typist = children[1].stdin.take().unwrap();
+    // Whoever attaches sees what comes from then on: each is attached once it has seen something. The second types, so it
+    // is asked first.
+    for output in outputs.iter_mut().rev() {
+        let (seen, wait) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut line = String::new();
+                output.read_line(&mut line).unwrap();
+                seen.send(line).unwrap();
+            });
+            while let Err(std::sync::mpsc::RecvTimeoutError::Timeout) =
+                wait.recv_timeout(std::time::Duration::from_millis(50))
+            {
+                typist.write_all(b"ping\n").unwrap();
+            }
+        });
+    }
+    typist.write_all(b"end\n").unwrap();
+    for (child, mut output) in children.into_iter().zip(outputs) {
+        let mut rest = String::new();
+        output.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest.trim_start_matches("ping\n"), "end\n");
+        assert_eq!(child.wait_with_output().unwrap().stderr, b"oops\n");
     }
 }
 
