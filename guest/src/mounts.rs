@@ -8,7 +8,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use kiln_link::message::{HostFile, Mount, MountSource};
 use kiln_link::{Opener, service};
 use rustix::fs::{Mode, OFlags, openat};
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::io::AsyncWriteExt as _;
 
@@ -151,10 +151,6 @@ fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, aside: Option<&str>
         )?;
         place(root, target, false)
     })?;
-    let descriptor = descriptor(&place);
-    mount_bind(entry.path(), descriptor.as_str()).doing(doing())?;
-    if flags.contains(MountFlags::RDONLY) {
-        mount_remount(descriptor.as_str(), MountFlags::BIND | MountFlags::RDONLY, "").doing(doing())?;
-    }
-    Ok(())
+    // Where it may not be written to, neither may its filesystem.
+    mount_bind(entry.path(), descriptor(&place).as_str()).doing(doing())
 }

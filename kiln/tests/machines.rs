@@ -11,18 +11,8 @@ use std::process::Stdio;
 use std::sync::LazyLock;
 
 use common::{Ended, Home, IMAGE, until};
-use kiln_boot::{Kernels, Source};
 
-static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
-    kiln_fixtures::require("qemu-system-x86_64")?;
-    let package = kiln_fixtures::debian_kernel()?;
-    let home = Home::with_busybox()?;
-    let kernels = Kernels::open(&kiln_contract::Home::at(home.path()));
-    kernels.install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();
-    let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
-    assert_eq!(ended.code, 0, "{ended:?}");
-    Some(home)
-});
+static HOME: LazyLock<Option<Home>> = LazyLock::new(Home::with_kernel);
 
 /// Words that run a command in a machine of the shared shape.
 fn run<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
@@ -347,12 +337,14 @@ fn directories_of_the_host_are_shared_and_read_only_ones_cannot_be_written_to() 
         format!("{}:/shared", shared.display()),
         format!("{}:/frozen:ro", shared.display()),
         format!("{}:/etc/single", file.display()),
+        format!("{}:/sealed:ro", file.display()),
     ];
     let script = "cat /shared/below/file /etc/single; echo written > /shared/new; mv /shared/new /shared/moved; \
-                  echo no > /frozen/new || echo refused; cat /frozen/moved; touch /frozen/below/file || echo refused";
-    let flags = ["--rm", "-v", &flags[0], "-v", &flags[1], "-v", &flags[2]];
+                  echo no > /frozen/new || echo refused; cat /frozen/moved; touch /frozen/below/file || echo refused; \
+                  echo no >> /sealed || cat /sealed";
+    let flags = ["--rm", "-v", &flags[0], "-v", &flags[1], "-v", &flags[2], "-v", &flags[3]];
     let ended = home.kiln(run(&flags, &["sh", "-c", script]));
-    assert_eq!(ended.stdout, "of the host\none file\nrefused\nwritten\nrefused\n", "{ended:?}");
+    assert_eq!(ended.stdout, "of the host\none file\nrefused\nwritten\nrefused\none file\n", "{ended:?}");
     assert_eq!(fs::read_to_string(shared.join("moved")).unwrap(), "written\n");
 }
 

@@ -305,6 +305,8 @@ impl RuntimeBackend for Machines {
         let mut spec = source.spec.clone();
         name.clone_into(&mut spec.name);
         spec.transient = false;
+        // Nor can two have one address.
+        spec.network.address = None;
         // A fork is somebody else: it gets a host name of its own unless one was chosen.
         // Volumes are shared, as by any two instances that name the same: those without a name stay until neither is there.
         let fork = self.instances().create(&spec, source.volumes.clone())?;

@@ -14,6 +14,7 @@ use kiln_contract::{
 };
 use kiln_instance::streams::{self, Ends, Streams, Wiring};
 use kiln_instance::{Ground, Hold, Instances, Kind, Run, Volumes, process, terminal};
+use kiln_net::MachineNetwork;
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 
@@ -39,11 +40,20 @@ impl Kind for MachineKind {
         let dir = instances.dir(&record.id);
         door::close(&dir);
         crate::saved::remove(&plan::base(&dir))?;
+        leave(instances, record)?;
         if record.spec.remove { disks(instances.home())?.remove(&DiskId::from(&record.id)) } else { Ok(()) }
     }
 
     fn release_volumes(&self, instances: &Instances, volumes: &[String]) -> Result<(), BackendError> {
         Volumes::open(instances.home()).release(volumes)
+    }
+}
+
+/// Gives up its place on the network. Its monitor is gone.
+fn leave(instances: &Instances, record: &InstanceRecord) -> Result<(), BackendError> {
+    match plan::network_of(&record.spec) {
+        Some(_) => MachineNetwork::leave(instances.home(), &record.id),
+        None => Ok(()),
     }
 }
 
@@ -69,14 +79,16 @@ impl Ground for MachineGround {
         if let Err(error) = begun {
             process::kill_and_wait(process, Duration::from_secs(10));
             process::reap(process.pid);
+            leave(&self.instances, record)?;
             return Err(error);
         }
         Ok(Run { since: Instant::now(), ..run })
     }
 
-    fn end(&mut self, _: &InstanceRecord, _: Run) -> Result<(), BackendError> {
+    fn end(&mut self, record: &InstanceRecord, _: Run) -> Result<(), BackendError> {
         let dir = self.instances.dir(&self.id);
         door::close(&dir);
+        leave(&self.instances, record)?;
         crate::saved::remove(&plan::base(&dir))
     }
 
@@ -154,10 +166,10 @@ impl MachineGround {
         process: ProcessId,
         monitor: &mut BufReader<UnixStream>,
     ) -> Result<(), BackendError> {
-        let published = match news(monitor)? {
+        let (published, addresses) = match news(monitor)? {
             News::Failed(failure) => return Err(failure.into()),
-            News::Ready { ports } => ports,
-            News::Started => Vec::new(),
+            News::Ready { ports, addresses } => (ports, addresses),
+            News::Started => (Vec::new(), Vec::new()),
         };
         let health = record.spec.health.as_ref().map(|_| HealthStatus {
             state: HealthState::Starting,
@@ -170,6 +182,7 @@ impl MachineGround {
             record.exit = None;
             record.process = Some(process);
             record.ports = published;
+            record.addresses = addresses;
             record.health = health;
             Ok(())
         })?;

@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as Blocking;
 use std::path::{Path, PathBuf};
@@ -57,6 +58,8 @@ pub(crate) enum News {
     Ready {
         /// Published ports, with the host's chosen.
         ports: Vec<PublishSpec>,
+        /// Addresses by which others on its network reach it.
+        addresses: Vec<IpAddr>,
     },
     /// The workload runs.
     Started,
@@ -240,7 +243,7 @@ fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
 }
 
 async fn run(found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
-    let services = Services::prepare(&found.home, &found.ground.record.spec)?;
+    let services = Services::prepare(&found.home, &found.ground.record)?;
     let life = Life::restore(&found.qemu, &found.saved, &found.paths).await?;
     let outcome = live(&found.ground, life, services, supervisor, signals).await;
     door::close(&found.ground.dir);
@@ -263,7 +266,7 @@ async fn live(
         crate::saved::remove(&plan::saved(&ground.dir))?;
     }
     let listener = door::listen(&ground.dir)?;
-    tell(supervisor, &News::Ready { ports: services.ports().to_vec() });
+    tell(supervisor, &News::Ready { ports: services.ports().to_vec(), addresses: services.addresses() });
     wait_for_go(supervisor)?;
     let opener = life.opener();
     let stdio = own_streams(&ground.dir)?;

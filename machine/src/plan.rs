@@ -59,8 +59,12 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     if !spec.security.devices.is_empty() {
         return refuse("devices of the host (--device)");
     }
-    if !matches!(spec.network.mode.as_str(), "default" | "usernet" | "none") {
-        return refuse(&format!("the network `{}`", spec.network.mode));
+    let mode = spec.network.mode.as_str();
+    if matches!(mode, "host" | "pasta" | "tap") || mode.starts_with("container:") {
+        return refuse(&format!("the network `{mode}`"));
+    }
+    if network_of(spec).is_none() && spec.network.address.is_some() {
+        return refuse("a fixed address (--ip) without a network that was made (kiln network create)");
     }
     if !spec.ports.is_empty() && spec.network.mode == "none" {
         return refuse("published ports without a network");
@@ -71,6 +75,11 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
 /// Files that the host decides.
 pub(crate) const HOST_FILES: [&str; 4] =
     ["/etc/hostname", "/etc/machine-id", "/etc/hosts", "/etc/resolv.conf"];
+
+/// The network that it shares with others, if it is on one.
+pub(crate) fn network_of(spec: &InstanceSpec) -> Option<&str> {
+    Some(spec.network.mode.as_str()).filter(|mode| !matches!(*mode, "default" | "usernet" | "none"))
+}
 
 /// What the guest is told of who it is. `disk` is the size of its writable disk in bytes, and `None` for a machine that has a
 /// root already.
@@ -131,10 +140,9 @@ fn hosts(spec: &InstanceSpec, hostname: &str) -> String {
 
 fn resolv_conf(spec: &InstanceSpec) -> String {
     let mut text = String::new();
-    // The gateway answers names: those of the host's neighbours, and all others as the host finds them.
-    let gateway = spec.network.dns.is_empty() && spec.network.mode != "none";
-    for server in gateway.then_some(&GATEWAY).into_iter().chain(&spec.network.dns) {
-        let _ = writeln!(text, "nameserver {server}");
+    // The gateway answers names: those of neighbours, and all others as the host finds them, or who was named (`--dns`).
+    if spec.network.mode != "none" {
+        let _ = writeln!(text, "nameserver {GATEWAY}");
     }
     if !spec.network.dns_search.is_empty() {
         let _ = writeln!(text, "search {}", spec.network.dns_search.join(" "));

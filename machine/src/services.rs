@@ -2,19 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Seek as _};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use kiln_contract::{BackendError, Home, InstanceSpec, MountKind, MountSpec, PublishSpec};
-use kiln_instance::{Volume, Volumes};
+use kiln_contract::{
+    BackendError, Home, InstanceDir, InstanceId, InstanceRecord, InstanceSpec, MountKind, MountSpec,
+    NetworkRequest, PublishSpec,
+};
+use kiln_instance::{Instances, Volume, Volumes};
 use kiln_link::{Inbound, Opener, Stream, service};
-use kiln_net::Policy;
-use kiln_net::usernet::{Gateway, GatewayOptions, Published};
+use kiln_net::usernet::{Gateway, GatewayOptions, Machine, Neighbours, Published, Upstreams};
+use kiln_net::{MachineNetwork, Policy};
 use kiln_share::{Options, Share};
 use kiln_store::Store;
 use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use crate::plan;
+use crate::{door, plan};
 
 /// Opens streams to the guest.
 #[derive(Debug)]
@@ -48,6 +53,8 @@ pub(crate) fn policy(spec: &InstanceSpec) -> Result<Policy, BackendError> {
 #[derive(Debug)]
 pub(crate) struct Services {
     gateway: Option<Arc<Gateway>>,
+    /// Its place among others.
+    network: Option<MachineNetwork>,
     shares: Vec<Arc<Share>>,
     published: Published,
     /// Kept, so that those who watch it go on.
@@ -55,31 +62,49 @@ pub(crate) struct Services {
 }
 
 impl Services {
-    /// Takes ports and opens what is shared. Nothing is served yet.
+    /// Takes ports and a place on the network, and opens what is shared. Nothing is served yet.
     ///
     /// # Errors
-    /// A port is taken; a directory of the host is not there; a rule makes no sense.
-    pub(crate) fn prepare(home: &Home, spec: &InstanceSpec) -> Result<Self, BackendError> {
-        let gateway = if is_connected(spec) {
-            let options = GatewayOptions {
-                guest: spec.name.clone(),
-                policy: policy(spec)?,
-                ..GatewayOptions::default()
-            };
-            Some(Arc::new(Gateway::new(options)))
-        } else {
-            None
+    /// A port is taken; a directory of the host is not there; a rule makes no sense; there is no such network.
+    pub(crate) fn prepare(home: &Home, record: &InstanceRecord) -> Result<Self, BackendError> {
+        let spec = &record.spec;
+        let policy = policy(spec)?;
+        let network = match plan::network_of(spec) {
+            None => None,
+            Some(_) => Some(MachineNetwork::join(home, &request(record))?),
         };
+        let neighbours = neighbours(home, network.as_ref());
+        let upstreams = match spec.network.dns.as_slice() {
+            _ if network.as_ref().is_some_and(MachineNetwork::is_internal) => Upstreams::Nobody,
+            [] => Upstreams::Host,
+            asked => Upstreams::These(asked.iter().map(|server| SocketAddr::new(*server, 53)).collect()),
+        };
+        let gateway = is_connected(spec).then(|| {
+            Arc::new(Gateway::new(GatewayOptions {
+                guest: spec.name.clone(),
+                policy,
+                names: Arc::new(neighbours),
+                upstreams,
+                internal: network.as_ref().is_some_and(MachineNetwork::is_internal),
+                ..GatewayOptions::default()
+            }))
+        });
         kiln_share::raise_descriptor_limit();
         let shares =
             plan::in_order(spec).into_iter().filter_map(|mount| shared(home, spec, mount).transpose());
         let published = Published::bind(&spec.ports)?;
-        Ok(Self { gateway, shares: shares.collect::<Result<_, _>>()?, published, sessions: None })
+        let shares = shares.collect::<Result<_, _>>()?;
+        Ok(Self { gateway, network, shares, published, sessions: None })
     }
 
     /// The ports as they were published, with the host's chosen.
     pub(crate) fn ports(&self) -> &[PublishSpec] {
         self.published.ports()
+    }
+
+    /// Its addresses on a network that it shares with others.
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
+        self.network.iter().map(MachineNetwork::address).collect()
     }
 
     /// Serves a guest from now on, in tasks of the runtime that the caller is in.
@@ -89,9 +114,45 @@ impl Services {
     pub(crate) fn serve(&mut self, opener: Opener, inbound: Inbound) -> Result<(), BackendError> {
         let (sessions, watched) = watch::channel(Arc::new(ToGuest(opener)));
         self.published.serve(&watched)?;
+        if let Some(network) = &mut self.network {
+            network.serve(&watched)?;
+        }
         self.sessions = Some(sessions);
         tokio::spawn(accept(inbound, self.gateway.clone(), self.shares.clone()));
         Ok(())
+    }
+}
+
+/// How it asks for its place on a network.
+fn request(record: &InstanceRecord) -> NetworkRequest {
+    NetworkRequest {
+        id: record.id.clone(),
+        name: record.spec.name.clone(),
+        hostname: plan::hostname(record),
+        network: record.spec.network.clone(),
+        ports: record.spec.ports.clone(),
+        namespace: None,
+    }
+}
+
+/// Who is on its network. Other machines are reached through their monitors' doors.
+fn neighbours(home: &Home, network: Option<&MachineNetwork>) -> Neighbours {
+    let instances = Instances::of(home);
+    let machine = move |id: &InstanceId| Machine::new(Arc::new(NextDoor(instances.dir(id))));
+    match network {
+        Some(network) => network.neighbours(machine),
+        None => Neighbours::of(home, None, machine),
+    }
+}
+
+/// Opens streams to another machine of this home.
+struct NextDoor(InstanceDir);
+
+impl kiln_usernet::Open for NextDoor {
+    type Stream = UnixStream;
+
+    async fn open(&self, service: u16) -> io::Result<UnixStream> {
+        door::dial(&self.0, service).await.map_err(io::Error::other)
     }
 }
 

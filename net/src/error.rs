@@ -38,13 +38,13 @@ pub enum NetError {
         /// The name.
         name: String,
     },
-    /// Containers are connected to the network.
-    #[error("the network `{name}` is in use by {containers} container(s)")]
+    /// Instances are connected to the network.
+    #[error("the network `{name}` is in use by {instances} instance(s)")]
     InUse {
         /// The network.
         name: String,
         /// How many.
-        containers: usize,
+        instances: usize,
     },
     /// A subnet that was asked for cannot be had.
     #[error("the subnet {subnet} cannot be used: {reason}")]
@@ -93,6 +93,12 @@ pub enum NetError {
         port: PublishSpec,
         /// What the system said.
         source: io::Error,
+    },
+    /// Only machines can be on a network without a bridge.
+    #[error("the network `{network}` has no bridge: machines can be on it, containers cannot")]
+    MachinesOnly {
+        /// The network.
+        network: String,
     },
     /// The mode cannot do what was asked for.
     #[error("{what} is not possible with the network `{mode}`")]
@@ -182,6 +188,7 @@ impl NetError {
             Self::BadName { .. } | Self::BuiltIn { .. } | Self::Invalid(_) => ErrorKind::Invalid,
             Self::NotInMode { .. }
             | Self::NotPrivileged { .. }
+            | Self::MachinesOnly { .. }
             | Self::ProgramMissing { .. }
             | Self::Unsupported(_) => ErrorKind::Unsupported,
             _ => ErrorKind::Failed,
@@ -191,7 +198,7 @@ impl NetError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::NoSuchNetwork { .. } => Some("`kiln network ls` lists the networks".into()),
-            Self::InUse { .. } => Some("stop or remove its containers first".into()),
+            Self::InUse { .. } => Some("stop or remove its instances first".into()),
             Self::PoolExhausted { .. } => Some("give one with --subnet".into()),
             Self::PortTaken { .. } => {
                 Some("publish another port, or port 0 to have a free one chosen".into())
@@ -201,7 +208,7 @@ impl NetError {
             {
                 Some("ports below 1024 are for root: publish a higher one, or lower net.ipv4.ip_unprivileged_port_start".into())
             }
-            Self::NotPrivileged { .. } => Some("use --network pasta, or run as root".into()),
+            Self::NotPrivileged { .. } => Some("use --network pasta, run as root, or make a network for machines with --driver usernet".into()),
             Self::ProgramMissing { package, .. } => Some(format!("install the package `{package}`")),
             _ => None,
         }

@@ -20,7 +20,7 @@ pub struct Network {
     pub format: u32,
     /// Its name.
     pub name: String,
-    /// `bridge`, `host`, `none` or `pasta`.
+    /// `bridge`, `usernet`, `host`, `none` or `pasta`.
     pub driver: String,
     /// Its addresses. `None` for drivers without, and for the built-in bridge before its first use.
     pub subnet: Option<IpNet>,
@@ -44,7 +44,7 @@ pub struct Network {
     pub leases: BTreeMap<InstanceId, Lease>,
 }
 
-/// A container's place on a network.
+/// An instance's place on a network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// Its address.
@@ -54,6 +54,9 @@ pub struct Lease {
     /// Its published ports, with the host's ports chosen.
     #[serde(default)]
     pub ports: Vec<PublishSpec>,
+    /// It is a machine's, which other machines reach over its link.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub machine: bool,
 }
 
 /// What a network is made with.
@@ -65,13 +68,23 @@ pub struct NetworkOptions {
     pub gateway: Option<IpAddr>,
     /// No way out, no way in.
     pub internal: bool,
+    /// Without a bridge: for machines only, and without any privilege.
+    pub usernet: bool,
     /// Labels.
     pub labels: BTreeMap<String, String>,
 }
 
+/// The driver of networks without a bridge.
+pub(crate) const USERNET: &str = "usernet";
+
 impl Network {
     /// The version that this program writes.
     pub const FORMAT: u32 = 1;
+
+    /// Whether its members speak over an interface of the host's.
+    pub(crate) fn is_bridge(&self) -> bool {
+        self.driver == "bridge"
+    }
 
     /// A built-in network that has no file.
     pub(crate) fn built_in(name: &str, driver: &str) -> Self {

@@ -9,11 +9,11 @@ use kiln_contract::{BackendError, Digest, Home, InstanceId};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::claims::Claims;
-use crate::network::DEFAULT_NETWORK;
+use crate::network::{DEFAULT_NETWORK, USERNET};
 use crate::{NetError, Network, NetworkOptions, leaf, pool};
 
 /// Names that mean something else than a network that a user made.
-const RESERVED: [&str; 6] = ["none", "host", "pasta", "default", "bridge", DEFAULT_NETWORK];
+const RESERVED: [&str; 8] = ["none", "host", "pasta", USERNET, "tap", "default", "bridge", DEFAULT_NETWORK];
 
 /// The networks of a home.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ impl Networks {
         if RESERVED.contains(&name) {
             return Err(NetError::NameTaken { name: name.into() }.into());
         }
-        if !leaf::can_bridge() {
+        if !options.usernet && !leaf::can_bridge() {
             return Err(NetError::NotPrivileged { network: name.into() }.into());
         }
         let locked = self.lock()?;
@@ -83,7 +83,7 @@ impl Networks {
         let locked = self.lock()?;
         let network = locked.read(name)?.ok_or_else(|| NetError::NoSuchNetwork { name: name.into() })?;
         if !network.leases.is_empty() {
-            return Err(NetError::InUse { name: name.into(), containers: network.leases.len() }.into());
+            return Err(NetError::InUse { name: name.into(), instances: network.leases.len() }.into());
         }
         leaf::take_down(&locked, &network)?;
         locked.delete(name)?;
@@ -191,14 +191,18 @@ impl Locked {
 
     /// Makes a network with a subnet that is free on this machine, and writes it.
     pub(crate) fn make(&self, name: &str, options: &NetworkOptions) -> Result<Network, NetError> {
+        let (driver, interface) = match options.usernet {
+            true => (USERNET, String::new()),
+            false => ("bridge", interface_name(&self.home, name)),
+        };
         let mut network = Network {
-            interface: interface_name(&self.home, name),
+            interface,
             internal: options.internal,
             labels: options.labels.clone(),
             created: jiff::Timestamp::now().to_string(),
             automatic: options.subnet.is_none(),
             boot: boot(),
-            ..Network::built_in(name, "bridge")
+            ..Network::built_in(name, driver)
         };
         self.choose_subnet(&mut network, options)?;
         Ok(network)
@@ -220,9 +224,15 @@ impl Locked {
     }
 
     fn choose_subnet(&self, network: &mut Network, options: &NetworkOptions) -> Result<(), NetError> {
-        let mut claims = Claims::lock()?;
         let mut taken: Vec<Ipv4Net> = leaf::subnets_of_host()?;
-        taken.extend(claims.of_others(&self.home, &network.name));
+        // Addresses without a bridge are known in this home only: others may have the same.
+        let mut claims = if network.is_bridge() { Some(Claims::lock()?) } else { None };
+        taken.extend(claims.iter().flat_map(|claims| claims.of_others(&self.home, &network.name)));
+        let of_home = self.all()?.into_iter().filter(|other| other.name != network.name);
+        taken.extend(of_home.filter_map(|other| match other.subnet {
+            Some(IpNet::V4(subnet)) => Some(subnet),
+            _ => None,
+        }));
         let subnet = match options.subnet {
             None => pool::free_subnet(&taken)?,
             Some(asked) => {
@@ -252,7 +262,10 @@ impl Locked {
         };
         // The claim counts once the network's file is there; both are written under the machine's lock.
         self.write(network)?;
-        claims.claim(&self.home, &network.name, subnet)
+        match &mut claims {
+            Some(claims) => claims.claim(&self.home, &network.name, subnet),
+            None => Ok(()),
+        }
     }
 }
 
@@ -388,7 +401,7 @@ mod tests {
         for (given_in, count) in [(boot(), 1), ("an earlier boot".to_owned(), 0)] {
             let mut network = Network { boot: given_in, ..Network::built_in("n", "bridge") };
             let address = "10.1.0.2".parse().unwrap();
-            let lease = crate::Lease { address, names: Vec::new(), ports: Vec::new() };
+            let lease = crate::Lease { address, names: Vec::new(), ports: Vec::new(), machine: false };
             network.leases.insert(InstanceId::random(), lease);
             fs::write(file(directory.path(), "n"), serde_json::to_vec(&network).unwrap()).unwrap();
             assert_eq!(read(directory.path(), "n").unwrap().unwrap().leases.len(), count);

@@ -125,7 +125,8 @@ mod tests {
             let id = InstanceId::random();
             let address = address(&network, &id, None).unwrap();
             assert_eq!(address, Ipv4Addr::new(10, 1, 1, last));
-            let lease = Lease { address: address.into(), names: Vec::new(), ports: Vec::new() };
+            let lease =
+                Lease { address: address.into(), names: Vec::new(), ports: Vec::new(), machine: false };
             network.leases.insert(id, lease);
         }
         let id = InstanceId::random();

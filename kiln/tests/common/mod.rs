@@ -41,6 +41,19 @@ impl Home {
         Some(home)
     }
 
+    /// With that image and Debian's kernel, for tests that run machines; its template of 256 MiB is made.
+    pub(crate) fn with_kernel() -> Option<Self> {
+        kiln_fixtures::require("qemu-system-x86_64")?;
+        let package = kiln_fixtures::debian_kernel()?;
+        let home = Self::with_busybox()?;
+        let kernels = kiln_boot::Kernels::open(&kiln_contract::Home::at(home.path()));
+        let source = kiln_boot::Source::Packages(vec![package]);
+        kernels.install(&source, None, &kiln_contract::Silent).unwrap();
+        let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        Some(home)
+    }
+
     pub(crate) fn path(&self) -> PathBuf {
         self.directory.path().join("home")
     }

@@ -53,7 +53,7 @@ pub(super) fn attach(
     let namespace = Namespace::open(path)?;
     let bound = ports::bind(&request.ports)?;
     let networks = Networks::open(home);
-    match attach_bound(&networks, request, name, &namespace, &bound) {
+    match attach_bound(&networks, request, name, &namespace, &bound, false) {
         Ok((network, address, inside)) => {
             let asked = &request.network.dns;
             let mut served = Served::default();
@@ -91,43 +91,38 @@ pub(super) fn attach(
     }
 }
 
-fn attach_bound(
+/// Everything but what the supervisor serves.
+pub(super) fn attach_bound(
     networks: &Networks,
     request: &NetworkRequest,
     name: &str,
     namespace: &Namespace,
     bound: &[BoundPort],
+    machine: bool,
 ) -> Result<(Network, Ipv4Net, Inside), NetError> {
-    let system = |what: &str| NetError::doing(format!("{what} for the container {}", request.name));
+    let system = |what: &str| NetError::doing(format!("{what} for {}", request.name));
     let mut netlink = Netlink::open().map_err(system("opening a netlink socket"))?;
     let pair = pair_name(&request.id);
     // Left by an earlier run of the same instance.
     netlink.delete_link(&pair).map_err(system("removing an old interface"))?;
 
     let locked = networks.lock()?;
-    let mut network = match locked.read(name)? {
-        Some(network) => network,
-        None if name == DEFAULT_NETWORK => locked.make(name, &NetworkOptions::default())?,
-        None => return Err(NetError::NoSuchNetwork { name: name.into() }),
-    };
-    if network.internal && !bound.is_empty() {
-        return Err(NetError::NotInMode {
-            what: "publishing ports".into(),
-            mode: format!("{name}` (internal)"),
-        });
+    let mut network = found_or_made(&locked, name)?;
+    if !network.is_bridge() {
+        return Err(NetError::MachinesOnly { network: name.into() });
     }
+    no_ports_within(&network, !bound.is_empty())?;
     let bridge = netlink.link(Some(&network.interface), 0).map_err(system("looking for the bridge"))?;
     if bridge.is_none() {
         locked.avoid_collision(&mut network)?;
     }
-    let (Some(IpNet::V4(subnet)), Some(IpAddr::V4(gateway))) = (network.subnet, network.gateway) else {
-        return Err(NetError::Invalid(format!("the network `{name}` has no IPv4 subnet")));
-    };
+    let (subnet, gateway) = v4(&network)?;
     let address = crate::pool::address(&network, &request.id, request.network.address)?;
     let lease = Lease {
         address: address.into(),
         names: names(request),
         ports: bound.iter().map(|port| port.spec.clone()).collect(),
+        machine,
     };
     if !bound.is_empty() {
         take_ports_from_the_dead(&locked, &mut network, &request.id, bound)?;
@@ -165,6 +160,32 @@ fn attach_bound(
         nft::replace(locked, &locked.all()?)?.finish()?;
     }
     Ok((network, address, inside))
+}
+
+/// The network with this name. The built-in one is made at its first use.
+pub(super) fn found_or_made(locked: &Locked, name: &str) -> Result<Network, NetError> {
+    match locked.read(name)? {
+        Some(network) => Ok(network),
+        None if name == DEFAULT_NETWORK => locked.make(name, &NetworkOptions::default()),
+        None => Err(NetError::NoSuchNetwork { name: name.into() }),
+    }
+}
+
+/// Its subnet and its gateway.
+fn v4(network: &Network) -> Result<(Ipv4Net, Ipv4Addr), NetError> {
+    match (network.subnet, network.gateway) {
+        (Some(IpNet::V4(subnet)), Some(IpAddr::V4(gateway))) => Ok((subnet, gateway)),
+        _ => Err(NetError::Invalid(format!("the network `{}` has no IPv4 subnet", network.name))),
+    }
+}
+
+/// Nothing is published from a network without a way out.
+pub(super) fn no_ports_within(network: &Network, asked: bool) -> Result<(), NetError> {
+    if network.internal && asked {
+        let mode = format!("{}` (internal)", network.name);
+        return Err(NetError::NotInMode { what: "publishing ports".into(), mode });
+    }
+    Ok(())
 }
 
 /// Inside the container's namespace.
@@ -281,7 +302,7 @@ pub(super) fn detach(home: &Home, id: &InstanceId) -> Result<(), NetError> {
             if let Some(lease) = network.leases.remove(id) {
                 held.write(network)?;
                 ports |= !lease.ports.is_empty();
-                if network.leases.is_empty() {
+                if network.is_bridge() && network.leases.is_empty() {
                     emptied.push(network.interface.clone());
                 }
             }
@@ -316,6 +337,9 @@ fn delete_link(what: &str, name: &str) -> Result<(), NetError> {
 
 /// Takes away what is left of a network without containers.
 pub(crate) fn take_down(locked: &Locked, network: &Network) -> Result<(), NetError> {
+    if !network.is_bridge() {
+        return Ok(());
+    }
     let mut netlink = Netlink::open().map_err(NetError::doing("opening a netlink socket"))?;
     if netlink.index(&network.interface).ok().flatten().is_some() {
         netlink
@@ -341,10 +365,7 @@ pub(super) fn publish(
         .into_iter()
         .find(|network| network.leases.contains_key(id))
         .ok_or_else(|| NetError::Invalid(format!("the container {} is not connected", id.short())))?;
-    if network.internal {
-        let mode = format!("{}` (internal)", network.name);
-        return Err(NetError::NotInMode { what: "publishing ports".into(), mode });
-    }
+    no_ports_within(&network, true)?;
     take_ports_from_the_dead(&locked, &mut network, id, &bound)?;
     let mut address = None;
     let chosen = bound[0].spec.clone();
@@ -375,7 +396,7 @@ impl Served {
 }
 
 /// The names by which neighbours find it, its own first.
-fn names(request: &NetworkRequest) -> Vec<String> {
+pub(super) fn names(request: &NetworkRequest) -> Vec<String> {
     let mut names = vec![request.name.clone()];
     let others = request.network.aliases.iter().map(String::as_str);
     for name in others.chain([request.hostname.as_str(), request.id.short()]) {

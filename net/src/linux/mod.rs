@@ -3,6 +3,8 @@
 mod backend;
 mod bridge;
 mod doctor;
+mod doors;
+mod machine;
 mod name_files;
 mod namespace;
 mod netlink;
@@ -19,6 +21,7 @@ use ipnet::Ipv4Net;
 pub use backend::ContainerNetwork;
 pub(crate) use bridge::take_down;
 pub use doctor::doctor;
+pub use machine::MachineNetwork;
 pub(crate) use namespace::may_configure as can_bridge;
 
 use crate::NetError;

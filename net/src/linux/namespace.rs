@@ -21,6 +21,22 @@ impl Namespace {
         Ok(Self(file.into()))
     }
 
+    /// A new one, in which nothing is up. It goes when nobody has it open.
+    pub(super) fn fresh() -> Result<Self, NetError> {
+        let made = thread::scope(|scope| {
+            let inside = thread::Builder::new().stack_size(128 << 10).spawn_scoped(
+                scope,
+                || -> io::Result<OwnedFd> {
+                    // SAFETY: only this thread moves, and only its network namespace: nothing of it is shared less.
+                    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }?;
+                    Ok(File::open("/proc/thread-self/ns/net")?.into())
+                },
+            );
+            inside?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        made.map(Self).map_err(NetError::doing("making a network namespace"))
+    }
+
     /// Runs `work` inside. Namespaces belong to threads: a short-lived one goes in, and never comes back, so that
     /// the caller cannot be left in the wrong place by a failure. Sockets made inside stay inside.
     pub(super) fn enter<T: Send>(

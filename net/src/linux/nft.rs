@@ -44,7 +44,7 @@ struct Elements {
 impl Elements {
     fn of(networks: &[Network]) -> Self {
         let mut elements = Self::default();
-        for network in networks.iter().filter(|network| !network.leases.is_empty()) {
+        for network in networks.iter().filter(|network| network.is_bridge() && !network.leases.is_empty()) {
             let Some(IpNet::V4(subnet)) = network.subnet else { continue };
             let interface = format!("\"{}\"", network.interface);
             if network.internal {
@@ -219,7 +219,18 @@ pub(super) fn add(locked: &Locked, network: &Network) -> Result<Transaction, Net
     run(&additions(&table(locked.home()), &Elements::of(std::slice::from_ref(network))), locked)
 }
 
+/// Runs a script in the network namespace of the calling thread, and waits.
+pub(super) fn here(script: &str) -> Result<(), NetError> {
+    start(script, Stdio::null())?.finish()
+}
+
 fn run(script: &str, locked: &Locked) -> Result<Transaction, NetError> {
+    // It writes nothing there, but has the lock with it: if we are killed, whoever cleans up after us waits until
+    // it has ended, and does not find rules that are written after all was taken away.
+    start(script, locked.share().map_err(NetError::doing("sharing the networks' lock"))?.into())
+}
+
+fn start(script: &str, output: Stdio) -> Result<Transaction, NetError> {
     let nft = program::find("nft").ok_or(NetError::ProgramMissing {
         program: "nft",
         package: "nftables",
@@ -228,9 +239,7 @@ fn run(script: &str, locked: &Locked) -> Result<Transaction, NetError> {
     let mut child = Command::new(nft)
         .args(["-f", "-"])
         .stdin(Stdio::piped())
-        // It writes nothing there, but has the lock with it: if we are killed, whoever cleans up after us waits until
-        // it has ended, and does not find rules that are written after all was taken away.
-        .stdout(locked.share().map_err(NetError::doing("sharing the networks' lock"))?)
+        .stdout(output)
         .stderr(Stdio::piped())
         .spawn()
         .map_err(NetError::doing("starting `nft`"))?;
@@ -287,7 +296,8 @@ mod tests {
         network.subnet = Some("10.89.0.0/24".parse().unwrap());
         network.internal = internal;
         let address = "10.89.0.2".parse().unwrap();
-        network.leases.insert(InstanceId::random(), Lease { address, names: Vec::new(), ports });
+        let lease = Lease { address, names: Vec::new(), ports, machine: false };
+        network.leases.insert(InstanceId::random(), lease);
         network
     }
 

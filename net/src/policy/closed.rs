@@ -30,6 +30,8 @@ const CLOSED: &[(&str, &str)] = &[
 
 /// What an address of the host's own is called.
 pub(super) const OWN: &str = "an address of the host's own";
+/// What an address of another network of Kiln's is called.
+pub(super) const ELSEWHERE: &str = "another network of this host";
 
 /// IPv4 in IPv6 (`::ffff:192.0.2.1`) as what it is: the kernel connects to the same host.
 pub(crate) fn canonical(address: IpAddr) -> IpAddr {

@@ -14,7 +14,7 @@
 //! `[2001:db8::/32]:443`. One without a port also opens echo requests.
 //!
 //! *Closed* are loopback, the unspecified addresses, link-local ones, multicast, where clouds answer with their machines' secrets, and
-//! all addresses of the host's own. They stay closed whatever resolves to them, and whatever wider rule contains them; only
+//! all addresses of the host's own and of its networks on which the guest is not. They stay closed whatever resolves to them, and whatever wider rule contains them; only
 //! a rule that names them and nothing else opens them: `169.254.169.254`, `fe80::/10`, the host's address in full.
 //! IPv4 in IPv6 (mapped, compatible, NAT64, 6to4) counts as what it leads to.
 //!
@@ -36,8 +36,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::dns::DOMAIN;
+
 pub(crate) use closed::canonical;
-use closed::{OWN, closed, is_own};
+use closed::{ELSEWHERE, OWN, closed, is_own};
 pub(crate) use rule::Ports;
 use rule::What;
 pub use rule::{Rule, RuleError};
@@ -93,18 +95,22 @@ impl Policy {
     /// # Errors
     /// Why it cannot.
     pub fn check(&self, address: IpAddr, port: Option<u16>) -> Result<(), Denied> {
-        self.check_granted(address, port, false)
+        self.check_granted(address, port, false, None)
     }
 
-    /// The same of an address that a name which may be reached has led to (or not).
+    /// The same of an address that a name which may be reached has led to (or not), and that is in a range of another network
+    /// of the host's (or not).
     pub(crate) fn check_granted(
         &self,
         address: IpAddr,
         port: Option<u16>,
         granted: bool,
+        elsewhere: Option<IpNet>,
     ) -> Result<(), Denied> {
         let address = canonical(address);
-        let closed = closed(address).or_else(|| is_own(address).then(|| (IpNet::from(address), OWN)));
+        let closed = closed(address)
+            .or_else(|| is_own(address).then(|| (IpNet::from(address), OWN)))
+            .or_else(|| elsewhere.map(|range| (range, ELSEWHERE)));
         let named = |rule: &Rule| match (&rule.what, closed) {
             (What::Network(network), Some((range, _))) => {
                 range.contains(network) && network.contains(&address)
@@ -122,6 +128,25 @@ impl Policy {
             None if granted => Ok(()),
             None => Err(Denied::NoRule),
         }
+    }
+
+    /// Whether a neighbour with these names can be reached: by any of them, by a range, or by a policy that is open.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub(crate) fn check_neighbour(
+        &self,
+        names: &[String],
+        address: IpAddr,
+        port: Option<u16>,
+    ) -> Result<(), Denied> {
+        let opens = |rule: &Rule| match &rule.what {
+            What::Any => true,
+            What::Network(network) => network.contains(&address),
+            _ => names.iter().any(|name| rule.matches(name) || rule.matches(&format!("{name}{DOMAIN}"))),
+        };
+        let opens = |rule: &Rule| rule.ports.contain(port) && opens(rule);
+        self.rules.iter().any(opens).then_some(()).ok_or(Denied::NoRule)
     }
 
     /// Whether the host's loopback can be reached at a port.
@@ -227,7 +252,7 @@ mod tests {
             let address: IpAddr = address.parse().unwrap();
             assert!(matches!(wide.check(address, Some(80)), Err(Denied::Closed(_))), "{address}");
             assert!(
-                matches!(wide.check_granted(address, Some(80), true), Err(Denied::Closed(_))),
+                matches!(wide.check_granted(address, Some(80), true, None), Err(Denied::Closed(_))),
                 "{address}"
             );
             assert!(wide.check(address, None).is_err(), "{address}");
@@ -267,6 +292,43 @@ mod tests {
         }
         assert!(policy(&["host-loopback:80"]).check_host_loopback(80).is_ok());
         assert!(policy(&["any", "127.0.0.0/8", "host-loopback:80"]).check_host_loopback(81).is_err());
+    }
+
+    #[test]
+    fn networks_of_which_the_guest_is_no_part_are_closed_unless_named() {
+        let (address, elsewhere) = ("10.89.1.2".parse().unwrap(), Some("10.89.1.0/24".parse().unwrap()));
+        for (rules, open) in [
+            (&["any"][..], false),
+            (&["10.0.0.0/8"], false),
+            (&["10.89.1.0/24"], true),
+            (&["10.89.1.2:80"], true),
+            (&["10.89.1.2:81"], false),
+        ] {
+            for granted in [false, true] {
+                let result = policy(rules).check_granted(address, Some(80), granted, elsewhere);
+                assert_eq!(result.is_ok(), open, "{rules:?}: {result:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn neighbours_are_reached_by_an_open_policy_or_any_of_their_names() {
+        let names = ["db".to_owned(), "primary".to_owned()];
+        for (rules, port, open) in [
+            (&["any"][..], Some(80), true),
+            (&["db"], Some(80), true),
+            (&["db"], None, true),
+            (&["primary:80"], Some(80), true),
+            (&["primary:80"], Some(81), false),
+            (&["db.kiln.internal:80"], Some(80), true),
+            (&["*.kiln.internal"], Some(80), true),
+            (&["10.89.0.0/24:80"], Some(80), true),
+            (&["web", "10.90.0.0/24", "host-loopback"], Some(80), false),
+            (&[], Some(80), false),
+        ] {
+            let result = policy(rules).check_neighbour(&names, "10.89.0.5".parse().unwrap(), port);
+            assert_eq!(result.is_ok(), open, "{rules:?} {port:?}");
+        }
     }
 
     #[test]

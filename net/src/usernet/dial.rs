@@ -162,7 +162,7 @@ impl Gateway {
             .map_err(|error| Failure::Failed(Reply::HostUnreachable, error.to_string()))?;
         let mut last = Failure::Failed(Reply::HostUnreachable, "the name has no address".into());
         for address in found.take(MOST_ADDRESSES) {
-            let dialled = match self.policy().check_granted(address.ip(), Some(port), named) {
+            let dialled = match self.check_outward(address.ip(), Some(port), named) {
                 Ok(()) => connect(address).await,
                 Err(denied) => Err(denied.into()),
             };

@@ -51,6 +51,8 @@ pub struct GatewayOptions {
     pub upstreams: Upstreams,
     /// The addresses that the guest knows as its gateway's.
     pub addresses: Vec<IpAddr>,
+    /// Nothing but its neighbours can be reached, whatever the policy.
+    pub internal: bool,
     /// What it may take of the host.
     pub limits: GatewayLimits,
 }
@@ -68,6 +70,7 @@ impl Default for GatewayOptions {
                 IpAddr::from([192, 0, 0, 1]),
                 IpAddr::from([0xfd6b, 0x696c, 0x6e00, 0, 0, 0, 0, 1]),
             ],
+            internal: false,
             limits: GatewayLimits::default(),
         }
     }
@@ -145,13 +148,29 @@ impl Gateway {
             // Echo requests to the gateway never come here: it is beside the guest.
             return self.policy().check_host_loopback(port.unwrap_or(0)).map(|()| Place::Loopback);
         }
-        match self.options.names.route(address) {
-            Some(Route::Address(address)) => return Ok(Place::Address(address)),
-            Some(Route::Machine(machine)) => return Ok(Place::Machine(machine)),
-            None => {}
+        if let Some(route) = self.options.names.route(address) {
+            self.policy().check_neighbour(&self.options.names.names(address), address, port)?;
+            return Ok(match route {
+                Route::Address(address) => Place::Address(address),
+                Route::Machine(machine) => Place::Machine(machine),
+            });
         }
         let granted = self.grants().allow(address, port, Instant::now());
-        self.policy().check_granted(address, port, granted).map(|()| Place::Address(address))
+        self.check_outward(address, port, granted).map(|()| Place::Address(address))
+    }
+
+    /// Whether what is no neighbour may be reached.
+    pub(super) fn check_outward(
+        &self,
+        address: IpAddr,
+        port: Option<u16>,
+        granted: bool,
+    ) -> Result<(), Denied> {
+        if self.options.internal {
+            return Err(Denied::Closed("what is outside of an internal network"));
+        }
+        let elsewhere = self.options.names.elsewhere(canonical(address));
+        self.policy().check_granted(address, port, granted, elsewhere)
     }
 
     pub(super) fn take_connection(&self) -> Option<OwnedSemaphorePermit> {

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use ipnet::IpNet;
 use kiln_usernet::Open;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -17,12 +18,17 @@ pub trait Names: Send + Sync {
     /// name.
     fn addresses(&self, name: &str) -> Option<Vec<IpAddr>>;
 
-    /// The first name of an address of the network.
-    fn name(&self, address: IpAddr) -> Option<String>;
+    /// The names of an address of the network, the first one first, in lower case. None if it is none of the network's.
+    fn names(&self, address: IpAddr) -> Vec<String>;
 
-    /// How an address of the network is reached. `None` if it is none of the network's. Who is on the network may be
-    /// reached by all others on it, whatever their policy (but not with [`Policy::none`](crate::Policy::none)).
+    /// How an address of the network is reached. `None` if it is none of the network's. Whether it may be is the policy's
+    /// business, which counts names of the network as names.
     fn route(&self, address: IpAddr) -> Option<Route>;
+
+    /// The range in which an address is that belongs to another network of this host: closed unless a rule names it.
+    fn elsewhere(&self, _address: IpAddr) -> Option<IpNet> {
+        None
+    }
 }
 
 /// How a neighbour is reached.
@@ -114,8 +120,8 @@ impl Names for NameTable {
         (!addresses.is_empty()).then_some(addresses)
     }
 
-    fn name(&self, address: IpAddr) -> Option<String> {
-        self.find(address, |neighbour| neighbour.names.first().cloned()).flatten()
+    fn names(&self, address: IpAddr) -> Vec<String> {
+        self.find(address, |neighbour| neighbour.names.clone()).unwrap_or_default()
     }
 
     fn route(&self, address: IpAddr) -> Option<Route> {

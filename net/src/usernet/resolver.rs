@@ -94,7 +94,7 @@ impl Gateway {
             let known = if self.options.addresses.contains(&address) {
                 format!("{HOST}{DOMAIN}")
             } else {
-                format!("{}{DOMAIN}", self.options.names.name(address)?)
+                format!("{}{DOMAIN}", self.options.names.names(address).first()?)
             };
             let known = Name::from_ascii(format!("{known}.")).ok()?;
             answer.add_answer(Record::from_rdata(name.clone(), TTL, RData::PTR(PTR(known))));

@@ -11,7 +11,7 @@ use crate::exit::Exit;
 use crate::output::Out;
 use crate::resolve::{check_name, label_map};
 
-/// Make a bridge network, and print its name
+/// Make a network, and print its name
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Its name
@@ -28,8 +28,8 @@ pub(crate) struct Args {
     /// Add a label
     #[arg(short, long, value_name = "NAME=VALUE")]
     label: Vec<String>,
-    /// What makes it
-    #[arg(short, long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge"])]
+    /// What makes it: a bridge, for containers and machines; or usernet, for machines only, which takes no rights
+    #[arg(short, long, value_name = "DRIVER", default_value = "bridge", value_parser = ["bridge", "usernet"])]
     driver: String,
 }
 
@@ -46,6 +46,7 @@ impl Args {
             subnet: self.subnet,
             gateway: self.gateway,
             internal: self.internal,
+            usernet: self.driver == "usernet",
             labels: label_map("--label", &self.label)?,
         };
         let network = context.networks()?.create(&self.name, &options)?;

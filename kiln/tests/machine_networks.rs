@@ -1,0 +1,127 @@
+//! Machines on networks with others: real kernels under QEMU (with TCG where there is no KVM).
+
+mod common;
+
+use std::process::Command;
+use std::sync::LazyLock;
+
+use common::{Ended, Home, IMAGE, until};
+
+static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
+    kiln_fixtures::require("nft")?;
+    let home = Home::with_kernel()?;
+    // A program that speaks UDP, which busybox does not.
+    let compiled = Command::new("rustc")
+        .args(["--edition", "2024", "-Ctarget-feature=+crt-static", "-o"])
+        .arg(home.beside("udp"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/udp.rs"))
+        .status();
+    assert!(compiled.unwrap().success());
+    Some(home)
+});
+
+/// Starts something in the background that serves its name over HTTP and UDP, and can ask others.
+fn serving(home: &Home, flags: &[&str], name: &str) {
+    let share = format!("{}:/udp:ro", home.beside("udp").display());
+    let script = format!("mkdir -p /www; echo {name} > /www/name; httpd -p 80 -h /www; exec /udp 7000");
+    let words =
+        [&["run", "-d", "--name", name, "-v", &share][..], flags, &[IMAGE, "sh", "-c", &script]].concat();
+    home.ok(words);
+}
+
+/// The last line of what the server says.
+fn fetch(home: &Home, from: &str, to: &str) -> Ended {
+    // Not by wget: busybox's, linked statically, does not survive its own time-out.
+    let script = format!("printf 'GET /name HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {to} 80 | tail -n 1");
+    home.kiln(["exec", from, "sh", "-c", &script])
+}
+
+fn ask(home: &Home, from: &str, to: &str) -> Ended {
+    home.kiln(["exec", from, "/udp", &format!("{to}:7000"), "words"])
+}
+
+/// Whether `from` reaches `to` over TCP and UDP, and finds `name` there.
+fn reaches(home: &Home, from: &str, to: &str, name: &str) {
+    until(&format!("{from} reaches {to}"), || fetch(home, from, to).stdout == format!("{name}\n"));
+    let answered = ask(home, from, to);
+    assert_eq!(answered.stdout, "hello words\n", "{from} to {to}: {answered:?}");
+}
+
+fn does_not_reach(home: &Home, from: &str, to: &str) {
+    let fetched = fetch(home, from, to);
+    assert!(fetched.stdout.is_empty(), "{from} to {to}: {fetched:?}");
+    let answered = ask(home, from, to);
+    assert!(answered.code != 0 && answered.stdout.is_empty(), "{from} to {to}: {answered:?}");
+}
+
+fn address(home: &Home, name: &str) -> String {
+    let shown = home.json(["inspect", name]);
+    let record = shown.as_array().map_or(shown.clone(), |all| all[0].clone());
+    record["addresses"][0].as_str().unwrap_or_else(|| panic!("{record}")).to_owned()
+}
+
+const VM: [&str; 3] = ["--vm", "--memory", "256m"];
+
+#[test]
+fn machines_and_containers_of_one_network_find_each_other_by_name_and_others_do_not() {
+    let Some(home) = &*HOME else { return };
+    home.ok(["network", "create", "shop"]);
+    home.ok(["network", "create", "street"]);
+    let on = |network: &'static str, more: &[&'static str]| [&VM[..], &["--network", network], more].concat();
+    serving(home, &on("shop", &["--network-alias", "storage"]), "db");
+    serving(home, &on("shop", &[]), "web");
+    serving(home, &["--network", "shop"], "box");
+    serving(home, &on("street", &[]), "stranger");
+    for (from, to, name) in [
+        ("web", "db", "db"),
+        ("web", "storage", "db"),
+        ("web", "db.kiln.internal", "db"),
+        ("db", "web", "web"),
+        ("web", "web", "web"),
+        ("web", "box", "box"),
+        ("box", "web", "web"),
+        ("box", "storage", "db"),
+    ] {
+        reaches(home, from, to, name);
+    }
+    reaches(home, "web", &address(home, "db"), "db");
+    // Networks are walls, by name and by address, for machines and from containers.
+    for to in ["db.kiln.internal", &address(home, "db"), &address(home, "box")] {
+        does_not_reach(home, "stranger", to);
+    }
+    does_not_reach(home, "box", &address(home, "stranger"));
+    does_not_reach(home, "web", &address(home, "stranger"));
+
+    let refused = home.kiln(["network", "rm", "shop"]);
+    assert!(refused.code != 0 && refused.stderr.contains("in use by 3 instance(s)"), "{refused:?}");
+    // The name goes with its machine.
+    home.ok(["rm", "-f", "db"]);
+    let gone = fetch(home, "web", "db.kiln.internal");
+    assert!(gone.stderr.contains("bad address"), "{gone:?}");
+    home.ok(["rm", "-f", "web", "box", "stranger"]);
+    home.ok(["network", "rm", "shop", "street"]);
+}
+
+#[test]
+fn the_policy_decides_between_machines_and_a_network_for_them_takes_no_bridge() {
+    let Some(home) = &*HOME else { return };
+    home.ok(["network", "create", "--driver", "usernet", "--internal", "cells"]);
+    let on = |more: &[&'static str]| [&VM[..], &["--network", "cells"], more].concat();
+    serving(home, &on(&[]), "first");
+    serving(home, &on(&["--allow", "first:80"]), "second");
+    until("it serves", || fetch(home, "second", "first").stdout == "first\n");
+    let denied = ask(home, "second", "first");
+    assert!(denied.code != 0 && denied.stdout.is_empty(), "{denied:?}");
+    reaches(home, "first", "second", "second");
+    let outside = home.kiln(["exec", "first", "nslookup", "example.org"]);
+    assert!(outside.code != 0 && outside.stdout.contains("NXDOMAIN"), "{outside:?}");
+
+    // A fork is somebody else on the network, too.
+    home.ok(["fork", "second", "third"]);
+    assert_ne!(address(home, "third"), address(home, "second"));
+    reaches(home, "first", "third", "second");
+    let refused = home.kiln(["run", "--rm", "--network", "cells", IMAGE, "true"]);
+    assert!(refused.code == 125 && refused.stderr.contains("has no bridge"), "{refused:?}");
+    home.ok(["rm", "-f", "first", "second", "third"]);
+    home.ok(["network", "rm", "cells"]);
+}
