@@ -405,6 +405,9 @@ pub struct MachineSpec {
     /// The command is a system's init and becomes process 1.
     #[serde(default)]
     pub system: bool,
+    /// Every start boots the kernel, instead of restoring a template.
+    #[serde(default)]
+    pub cold: bool,
 }
 
 impl MachineSpec {

@@ -238,6 +238,31 @@ fn a_disk_grows_under_a_running_machine_and_what_a_machine_is_given_changes_betw
 }
 
 #[test]
+fn a_machine_that_boots_cold_keeps_its_disk_and_is_forked_as_others_are() {
+    let Some(home) = &*HOME else { return };
+    home.ok(run(&["-d", "--cold", "--name", "cold"], &["sleep", "600"]));
+    home.ok(["exec", "cold", "sh", "-c", "echo kept > /kept; sync"]);
+    home.ok(["fork", "cold", "cold-fork"]);
+    assert_eq!(home.ok(["exec", "cold-fork", "cat", "/kept"]), "kept");
+    home.ok(["rm", "-f", "cold-fork"]);
+    home.ok(["stop", "-t", "0", "cold"]);
+    home.ok(["start", "cold"]);
+    assert_eq!(home.ok(["exec", "cold", "cat", "/kept"]), "kept");
+    home.ok(["snapshot", "create", "--memory", "cold", "here"]);
+    home.ok(["snapshot", "restore", "--force", "cold", "here"]);
+    // What is saved of its memory is forgotten, and not its disk.
+    home.ok(["start", "--cold", "cold"]);
+    assert_eq!(home.ok(["exec", "cold", "cat", "/kept"]), "kept");
+    home.ok(["rm", "-f", "cold"]);
+    for (flags, words) in
+        [(["--memory", "900t"], "of memory, and this host has"), (["--cpus", "5000"], "5000 processors")]
+    {
+        let ended = home.kiln(["run", "--vm", "--rm", flags[0], flags[1], IMAGE, "true"]);
+        assert!(ended.code == 125 && ended.stderr.contains(words), "{flags:?}: {ended:?}");
+    }
+}
+
+#[test]
 fn a_supervisor_that_is_killed_takes_its_machine_along_and_leaves_nothing() {
     let Some(home) = &*HOME else { return };
     let id = sleeper(home, "killed");

@@ -21,7 +21,7 @@ use tokio::net::UnixStream;
 
 use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
-use crate::monitor::{disks, image, template};
+use crate::monitor::{disks, image, is_cold, template};
 use crate::saved::Saved;
 use crate::template::{failed, in_utf8};
 use crate::{exec, plan, stream};
@@ -59,12 +59,32 @@ impl Machines {
     /// Makes what a start would otherwise make without anybody seeing how far it is.
     fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let qemu = Qemu::find()?;
+        crate::admission::check(&record.spec)?;
         let image = image(self.home(), record, &*self.progress)?;
-        if Saved::load(&plan::saved(&self.instances().dir(&record.id))).is_none() {
+        let dir = self.instances().dir(&record.id);
+        if Saved::load(&plan::saved(&dir)).is_none() && !is_cold(&dir, record) {
             let disks = disks(self.home())?;
             template(self.home(), record, &qemu, (&*disks, &image), &*self.progress)?;
         }
         Ok(())
+    }
+
+    /// Has the next start of a machine that does not run boot its kernel. What was saved of its memory is forgotten.
+    ///
+    /// # Errors
+    /// It runs, or is none.
+    pub fn boot_next(&self, id: &InstanceId) -> Result<(), BackendError> {
+        let still = self.still(id, "boot")?;
+        if still.record.spec.isolation != kiln_contract::Isolation::Machine {
+            return Err(BackendError::unsupported(format!(
+                "instance {} is a container: it has no kernel to boot",
+                still.record.spec.name
+            )));
+        }
+        let dir = self.instances().dir(id);
+        crate::saved::remove(&plan::saved(&dir))?;
+        let path = plan::cold(&dir);
+        std::fs::write(&path, []).map_err(failed("write", &path))
     }
 
     /// Asks the guest of a running machine.

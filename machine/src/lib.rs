@@ -5,6 +5,7 @@
 //! a boot nor the size of the image costs anything.
 
 #[cfg(target_os = "linux")]
+mod admission;
 mod backend;
 #[cfg(target_os = "linux")]
 mod carry;

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kiln_contract::{BackendError, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
+use kiln_contract::{BackendError, BootConfig, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
 use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 
+use tokio::io::{AsyncRead, AsyncWrite};
+
 use crate::saved::Saved;
-use crate::template::{DISK_SIZE, Shape};
+use crate::template::{DISK_SIZE, Shape, TO_BOOT};
 use crate::{plan, stream};
 
 /// How long a restored guest may take to answer for the first time.
@@ -51,36 +53,32 @@ impl Life {
         saved: &Saved,
         paths: &Paths,
     ) -> Result<Self, BackendError> {
-        let Shape { cpus, memory } = saved.record().shape;
-        let config = VmConfig {
-            directory: paths.directory.clone(),
-            cpus,
-            memory,
-            memory_file: paths.memory.clone(),
-            memory_kind: MemoryKind::CopyOnWrite,
-            boot: None,
-            image: paths.image.clone(),
-            disk: paths.disk.clone(),
-        };
+        let config = config(saved.record().shape, None, paths);
         let mut vm = hypervisor.restore(&config, saved.directory())?;
         let link = HostLink::restored(stream::adopt(vm.link()?)?);
-        let session = match tokio::time::timeout(TO_BEGIN, link.begin()).await {
-            Ok(Ok(session)) => session,
-            Ok(Err(error)) => {
-                let lost = BackendError::caused("cannot begin to speak to the guest", error);
-                return Err(vm.last_words().unwrap_or(lost));
-            }
-            Err(_) => {
-                return Err(BackendError::caused(
-                    "cannot begin to speak to the guest",
-                    LinkError::TimedOut { what: "answer", after: TO_BEGIN },
-                ));
-            }
-        };
+        let session = begin(&mut *vm, link).await?;
         if paths.disk_size != DISK_SIZE {
             // The guest saw the template's disk until now.
             vm.disk_resized(paths.disk_size)?;
         }
+        Ok(Self { vm, session })
+    }
+
+    /// Boots a machine. The guest waits to be configured. Must be called in a runtime, on a thread that outlives the machine.
+    ///
+    /// # Errors
+    /// Its guest does not get ready.
+    pub async fn boot(
+        hypervisor: &dyn Hypervisor,
+        shape: Shape,
+        boot: BootConfig,
+        paths: &Paths,
+    ) -> Result<Self, BackendError> {
+        let mut vm = hypervisor.create(&config(shape, Some(boot), paths))?;
+        let stream = stream::adopt(vm.link()?)?;
+        vm.resume()?;
+        let link = greet(stream).await?;
+        let session = begin(&mut *vm, link).await?;
         Ok(Self { vm, session })
     }
 
@@ -127,6 +125,53 @@ impl Life {
     /// The guest's own: no such command, no such user.
     pub async fn start(&self, number: u32, process: Process) -> Result<Stream, BackendError> {
         start(&self.opener(), Input::Start { number, process: Box::new(process) }).await
+    }
+}
+
+fn config(shape: Shape, boot: Option<BootConfig>, paths: &Paths) -> VmConfig {
+    VmConfig {
+        directory: paths.directory.clone(),
+        cpus: shape.cpus,
+        memory: shape.memory,
+        memory_file: paths.memory.clone(),
+        memory_kind: MemoryKind::CopyOnWrite,
+        boot,
+        image: paths.image.clone(),
+        disk: paths.disk.clone(),
+    }
+}
+
+/// Waits until a guest that boots says that it is ready.
+pub(crate) async fn greet<S>(stream: S) -> Result<HostLink<S>, BackendError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    match tokio::time::timeout(TO_BOOT, HostLink::greet(stream)).await {
+        Ok(Ok(link)) => Ok(link),
+        Ok(Err(LinkError::Closed)) => {
+            Err(BackendError::new(ErrorKind::Failed, "the guest ended before it was ready"))
+        }
+        Ok(Err(error)) => Err(BackendError::caused("the guest did not get ready", error)),
+        Err(_) => Err(BackendError::caused(
+            "the guest did not get ready",
+            LinkError::TimedOut { what: "say hello", after: TO_BOOT },
+        )),
+    }
+}
+
+/// Begins to speak to a guest.
+async fn begin<S>(vm: &mut dyn Vm, link: HostLink<S>) -> Result<HostSession, BackendError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let doing = "cannot begin to speak to the guest";
+    match tokio::time::timeout(TO_BEGIN, link.begin()).await {
+        Ok(Ok(session)) => Ok(session),
+        Ok(Err(error)) => {
+            let lost = BackendError::caused(doing, error);
+            Err(vm.last_words().unwrap_or(lost))
+        }
+        Err(_) => Err(BackendError::caused(doing, LinkError::TimedOut { what: "answer", after: TO_BEGIN })),
     }
 }
 

@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_boot::Kernels;
+use kiln_boot::{Kernel, Kernels};
 use kiln_contract::{
-    BackendError, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord, PublishSpec,
-    Silent, Stdio,
+    BackendError, BootConfig, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord,
+    PublishSpec, Silent, Stdio,
 };
 use kiln_instance::signals::Signals;
 use kiln_instance::{DetachKeys, Failure, Instances, terminal};
@@ -42,7 +42,7 @@ use crate::door::{self, Ask, Reply};
 use crate::life::{Life, Paths, ask, start};
 use crate::saved::Saved;
 use crate::services::Services;
-use crate::template::{DISK_SIZE, Templates, disk_of};
+use crate::template::{DISK_SIZE, INITRAMFS, Shape, Templates, disk_of};
 use crate::{plan, stream};
 
 /// How long a guest may take to hold still.
@@ -126,6 +126,20 @@ struct Ground {
     disk_size: u64,
 }
 
+/// The kernel of a machine.
+pub(crate) fn kernel(home: &Home, record: &InstanceRecord) -> Result<Kernel, BackendError> {
+    let kernels = Kernels::open(home);
+    Ok(match &record.spec.machine.kernel {
+        Some(name) => kernels.find(name)?,
+        None => kernels.default()?,
+    })
+}
+
+/// Whether the next start of a machine boots its kernel.
+pub(crate) fn is_cold(dir: &InstanceDir, record: &InstanceRecord) -> bool {
+    record.spec.machine.cold || plan::cold(dir).exists()
+}
+
 /// The template for a machine whose image disk is at `image`, made if it is not there.
 pub(crate) fn template(
     home: &Home,
@@ -134,11 +148,7 @@ pub(crate) fn template(
     (disks, image): (&dyn DiskBackend, &Path),
     progress: &dyn kiln_contract::Progress,
 ) -> Result<Saved, BackendError> {
-    let kernels = Kernels::open(home);
-    let kernel = match &record.spec.machine.kernel {
-        Some(name) => kernels.find(name)?,
-        None => kernels.default()?,
-    };
+    let kernel = kernel(home, record)?;
     let has_disk = disks.path(&DiskId::from(&record.id)).is_ok();
     let shape = plan::shape(&record.spec.resources)?;
     let templates = Templates::open(home, disks);
@@ -193,11 +203,19 @@ fn own_disk(
     Ok(path)
 }
 
-/// What a machine is restored from, on which disks, and what it is given.
+/// How a machine begins.
+enum Beginning {
+    /// It is restored.
+    Saved(Saved),
+    /// Its kernel boots.
+    Boot(Shape, BootConfig),
+}
+
+/// How a machine begins, on which disks, and what it is given.
 struct Found {
     home: Home,
     qemu: Qemu,
-    saved: Saved,
+    beginning: Beginning,
     paths: Paths,
     ground: Ground,
     /// Keeps the template from being removed.
@@ -212,41 +230,47 @@ fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
     let qemu = Qemu::find()?;
     let disks = disks(home)?;
     let image = image(home, &record, &Silent)?;
+    let disk = DiskId::from(id);
+    let size = plan::disk_size(&record.spec);
     let own = Saved::load(&plan::saved(&dir));
     let is_own = own.is_some();
-    let saved = match own {
-        Some(own) => {
-            own.check(&qemu)?;
-            own
-        }
-        None => template(home, &record, &qemu, (&*disks, &image), &Silent)?,
+    let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
+        let (kernel, shape) = (kernel(home, &record)?, plan::shape(&record.spec.resources)?);
+        let base = Saved::nothing(&plan::base(&dir), kernel.name(), &qemu, shape)?;
+        let path = disks.path(&disk).or_else(|_| disks.create(&disk, size))?;
+        (Beginning::Boot(shape, crate::template::booting(&kernel, dir.path())?), base, path)
+    } else {
+        let saved = match own {
+            Some(own) => {
+                own.check(&qemu)?;
+                own
+            }
+            None => template(home, &record, &qemu, (&*disks, &image), &Silent)?,
+        };
+        let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
+        let path = own_disk(&*disks, &disk, &saved, is_own, size)?;
+        (Beginning::Saved(saved), base, path)
     };
-    let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
-    let disk = DiskId::from(id);
-    let paths = Paths {
-        directory: dir.path().to_owned(),
-        memory: base.memory(),
-        image,
-        disk: own_disk(&*disks, &disk, &saved, is_own, plan::disk_size(&record.spec))?,
-        disk_size: disks.size(&disk)?,
-    };
-    let disk_size = paths.disk_size;
     let held = base.hold()?;
-    Ok(Found {
-        home: home.clone(),
-        qemu,
-        saved,
-        paths,
-        ground: Ground { record, dir, disks, disk, base, is_own, disk_size },
-        _held: held,
-    })
+    let disk_size = disks.size(&disk)?;
+    let memory = base.memory();
+    let paths = Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size };
+    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size };
+    Ok(Found { home: home.clone(), qemu, beginning, paths, ground, _held: held })
 }
 
 async fn run(found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
-    let services = Services::prepare(&found.home, &found.ground.record)?;
-    let life = Life::restore(&found.qemu, &found.saved, &found.paths).await?;
-    let outcome = live(&found.ground, life, services, supervisor, signals).await;
-    door::close(&found.ground.dir);
+    let Found { home, qemu, beginning, paths, ground, _held } = found;
+    let services = Services::prepare(&home, &ground.record)?;
+    let console = ground.dir.path().join("console.log");
+    let life = match beginning {
+        Beginning::Saved(saved) => Life::restore(&qemu, &saved, &paths).await?,
+        Beginning::Boot(shape, boot) => Life::boot(&qemu, shape, boot, &paths)
+            .await
+            .map_err(|error| crate::template::with_console(error, &console))?,
+    };
+    let outcome = live(&ground, life, services, supervisor, signals).await;
+    door::close(&ground.dir);
     outcome
 }
 
@@ -261,6 +285,9 @@ async fn live(
     let inbound = life.session().session.take_inbound();
     services.serve(life.opener(), inbound)?;
     life.configure(plan::configure(&ground.record, (!ground.is_own).then_some(ground.disk_size))?).await?;
+    for used_up in [plan::cold(&ground.dir), ground.dir.path().join(INITRAMFS)] {
+        let _ = std::fs::remove_file(used_up);
+    }
     if ground.is_own {
         // From here on its disk is another: what was saved fits it no more.
         crate::saved::remove(&plan::saved(&ground.dir))?;

@@ -222,6 +222,11 @@ pub(crate) fn with_defaults(env: &[String], tty: bool) -> Vec<String> {
     env
 }
 
+/// A file that is there if the next start is to boot the kernel.
+pub(crate) fn cold(dir: &kiln_contract::InstanceDir) -> PathBuf {
+    dir.path().join("cold")
+}
+
 /// Where a machine keeps what its own forks need of what it was forked from itself.
 pub(crate) fn base(dir: &kiln_contract::InstanceDir) -> PathBuf {
     dir.path().join("base")

@@ -21,7 +21,7 @@ use kiln_contract::{BackendError, Digest, ErrorKind, Hypervisor};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::template::{Disk, Shape, failed};
+use crate::template::{Disk, Shape, failed, sparse};
 
 /// The version of `template.json`.
 pub(crate) const FORMAT: u32 = 2;
@@ -67,6 +67,34 @@ impl Saved {
         let length = |name: &str| fs::metadata(directory.join(name)).map_or(0, |file| file.len());
         let whole = record.format == FORMAT && length(MEMORY) >= record.shape.memory && length(STATE) > 0;
         whole.then(|| Self { directory: directory.to_owned(), record })
+    }
+
+    /// The beginnings of a machine that boots, at `base`: memory in which nothing is yet. Its forks are saved over it as
+    /// others are over their template.
+    pub(crate) fn nothing(
+        base: &Path,
+        kernel: &str,
+        hypervisor: &dyn Hypervisor,
+        shape: Shape,
+    ) -> Result<Self, BackendError> {
+        remove(base)?;
+        fs::create_dir(base).map_err(failed("make", base))?;
+        sparse(&base.join(MEMORY), shape.memory)?;
+        let record = TemplateRecord {
+            format: FORMAT,
+            key: Digest::of(base.as_os_str().as_encoded_bytes()),
+            made: Timestamp::now(),
+            kernel: kernel.to_owned(),
+            hypervisor: hypervisor.fingerprint(),
+            shape,
+            disk: Disk::Own,
+            boot_millis: 0,
+        };
+        let path = base.join(RECORD);
+        let json =
+            serde_json::to_vec_pretty(&record).map_err(|error| failed("write", &path)(error.into()))?;
+        fs::write(&path, json).map_err(failed("write", &path))?;
+        Ok(Self { directory: base.to_owned(), record })
     }
 
     /// What is known of its template.

@@ -32,14 +32,14 @@ fn named(name: &str) -> Result<SnapshotName, BackendError> {
 }
 
 /// A machine that does not run, and will not while this value lives.
-struct Still {
-    record: InstanceRecord,
+pub(crate) struct Still {
+    pub(crate) record: InstanceRecord,
     disk: DiskId,
     _locked: Locked,
 }
 
 impl Machines {
-    fn still(&self, id: &InstanceId, doing: &str) -> Result<Still, BackendError> {
+    pub(crate) fn still(&self, id: &InstanceId, doing: &str) -> Result<Still, BackendError> {
         self.verbs().truth(id)?;
         let locked = self.instances().lock(id)?;
         let record = self.instances().read(id)?;

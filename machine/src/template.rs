@@ -31,7 +31,7 @@ use kiln_contract::{
     MemoryKind, Progress, Step, VmConfig,
 };
 use kiln_instance::Instances;
-use kiln_link::{HostLink, LinkError, VERSION};
+use kiln_link::VERSION;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -44,10 +44,12 @@ use crate::{guest, stream};
 const KEPT: usize = 32;
 /// Bytes that all of them may take together.
 const KEPT_BYTES: u64 = 8 << 30;
+/// The initramfs of a machine that boots.
+pub(crate) const INITRAMFS: &str = "initramfs";
 /// What the name of a template's lock ends in.
 const LOCK: &str = "lock";
 /// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
-const TO_BOOT: Duration = Duration::from_secs(180);
+pub(crate) const TO_BOOT: Duration = Duration::from_secs(180);
 /// How long a guest that has nothing to do may take to hold still.
 const TO_PARK: Duration = Duration::from_secs(30);
 /// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
@@ -302,7 +304,7 @@ impl<'a> Templates<'a> {
             .map_err(failed("make a directory in", &self.root))?;
         let record = make(&Place { directory: staging.path(), disk: begun_with })?;
         let record = TemplateRecord { key, disk, ..record };
-        for used_up in ["image", "disk", "initramfs", "console.log", "console.sock", "qemu.log"] {
+        for used_up in ["image", "disk", INITRAMFS, "console.log", "console.sock", "qemu.log"] {
             let _ = fs::remove_file(staging.path().join(used_up));
         }
         let json =
@@ -327,36 +329,18 @@ impl<'a> Templates<'a> {
         shape: Shape,
         place: &Place<'_>,
     ) -> Result<TemplateRecord, BackendError> {
-        if guest::PROGRAM.is_empty() {
-            return Err(BackendError::unsupported(
-                "this program was built without a guest and cannot make machines",
-            ));
-        }
         let at = |name: &str| place.directory.join(name);
-        let sparse = |name: &str, size: u64| {
-            let path = at(name);
-            let made = File::create(&path).and_then(|file| file.set_len(size));
-            made.map_err(failed("make", &path)).map(|()| path)
-        };
-        let initramfs = at("initramfs");
-        let bytes = kiln_boot::initramfs(kernel, guest::PROGRAM)?;
-        fs::write(&initramfs, bytes).map_err(failed("write", &initramfs))?;
         let config = VmConfig {
             directory: place.directory.to_owned(),
             cpus: shape.cpus,
             memory: shape.memory,
-            memory_file: sparse(MEMORY, shape.memory)?,
+            memory_file: sparse(&at(MEMORY), shape.memory)?,
             memory_kind: MemoryKind::Written,
-            boot: Some(BootConfig {
-                kernel: kernel.image(),
-                vmlinux: kernel.vmlinux(),
-                initramfs,
-                command_line: COMMAND_LINE.to_owned(),
-            }),
-            image: sparse("image", image_size(&self.root))?,
+            boot: Some(booting(kernel, place.directory)?),
+            image: sparse(&at("image"), image_size(&self.root))?,
             disk: match place.disk {
                 Some(disk) => self.disks.create(disk, DISK_SIZE)?,
-                None => sparse("disk", DISK_SIZE)?,
+                None => sparse(&at("disk"), DISK_SIZE)?,
             },
         };
         let begun = Instant::now();
@@ -508,6 +492,30 @@ pub fn prune_disks(home: &Home, dry_run: bool) -> Result<Vec<DiskId>, BackendErr
 const COMMAND_LINE: &str = "quiet loglevel=3 random.trust_cpu=on cgroup_no_v1=all \
                             systemd.unified_cgroup_hierarchy=1 lsm=landlock,yama rcupdate.rcu_expedited=1";
 
+/// What a machine of a kernel boots; its initramfs is put into `directory`.
+pub(crate) fn booting(kernel: &Kernel, directory: &Path) -> Result<BootConfig, BackendError> {
+    if guest::PROGRAM.is_empty() {
+        return Err(BackendError::unsupported(
+            "this program was built without a guest and cannot make machines",
+        ));
+    }
+    let initramfs = directory.join(INITRAMFS);
+    let bytes = kiln_boot::initramfs(kernel, guest::PROGRAM)?;
+    fs::write(&initramfs, bytes).map_err(failed("write", &initramfs))?;
+    Ok(BootConfig {
+        kernel: kernel.image(),
+        vmlinux: kernel.vmlinux(),
+        initramfs,
+        command_line: COMMAND_LINE.to_owned(),
+    })
+}
+
+/// A file of `size` bytes that takes no room.
+pub(crate) fn sparse(path: &Path, size: u64) -> Result<PathBuf, BackendError> {
+    let made = File::create(path).and_then(|file| file.set_len(size));
+    made.map_err(failed("make", path)).map(|()| path.to_owned())
+}
+
 fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -> Digest {
     let parts = format!(
         "{FORMAT} {VERSION} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
@@ -535,22 +543,7 @@ fn image_size(root: &Path) -> u64 {
 
 /// Waits until the guest says that it is ready.
 fn greet(link: std::os::fd::OwnedFd) -> Result<(), BackendError> {
-    let runtime = stream::runtime()?;
-    runtime.block_on(async {
-        let stream = stream::adopt(link)?;
-        let greeted = tokio::time::timeout(TO_BOOT, HostLink::greet(stream)).await;
-        match greeted {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(LinkError::Closed)) => {
-                Err(BackendError::new(ErrorKind::Failed, "the guest ended before it was ready"))
-            }
-            Ok(Err(error)) => Err(BackendError::caused("the guest did not get ready", error)),
-            Err(_) => Err(BackendError::caused(
-                "the guest did not get ready",
-                LinkError::TimedOut { what: "say hello", after: TO_BOOT },
-            )),
-        }
-    })
+    stream::runtime()?.block_on(async { crate::life::greet(stream::adopt(link)?).await.map(drop) })
 }
 
 /// An error with the last lines that the guest wrote to its console.

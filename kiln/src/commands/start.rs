@@ -23,6 +23,9 @@ pub(crate) struct Args {
     /// Stay with it, and send it standard input (if it was created with --interactive)
     #[arg(short, long)]
     interactive: bool,
+    /// Boot machines from their disks: what was saved of their memory is forgotten
+    #[arg(long)]
+    cold: bool,
     /// The key sequence that detaches from it; empty: none
     #[arg(long, value_name = "KEYS", default_value = super::DETACH_KEYS)]
     detach_keys: String,
@@ -32,6 +35,9 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         if !self.attach && !self.interactive {
             return context.each_instance(&self.instances, |instances, id| {
+                if self.cold {
+                    instances.machines().boot_next(id)?;
+                }
                 instances.start(id, StartMode::Detached)?;
                 Ok(())
             });
@@ -41,6 +47,9 @@ impl Args {
         };
         let instances = context.instances()?;
         let record = context.instance(&instances, name)?;
+        if self.cold {
+            instances.machines().boot_next(&record.id)?;
+        }
         let mut stdio = context::stdio()?;
         if !self.interactive {
             let null = std::fs::File::open("/dev/null");

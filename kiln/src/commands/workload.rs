@@ -87,6 +87,9 @@ pub(crate) struct MachineArgs {
     /// The size of its writable disk, which takes only the room that is used
     #[arg(long, value_name = "SIZE", requires = "vm")]
     pub(crate) disk: Option<ByteSize>,
+    /// Boot the machine's kernel at every start, instead of restoring a template
+    #[arg(long, requires = "vm", help_heading = "Machines")]
+    pub(crate) cold: bool,
 }
 
 /// Where the image comes from.

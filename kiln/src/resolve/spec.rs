@@ -61,6 +61,7 @@ pub(crate) fn instance_spec(
         machine: MachineSpec {
             kernel: args.machine.kernel.clone(),
             disk: args.machine.disk,
+            cold: args.machine.cold,
             system: args.machine.vm && (args.process.init || is_init(&process.args)),
         },
         process,
