@@ -42,7 +42,10 @@ async fn begin(machine: &Machine, new: &Root, wanted: &Configure, opener: &Opene
         make_root(machine, &files, Some(new.disk_size))?;
     }
     if let Some(root) = &mut *machine.root() {
-        root.become_somebodys(new)?;
+        root.become_somebodys(new, &machine.workload)?;
+        if new.system {
+            mounts::files_of_system(root, &wanted.files)?;
+        }
     }
     mounts::all(&wanted.mounts, files(machine, wanted)?, opener).await?;
     if new.read_only { root::make_read_only() } else { Ok(()) }

@@ -49,7 +49,7 @@ fn grow(machine: &Machine, size: u64) -> Result<(), Failure> {
 }
 
 async fn power_off(machine: &Machine, stream: &mut Stream) -> Result<(), LinkError> {
-    if let Err(failure) = machine.workload.kill() {
+    if let Err(failure) = machine.workload.end().await {
         crate::failure::say(failure);
     }
     if let Err(failure) = aside(sync).await {

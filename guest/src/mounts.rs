@@ -24,14 +24,15 @@ const MESSAGE: usize = 512 << 10;
 /// Lays files of the host's over the image's, at these paths. One that the image has not got is left out: no change of the root
 /// is made for it.
 pub(crate) fn host_files(root: &Root, paths: &[String]) -> Result<(), Failure> {
-    for path in paths {
-        let Ok(target) = place(crate::root::MOUNT, path, false) else { continue };
-        let name = name_of(path);
-        create_below(root.files.as_fd(), &name)?;
-        mount_bind(format!("{}/{name}", descriptor(&root.files)).as_str(), descriptor(&target).as_str())
-            .doing(format_args!("show {path}"))?;
-    }
-    Ok(())
+    paths.iter().try_for_each(|path| lay_over(root, crate::root::MOUNT, path))
+}
+
+fn lay_over(root: &Root, at: &str, path: &str) -> Result<(), Failure> {
+    let Ok(target) = place(at, path, false) else { return Ok(()) };
+    let name = name_of(path);
+    create_below(root.files.as_fd(), &name)?;
+    mount_bind(format!("{}/{name}", descriptor(&root.files)).as_str(), descriptor(&target).as_str())
+        .doing(format_args!("show {path}"))
 }
 
 /// Gives the host's files their content, where they lie already.
@@ -42,6 +43,28 @@ pub(crate) fn write_host_files(root: &Root, files: &[HostFile]) -> Result<(), Fa
         if let Ok(open) = openat(&root.files, name_of(&file.path), flags, Mode::empty()) {
             File::from(open).write_all(&file.content).doing(format_args!("write {}", file.path))?;
         }
+    }
+    Ok(())
+}
+
+/// What the host decides for a system only: its `/run` is memory, so files in it are made, and it has an id even where its
+/// image has no file for that, which its init would write one of its own to.
+pub(crate) fn files_of_system(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
+    const MACHINE_ID: &str = "/etc/machine-id";
+    for file in files.iter().filter(|file| file.path.starts_with("/run/")) {
+        let (directory, name) = file.path.rsplit_once('/').unwrap_or_default();
+        // A place is only a path: it is opened anew to make something in it.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let place = place("/", directory, true)?;
+        let directory = openat(&place, ".", flags, Mode::empty()).doing(format_args!("open {directory}"))?;
+        create_below(directory.as_fd(), name)?
+            .write_all(&file.content)
+            .doing(format_args!("write {}", file.path))?;
+    }
+    if place("/", MACHINE_ID, false).is_err() {
+        drop(place("/", "/etc", true)?);
+        File::create(MACHINE_ID).doing(format_args!("make {MACHINE_ID}"))?;
+        lay_over(root, "/", MACHINE_ID)?;
     }
     Ok(())
 }

@@ -35,6 +35,8 @@ pub(crate) struct Attachment {
 pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), LinkError> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let Some(first) = message::receive(&mut reader).await? else { return Ok(()) };
+    // The lock is not held while somebody waits.
+    let entry = |number| machine.processes().get(&number).cloned();
     let outcome = match first {
         Input::Start { number, process } => match start(machine, number, process).await {
             Ok(attach) => {
@@ -43,8 +45,9 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
             }
             Err(failure) => Err(failure),
         },
-        Input::Attach { number } => match machine.processes().get(&number) {
-            Some(entry) => Ok(entry.attach.clone()),
+        Input::Attach { number } => match entry(number) {
+            Some(Entry { pid: 1, .. }) => return as_long_as_the_machine(&mut reader).await,
+            Some(entry) => Ok(entry.attach),
             None => Err(Failure {
                 kind: FailureKind::NotFound,
                 what: format!("there is no process {number} in this machine"),
@@ -53,7 +56,7 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
         Input::BecomeInit { process } => {
             let answer = match machine.pid_one.execute(&process) {
                 Ok(()) => {
-                    // Nobody attaches to it; it only gets signals.
+                    // It only gets signals.
                     let (attach, _) = mpsc::channel(1);
                     machine.processes().insert(message::WORKLOAD, Entry { pid: 1, attach });
                     Output::Started
@@ -61,9 +64,7 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
                 Err(failure) => Output::Failed(failure),
             };
             message::send(&mut writer, &answer).await?;
-            // Stays open as long as the machine: its end is the init's.
-            let _ = reader.read_u8().await;
-            return Ok(());
+            return as_long_as_the_machine(&mut reader).await;
         }
         other => Err(invalid(format!("{} is no beginning", name_of(&other)))),
     };
@@ -75,6 +76,12 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
         }
         Err(failure) => message::send(&mut writer, &Output::Failed(failure)).await,
     }
+}
+
+/// A system's init has no streams here, and its end is the machine's.
+async fn as_long_as_the_machine(reader: &mut ReadHalf<Stream>) -> Result<(), LinkError> {
+    let _ = reader.read_u8().await;
+    Ok(())
 }
 
 fn name_of(input: &Input) -> &'static str {
@@ -230,6 +237,7 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
     let entrance = machine.workload.entrance().as_raw_fd();
     let plan = Plan {
         entrance,
+        namespace: machine.workload.namespace().map(|namespace| namespace.as_raw_fd()),
         uid: user.uid,
         gid: user.gid,
         groups: user.groups,
@@ -262,6 +270,7 @@ fn not_started(program: &str, error: &io::Error) -> Failure {
 /// What a process does between fork and exec.
 struct Plan {
     entrance: i32,
+    namespace: Option<i32>,
     uid: u32,
     gid: u32,
     groups: Vec<u32>,
@@ -282,6 +291,9 @@ impl Plan {
         // SAFETY: every pointer is to memory of `self` that lives until the call returns, with the length that is given.
         unsafe {
             done(libc::write(self.entrance, b"0".as_ptr().cast(), 1) as i64)?;
+            if let Some(namespace) = self.namespace {
+                done(libc::setns(namespace, libc::CLONE_NEWCGROUP))?;
+            }
             done(libc::setsid())?;
             if self.terminal {
                 done(libc::ioctl(0, libc::TIOCSCTTY, 0))?;

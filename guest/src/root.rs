@@ -22,6 +22,7 @@ use rustix::mount::{
     move_mount,
 };
 
+use crate::cgroup::Workload;
 use crate::disks::{self, Disk};
 use crate::failure::{Doing as _, Failure, failed, invalid};
 
@@ -109,7 +110,7 @@ pub(crate) fn make(parts: Parts, disk_size: Option<u64>) -> Result<Root, Failure
 
 impl Root {
     /// Makes it as somebody wants it. It is `/` now.
-    pub(crate) fn become_somebodys(&mut self, wanted: &Wanted) -> Result<(), Failure> {
+    pub(crate) fn become_somebodys(&mut self, wanted: &Wanted, workload: &Workload) -> Result<(), Failure> {
         self.is_nobodys = false;
         if wanted.disk_size != self.disk_size {
             disks::grow_to(&self.disk, wanted.disk_size)?;
@@ -127,6 +128,8 @@ impl Root {
             let run = place("/", "/run", true)?;
             mount("tmpfs", descriptor(&run).as_str(), "tmpfs", flags, Some(c"mode=0755"))
                 .doing("mount memory at /run")?;
+            workload.give_to_system();
+            workload.show_whole()?;
             for engine in ENGINES {
                 if place("/", engine, false).is_err() {
                     self.keep_off_the_overlay(engine, &place("/", engine, true)?)?;

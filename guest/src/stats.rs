@@ -14,9 +14,7 @@ pub(crate) fn measure(machine: &Machine) -> Result<Stats, Failure> {
         let line = memory.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         number(line.unwrap_or_default().trim().trim_end_matches(" kB")) * 1024
     };
-    let cpu = machine.workload.read("cpu.stat").unwrap_or_default();
-    let cpu = cpu.lines().find_map(|line| line.strip_prefix("usage_usec ")).map_or(0, number);
-    let tasks = number(machine.workload.read("pids.current").unwrap_or_default().trim());
+    let (cpu, tasks) = machine.workload.usage();
     let (received, sent) = network();
     let (read, written) = disks();
     let guest = ["1", "self"].iter().map(|process| resident(process)).sum();

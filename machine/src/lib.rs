@@ -28,6 +28,7 @@ mod saved;
 mod services;
 mod snapshots;
 mod stream;
+mod system;
 pub mod template;
 
 #[cfg(target_os = "linux")]

@@ -427,10 +427,13 @@ async fn pass_on(
     }
 }
 
-/// What a system's init is told where a process would be told to end: to power off (`SIGRTMIN+4`, systemd(1)).
+/// What a system's init is told where a process would be told to end: to power off (`SIGRTMIN+4`, systemd(1)). An image's own
+/// idea may be `SIGRTMIN+3`: as good in a container, but a machine that has only halted is still there.
 fn to_init(signal: i32) -> i32 {
+    const HALT: i32 = 37;
+    const POWER_OFF: i32 = 38;
     match signal {
-        libc::SIGTERM | libc::SIGINT | libc::SIGHUP | libc::SIGQUIT => 38,
+        libc::SIGTERM | libc::SIGINT | HALT => POWER_OFF,
         other => other,
     }
 }

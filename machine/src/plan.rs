@@ -11,7 +11,7 @@ use kiln_contract::{
 };
 use kiln_link::message::{Configure, HostFile, Mount, MountSource, Process, Root, TerminalSize};
 
-use crate::Shape;
+use crate::{Shape, system};
 
 /// `/dev/shm` if nothing is said, in bytes: Docker's figure.
 const SHM: u64 = 64 << 20;
@@ -73,8 +73,14 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
 }
 
 /// Files that the host decides.
-pub(crate) const HOST_FILES: [&str; 4] =
-    ["/etc/hostname", "/etc/machine-id", "/etc/hosts", "/etc/resolv.conf"];
+pub(crate) const HOST_FILES: [&str; 5] = [
+    "/etc/hostname",
+    "/etc/machine-id",
+    // Where D-Bus was installed before systemd it is a file of its own.
+    "/var/lib/dbus/machine-id",
+    "/etc/hosts",
+    "/etc/resolv.conf",
+];
 
 /// The network that it shares with others, if it is on one.
 pub(crate) fn network_of(spec: &InstanceSpec) -> Option<&str> {
@@ -96,13 +102,17 @@ pub(crate) fn configure(record: &InstanceRecord, disk: Option<u64>) -> Result<Co
     let machine_id = Digest::of(format!("machine-id {}", record.id).as_bytes()).hex()[..32].to_owned();
     let file =
         |path: &str, content: String| HostFile { path: path.to_owned(), content: content.into_bytes() };
-    let [hostname_file, machine_id_file, hosts_file, resolver_file] = HOST_FILES;
-    let files = vec![
+    let [hostname_file, machine_id_file, bus_file, hosts_file, resolver_file] = HOST_FILES;
+    let mut files = vec![
         file(hostname_file, format!("{hostname}\n")),
         file(machine_id_file, format!("{machine_id}\n")),
+        file(bus_file, format!("{machine_id}\n")),
         file(hosts_file, hosts(spec, &hostname)),
         file(resolver_file, resolv_conf(spec)),
     ];
+    if spec.machine.system {
+        files.extend(system::files(name_server(spec)));
+    }
     let root = |disk_size| Root {
         read_only: spec.security.read_only,
         system: spec.machine.system,
@@ -138,11 +148,15 @@ fn hosts(spec: &InstanceSpec, hostname: &str) -> String {
     text
 }
 
+/// The gateway answers names: those of neighbours, and all others as the host finds them, or who was named (`--dns`).
+fn name_server(spec: &InstanceSpec) -> Option<IpAddr> {
+    (spec.network.mode != "none").then_some(GATEWAY)
+}
+
 fn resolv_conf(spec: &InstanceSpec) -> String {
     let mut text = String::new();
-    // The gateway answers names: those of neighbours, and all others as the host finds them, or who was named (`--dns`).
-    if spec.network.mode != "none" {
-        let _ = writeln!(text, "nameserver {GATEWAY}");
+    if let Some(server) = name_server(spec) {
+        let _ = writeln!(text, "nameserver {server}");
     }
     if !spec.network.dns_search.is_empty() {
         let _ = writeln!(text, "search {}", spec.network.dns_search.join(" "));

@@ -1,5 +1,7 @@
 //! The whole specification of a workload.
 
+use std::time::Duration;
+
 use kiln_contract::{
     Digest, InstanceSpec, Isolation, MachineSpec, NetworkSpec, ProcessSpec, Resources, RestartPolicy,
     RuntimeChoice, SecuritySpec, StopSpec,
@@ -38,6 +40,7 @@ pub(crate) fn instance_spec(
     }
     let settings = &image.settings;
     let process = process(args, settings, host)?;
+    let system = args.machine.vm && (args.process.init || is_init(&process.args));
     Ok(InstanceSpec {
         name: name.to_owned(),
         isolation: if args.machine.vm { Isolation::Machine } else { Isolation::Container },
@@ -51,7 +54,7 @@ pub(crate) fn instance_spec(
         resources: limits(args)?,
         security: security(args, host)?,
         restart: args.restart,
-        stop: stop(args, settings)?,
+        stop: stop(args, settings, system)?,
         health: health::health_check(settings.healthcheck.as_ref(), &settings.shell, &health_words(args))?,
         labels: labels::labels(&settings.labels, &args.label_file, &args.label, host)?,
         init: args.process.init,
@@ -62,7 +65,7 @@ pub(crate) fn instance_spec(
             kernel: args.machine.kernel.clone(),
             disk: args.machine.disk,
             cold: args.machine.cold,
-            system: args.machine.vm && (args.process.init || is_init(&process.args)),
+            system,
         },
         process,
     })
@@ -104,8 +107,12 @@ fn process(args: &WorkloadArgs, image: &ImageSettings, host: &Host<'_>) -> Resul
     })
 }
 
-fn stop(args: &WorkloadArgs, image: &ImageSettings) -> Result<StopSpec> {
-    let default = StopSpec::default();
+fn stop(args: &WorkloadArgs, image: &ImageSettings, system: bool) -> Result<StopSpec> {
+    let mut default = StopSpec::default();
+    if system {
+        // What systemd gives each of its services (`DefaultTimeoutStopSec=`, systemd-system.conf(5)).
+        default.timeout = Duration::from_secs(90);
+    }
     let signal = match &args.stop_signal {
         Some(typed) => signal::signal_name(signal::parse_signal("--stop-signal", typed)?),
         // A damaged image's signal is not the user's mistake: it stops as others do.

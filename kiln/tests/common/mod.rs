@@ -97,12 +97,17 @@ impl Home {
 }
 
 /// Runs a command to its end; one that hangs is killed, and fails its test.
-pub(crate) fn finish(mut command: Command) -> Ended {
+pub(crate) fn finish(command: Command) -> Ended {
+    finish_within(command, Duration::from_secs(60))
+}
+
+/// The same for what may take longer.
+pub(crate) fn finish_within(mut command: Command, patience: Duration) -> Ended {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let pid = rustix::process::Pid::from_child(&child);
     let (done, watch) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {
-        if watch.recv_timeout(Duration::from_secs(60)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if watch.recv_timeout(patience) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         }
     });
