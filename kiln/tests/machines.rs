@@ -101,6 +101,15 @@ fn a_machine_keeps_its_disk_and_has_the_verbs_of_containers() {
     home.ok(["exec", "verbs", "true"]);
 
     home.ok(["stop", "-t", "30", "verbs"]);
+    // What does not run can be looked into all the same.
+    let changes = home.ok(["diff", "verbs"]);
+    assert!(changes.lines().any(|line| line == "A /kept"), "{changes}");
+    home.ok(["cp", there.to_str().unwrap(), "verbs:/kept-too"]);
+    home.ok(["cp", "verbs:/kept-too", home.beside("again").to_str().unwrap()]);
+    assert_eq!(fs::read_to_string(home.beside("again")).unwrap(), "from the host\n");
+    home.ok(["commit", "verbs", "localhost/verbs:2"]);
+    let committed = home.ok(["run", "--rm", "--network", "none", "localhost/verbs:2", "cat", "/kept-too"]);
+    assert_eq!(committed, "from the host");
     home.ok(["start", "verbs"]);
     assert_eq!(home.ok(["exec", "verbs", "cat", "/kept"]), "kept");
     home.ok(["rename", "verbs", "renamed"]);

@@ -17,13 +17,13 @@ use kiln_instance::{Instances, Kinds, Verbs, Volumes, is_supervised, signals};
 use kiln_link::message::{self, Answer, MAX_CHUNK, Request};
 use kiln_link::service;
 use kiln_vmm::Qemu;
-use tokio::net::UnixStream;
 
 use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
 use crate::monitor::{disks, image, is_cold, template};
 use crate::saved::Saved;
 use crate::template::{failed, in_utf8};
+use crate::visit::Duplex;
 use crate::{exec, plan, stream};
 
 /// Machines of one home: the [`RuntimeBackend`] over a hypervisor.
@@ -57,7 +57,7 @@ impl Machines {
     }
 
     /// Makes what a start would otherwise make without anybody seeing how far it is.
-    fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+    pub(crate) fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
         let qemu = Qemu::find()?;
         crate::admission::check(&record.spec)?;
         let image = image(self.home(), record, &*self.progress)?;
@@ -105,10 +105,7 @@ impl Machines {
         to: &mut dyn Write,
         writing: &str,
     ) -> Result<(), BackendError> {
-        self.verbs.ready_for_exec(id)?;
-        let dir = self.instances().dir(id);
-        stream::runtime()?.block_on(async {
-            let mut stream = door::dial(&dir, service::CONTROL).await?;
+        self.speak(id, async |mut stream| {
             question(&mut stream, request).await?;
             loop {
                 let chunk = message::receive_chunk(&mut stream).await.map_err(lost)?;
@@ -123,12 +120,12 @@ impl Machines {
     }
 }
 
-async fn question(stream: &mut UnixStream, request: &Request) -> Result<Answer, BackendError> {
+async fn question(stream: &mut impl Duplex, request: &Request) -> Result<Answer, BackendError> {
     message::send(stream, request).await.map_err(lost)?;
     answer(stream).await
 }
 
-async fn answer(stream: &mut UnixStream) -> Result<Answer, BackendError> {
+async fn answer(stream: &mut impl Duplex) -> Result<Answer, BackendError> {
     match message::receive(stream).await.map_err(lost)? {
         Some(Answer::Failed(failure)) => Err(refused(&failure)),
         Some(answer) => Ok(answer),
@@ -292,10 +289,7 @@ impl RuntimeBackend for Machines {
     }
 
     fn copy_in(&self, id: &InstanceId, path: &Path, archive: &mut dyn Read) -> Result<(), BackendError> {
-        self.verbs.ready_for_exec(id)?;
-        let dir = self.instances().dir(id);
-        stream::runtime()?.block_on(async {
-            let mut stream = door::dial(&dir, service::CONTROL).await?;
+        self.speak(id, async |mut stream| {
             let request = Request::Unpack { path: path.as_os_str().as_bytes().to_vec() };
             message::send(&mut stream, &request).await.map_err(lost)?;
             let mut buffer = vec![0; MAX_CHUNK];

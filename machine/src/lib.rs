@@ -30,6 +30,7 @@ mod snapshots;
 mod stream;
 mod system;
 pub mod template;
+mod visit;
 
 #[cfg(target_os = "linux")]
 pub use backend::Machines;

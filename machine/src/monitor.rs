@@ -212,18 +212,18 @@ enum Beginning {
 }
 
 /// How a machine begins, on which disks, and what it is given.
-struct Found {
+pub(crate) struct Found {
     home: Home,
     qemu: Qemu,
     beginning: Beginning,
-    paths: Paths,
+    pub(crate) paths: Paths,
     ground: Ground,
     /// Keeps the template from being removed.
     _held: File,
 }
 
 /// Finds all that is needed, and makes what is not there.
-fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
+pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
     let instances = Instances::of(home);
     let record = instances.read(id)?;
     let dir = instances.dir(id);
@@ -259,18 +259,25 @@ fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
     Ok(Found { home: home.clone(), qemu, beginning, paths, ground, _held: held })
 }
 
+impl Found {
+    /// Restores or boots it. The guest waits to be configured.
+    pub(crate) async fn begin(&self) -> Result<Life, BackendError> {
+        match &self.beginning {
+            Beginning::Saved(saved) => Life::restore(&self.qemu, saved, &self.paths).await,
+            Beginning::Boot(shape, boot) => {
+                let console = self.ground.dir.path().join("console.log");
+                let life = Life::boot(&self.qemu, *shape, boot.clone(), &self.paths).await;
+                life.map_err(|error| crate::template::with_console(error, &console))
+            }
+        }
+    }
+}
+
 async fn run(found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
-    let Found { home, qemu, beginning, paths, ground, _held } = found;
-    let services = Services::prepare(&home, &ground.record)?;
-    let console = ground.dir.path().join("console.log");
-    let life = match beginning {
-        Beginning::Saved(saved) => Life::restore(&qemu, &saved, &paths).await?,
-        Beginning::Boot(shape, boot) => Life::boot(&qemu, shape, boot, &paths)
-            .await
-            .map_err(|error| crate::template::with_console(error, &console))?,
-    };
-    let outcome = live(&ground, life, services, supervisor, signals).await;
-    door::close(&ground.dir);
+    let services = Services::prepare(&found.home, &found.ground.record)?;
+    let life = found.begin().await?;
+    let outcome = live(&found.ground, life, services, supervisor, signals).await;
+    door::close(&found.ground.dir);
     outcome
 }
 
@@ -553,7 +560,7 @@ fn take(
 }
 
 /// Lets the guest end in order. It is not trusted to do so.
-async fn power_off(opener: &Opener) {
+pub(crate) async fn power_off(opener: &Opener) {
     match tokio::time::timeout(TO_POWER_OFF, ask(opener, Request::PowerOff)).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!("the guest does not power off: {error}"),
