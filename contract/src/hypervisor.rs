@@ -1,9 +1,52 @@
 //! Drivers of virtual machines.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
 
 use crate::{BackendError, Capabilities};
+
+/// A program that runs machines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Driver {
+    /// QEMU, with KVM or without.
+    #[default]
+    Qemu,
+    /// Firecracker, with KVM.
+    Firecracker,
+}
+
+impl Driver {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::Qemu, Self::Firecracker];
+
+    /// Its name, as users write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Firecracker => "firecracker",
+        }
+    }
+}
+
+impl fmt::Display for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Driver {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|driver| driver.name() == name);
+        found.ok_or_else(|| format!("there is no hypervisor `{name}`: qemu and firecracker are known"))
+    }
+}
 
 /// The hardware of a machine. The same devices for every machine, so that one template fits every image.
 #[derive(Debug, Clone, PartialEq, Eq)]

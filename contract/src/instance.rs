@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Digest};
+use crate::{ByteSize, Digest, Driver};
 
 /// An instance's id: 64 lower-case hex digits, random.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -408,6 +408,9 @@ pub struct MachineSpec {
     /// Every start boots the kernel, instead of restoring a template.
     #[serde(default)]
     pub cold: bool,
+    /// What runs it; `None` is QEMU, and in a record it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<Driver>,
 }
 
 impl MachineSpec {

@@ -33,7 +33,7 @@ pub use disk::{
     DiskBackend, DiskId, DiskNameError, DiskSnapshot, DiskUsage, DisksUsage, PendingDisk, SnapshotName,
 };
 pub use home::{Home, InstanceDir};
-pub use hypervisor::{BootConfig, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
+pub use hypervisor::{BootConfig, Driver, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
 pub use instance::{
     CpuLimit, ExitStatus, HealthCheck, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceSpec,
     InstanceStatus, Isolation, MachineSpec, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec,

@@ -2,7 +2,6 @@
 
 use kiln_link::message::{self, Answer, Request};
 use kiln_link::{LinkError, Opener, Stream};
-use rustix::system::RebootCommand;
 
 use crate::agent::{Machine, aside};
 use crate::failure::{Doing as _, Failure};
@@ -56,6 +55,6 @@ async fn power_off(machine: &Machine, stream: &mut Stream) -> Result<(), LinkErr
         crate::failure::say(failure);
     }
     message::send(stream, &Answer::Done).await?;
-    let ended = rustix::system::reboot(RebootCommand::PowerOff).doing("power off");
+    let ended = crate::told::off().doing("power off");
     message::send(stream, &ended.map_or_else(Answer::Failed, |()| Answer::Done)).await
 }

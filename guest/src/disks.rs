@@ -1,4 +1,4 @@
-//! The two disks, found by the serial numbers that the host gave them.
+//! The two disks, found by the names that the host gave them.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,11 +10,12 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{MountFlags, mount};
 
 use crate::failure::{Doing as _, Failure, failed, invalid};
+use crate::told::told;
 
 /// The read-only disk with the image: EROFS.
-pub(crate) const IMAGE: &str = "kiln-image";
+pub(crate) const IMAGE: &str = "image";
 /// The writable disk: ext4.
-const DISK: &str = "kiln-disk";
+const DISK: &str = "disk";
 
 /// `BLKFLSBUF`: forget what was read from the device.
 const FLUSH_BUFFERS: libc::c_ulong = 0x1261;
@@ -27,8 +28,12 @@ const MAGIC: (u64, [u8; 2]) = (1024 + 0x38, 0xef53_u16.to_le_bytes());
 /// How long the kernel may take to notice that a device has another size.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The path of the device with a serial number.
-pub(crate) fn find(serial: &str) -> Result<String, Failure> {
+/// The path of a disk: where the host says that it is, or the device with the serial number `kiln-<name>`.
+pub(crate) fn find(name: &str) -> Result<String, Failure> {
+    if let Some(path) = told(name) {
+        return Ok(path);
+    }
+    let serial = format!("kiln-{name}");
     let entries = fs::read_dir("/sys/block").doing("list the disks")?;
     for entry in entries.flatten() {
         let found = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();

@@ -17,7 +17,6 @@ use std::process::{Command, ExitCode, Stdio};
 use kiln_link::message::{self, Process};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
-use rustix::system::RebootCommand;
 
 use crate::failure::{Doing as _, Failure, say};
 use crate::{agent, cgroup, modules, root};
@@ -35,7 +34,7 @@ pub(crate) fn main() -> ExitCode {
         say(failure);
     }
     rustix::fs::sync();
-    let _ = rustix::system::reboot(RebootCommand::PowerOff);
+    let _ = crate::told::off();
     ExitCode::FAILURE
 }
 

@@ -50,6 +50,8 @@ mod ready;
 mod root;
 #[cfg(target_os = "linux")]
 mod stats;
+#[cfg(target_os = "linux")]
+mod told;
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {

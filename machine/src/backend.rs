@@ -9,14 +9,13 @@ use std::time::Duration;
 
 use kiln_contract::{
     AttachEnd, AttachOptions, BackendError, Capabilities, Capability, Change, CommitOptions, Digest, DiskId,
-    ErrorKind, ExecSpec, ExitStatus, Home, Hypervisor as _, InstanceId, InstanceRecord, InstanceSpec,
-    LogLine, LogQuery, ProcessTable, Progress, PublishSpec, RemoveOptions, RuntimeBackend, Snapshot,
-    SnapshotOptions, StartMode, Stats, Stdio, Update,
+    ErrorKind, ExecSpec, ExitStatus, Home, InstanceId, InstanceRecord, InstanceSpec, LogLine, LogQuery,
+    ProcessTable, Progress, PublishSpec, RemoveOptions, RuntimeBackend, Snapshot, SnapshotOptions, StartMode,
+    Stats, Stdio, Update,
 };
 use kiln_instance::{Instances, Kinds, Verbs, Volumes, is_supervised, signals};
 use kiln_link::message::{self, Answer, MAX_CHUNK, Request};
 use kiln_link::service;
-use kiln_vmm::Qemu;
 
 use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
@@ -58,13 +57,13 @@ impl Machines {
 
     /// Makes what a start would otherwise make without anybody seeing how far it is.
     pub(crate) fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
-        let qemu = Qemu::find()?;
+        let hypervisor = kiln_vmm::open(record.spec.machine.hypervisor)?;
         crate::admission::check(&record.spec)?;
         let image = image(self.home(), record, &*self.progress)?;
         let dir = self.instances().dir(&record.id);
         if Saved::load(&plan::saved(&dir)).is_none() && !is_cold(&dir, record) {
             let disks = disks(self.home())?;
-            template(self.home(), record, &qemu, (&*disks, &image), &*self.progress)?;
+            template(self.home(), record, &*hypervisor, (&*disks, &image), &*self.progress)?;
         }
         Ok(())
     }
@@ -145,8 +144,8 @@ fn nonsense(answer: &Answer) -> BackendError {
 
 impl RuntimeBackend for Machines {
     fn capabilities(&self) -> Capabilities {
-        match Qemu::find() {
-            Ok(qemu) => qemu.capabilities(),
+        match kiln_vmm::open(None) {
+            Ok(hypervisor) => hypervisor.capabilities(),
             Err(error) => Capabilities::all().without(Capability::ForkLive, error.to_string()),
         }
     }
@@ -161,6 +160,10 @@ impl RuntimeBackend for Machines {
         }
         signals::parse(&spec.stop.signal)?;
         plan::check(spec)?;
+        if let Some(driver) = spec.machine.hypervisor {
+            // One that was chosen is there, or that is said before anything is made.
+            kiln_vmm::open(Some(driver))?;
+        }
         crate::services::policy(spec)?;
         let volumes = Volumes::open(self.home());
         let mut spec = spec.clone();

@@ -23,15 +23,14 @@ use std::time::{Duration, Instant};
 
 use kiln_boot::{Kernel, Kernels};
 use kiln_contract::{
-    BackendError, BootConfig, DiskBackend, DiskId, ErrorKind, Home, InstanceDir, InstanceId, InstanceRecord,
-    PublishSpec, Silent, Stdio,
+    BackendError, BootConfig, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, InstanceDir, InstanceId,
+    InstanceRecord, PublishSpec, Silent, Stdio,
 };
 use kiln_instance::signals::Signals;
 use kiln_instance::{DetachKeys, Failure, Instances, terminal};
 use kiln_link::message::{self, Input, Request, TerminalSize, WORKLOAD};
 use kiln_link::{Opener, Parker, Stream};
 use kiln_store::Store;
-use kiln_vmm::Qemu;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -144,7 +143,7 @@ pub(crate) fn is_cold(dir: &InstanceDir, record: &InstanceRecord) -> bool {
 pub(crate) fn template(
     home: &Home,
     record: &InstanceRecord,
-    qemu: &Qemu,
+    hypervisor: &dyn Hypervisor,
     (disks, image): (&dyn DiskBackend, &Path),
     progress: &dyn kiln_contract::Progress,
 ) -> Result<Saved, BackendError> {
@@ -153,9 +152,9 @@ pub(crate) fn template(
     let shape = plan::shape(&record.spec.resources)?;
     let templates = Templates::open(home, disks);
     if has_disk || plan::disk_size(&record.spec) < DISK_SIZE {
-        templates.get(qemu, &kernel, shape, false, progress)
+        templates.get(hypervisor, &kernel, shape, false, progress)
     } else {
-        templates.with_root(qemu, &kernel, shape, (image, &record.spec.image), progress)
+        templates.with_root(hypervisor, &kernel, shape, (image, &record.spec.image), progress)
     }
 }
 
@@ -214,7 +213,7 @@ enum Beginning {
 /// How a machine begins, on which disks, and what it is given.
 pub(crate) struct Found {
     home: Home,
-    qemu: Qemu,
+    hypervisor: Box<dyn Hypervisor>,
     beginning: Beginning,
     pub(crate) paths: Paths,
     ground: Ground,
@@ -227,7 +226,7 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let instances = Instances::of(home);
     let record = instances.read(id)?;
     let dir = instances.dir(id);
-    let qemu = Qemu::find()?;
+    let hypervisor = kiln_vmm::open(record.spec.machine.hypervisor)?;
     let disks = disks(home)?;
     let image = image(home, &record, &Silent)?;
     let disk = DiskId::from(id);
@@ -236,16 +235,16 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let is_own = own.is_some();
     let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
         let (kernel, shape) = (kernel(home, &record)?, plan::shape(&record.spec.resources)?);
-        let base = Saved::nothing(&plan::base(&dir), kernel.name(), &qemu, shape)?;
+        let base = Saved::nothing(&plan::base(&dir), kernel.name(), &*hypervisor, shape)?;
         let path = disks.path(&disk).or_else(|_| disks.create(&disk, size))?;
         (Beginning::Boot(shape, crate::template::booting(&kernel, dir.path())?), base, path)
     } else {
         let saved = match own {
             Some(own) => {
-                own.check(&qemu)?;
+                own.check(&*hypervisor)?;
                 own
             }
-            None => template(home, &record, &qemu, (&*disks, &image), &Silent)?,
+            None => template(home, &record, &*hypervisor, (&*disks, &image), &Silent)?,
         };
         let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
         let path = own_disk(&*disks, &disk, &saved, is_own, size)?;
@@ -256,17 +255,17 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let memory = base.memory();
     let paths = Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size };
     let ground = Ground { record, dir, disks, disk, base, is_own, disk_size };
-    Ok(Found { home: home.clone(), qemu, beginning, paths, ground, _held: held })
+    Ok(Found { home: home.clone(), hypervisor, beginning, paths, ground, _held: held })
 }
 
 impl Found {
     /// Restores or boots it. The guest waits to be configured.
     pub(crate) async fn begin(&self) -> Result<Life, BackendError> {
         match &self.beginning {
-            Beginning::Saved(saved) => Life::restore(&self.qemu, saved, &self.paths).await,
+            Beginning::Saved(saved) => Life::restore(&*self.hypervisor, saved, &self.paths).await,
             Beginning::Boot(shape, boot) => {
                 let console = self.ground.dir.path().join("console.log");
-                let life = Life::boot(&self.qemu, *shape, boot.clone(), &self.paths).await;
+                let life = Life::boot(&*self.hypervisor, *shape, boot.clone(), &self.paths).await;
                 life.map_err(|error| crate::template::with_console(error, &console))
             }
         }

@@ -29,8 +29,8 @@ pub(crate) const FORMAT: u32 = 2;
 pub(crate) const RECORD: &str = "template.json";
 /// The memory file.
 pub(crate) const MEMORY: &str = "memory";
-const STATE: &str = "state";
-const DELTA: &str = "delta";
+pub(crate) const STATE: &str = "state";
+pub(crate) const DELTA: &str = "delta";
 
 /// What `template.json` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::life::{Life, Paths};
 use crate::monitor::disks;
-use crate::saved::{self, FORMAT, MEMORY, RECORD, Saved, TemplateRecord};
+use crate::saved::{self, DELTA, FORMAT, MEMORY, RECORD, STATE, Saved, TemplateRecord};
 use crate::{guest, stream};
 
 /// Templates that are kept besides the newest; each has a size, a kernel or an image of its own.
@@ -304,8 +304,11 @@ impl<'a> Templates<'a> {
             .map_err(failed("make a directory in", &self.root))?;
         let record = make(&Place { directory: staging.path(), disk: begun_with })?;
         let record = TemplateRecord { key, disk, ..record };
-        for used_up in ["image", "disk", INITRAMFS, "console.log", "console.sock", "qemu.log"] {
-            let _ = fs::remove_file(staging.path().join(used_up));
+        // All else was for the boot.
+        for entry in fs::read_dir(staging.path()).map_err(failed("list", staging.path()))?.flatten() {
+            if ![MEMORY, STATE, DELTA].iter().any(|kept| entry.file_name() == *kept) {
+                let _ = fs::remove_file(entry.path());
+            }
         }
         let json =
             serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;

@@ -3,12 +3,14 @@
 //! - [`Qemu`]: with KVM where it can run guests, with TCG (software) elsewhere, so that a machine works everywhere.
 //! - [`Firecracker`]: where KVM can run guests.
 //!
-//! Which [`Accelerator`] is taken, and why, is told by [`Accelerator::choose`].
+//! [`open`] gives the one that is asked for. Which [`Accelerator`] is taken, and why, is told by [`Accelerator::choose`].
 
 #[cfg(target_os = "linux")]
 mod accelerator;
 #[cfg(target_os = "linux")]
 mod child;
+#[cfg(target_os = "linux")]
+mod choice;
 mod error;
 #[cfg(target_os = "linux")]
 mod fingerprint;
@@ -22,6 +24,8 @@ mod qmp;
 
 #[cfg(target_os = "linux")]
 pub use accelerator::Accelerator;
+#[cfg(target_os = "linux")]
+pub use choice::open;
 pub use error::VmmError;
 #[cfg(target_os = "linux")]
 pub use firecracker::Firecracker;

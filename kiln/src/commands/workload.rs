@@ -90,6 +90,9 @@ pub(crate) struct MachineArgs {
     /// Boot the machine's kernel at every start, instead of restoring a template
     #[arg(long, requires = "vm", help_heading = "Machines")]
     pub(crate) cold: bool,
+    /// What runs it: qemu, which works everywhere, or firecracker, which needs KVM
+    #[arg(long, value_name = "NAME", requires = "vm")]
+    pub(crate) hypervisor: Option<kiln_contract::Driver>,
 }
 
 /// Where the image comes from.

@@ -2,12 +2,12 @@
 
 use kiln_boot::Kernels;
 use kiln_contract::{BackendError, Home};
-use kiln_vmm::{Accelerator, Qemu};
+use kiln_vmm::{Accelerator, Firecracker, Qemu, VmmError};
 
 use super::Finding;
 
 pub(super) fn examine(home: &Home) -> Vec<Finding> {
-    let mut findings = vec![hypervisor(), accelerator(), kernel(home)];
+    let mut findings = vec![hypervisor(), firecracker(), accelerator(), kernel(home)];
     findings.extend(kiln_disk::doctor(home).into_iter().map(|(what, well, why)| {
         let what = format!("machines: {what}");
         if well {
@@ -26,6 +26,20 @@ fn hypervisor() -> Finding {
             let error = BackendError::from(error);
             Finding::warn("machines: QEMU", error.to_string(), error.hint_text().unwrap_or("install QEMU"))
         }
+    }
+}
+
+/// Nobody needs it, so that it is not there is well.
+fn firecracker() -> Finding {
+    let what = "machines: Firecracker";
+    match Firecracker::find() {
+        Ok(found) => Finding::ok(
+            what,
+            format!("{} {}, with --hypervisor firecracker", found.program().display(), found.version()),
+        ),
+        Err(VmmError::NoKvm { because, .. }) => Finding::ok(what, format!("not used: {because}")),
+        Err(VmmError::Missing { .. }) => Finding::ok(what, "not used: it is not installed"),
+        Err(error) => Finding::warn(what, error.to_string(), "machines run with QEMU"),
     }
 }
 

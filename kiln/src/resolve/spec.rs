@@ -64,6 +64,7 @@ pub(crate) fn instance_spec(
         machine: MachineSpec {
             kernel: args.machine.kernel.clone(),
             disk: args.machine.disk,
+            hypervisor: args.machine.hypervisor,
             cold: args.machine.cold,
             system,
         },

@@ -49,8 +49,8 @@ const CONSOLE: &str = "console.log";
 
 /// Where the state is in what was saved.
 const STATE: &str = "state";
-/// Where all memory is, of a machine that had some of its own.
-const MEMORY: &str = "memory";
+/// Where all memory is, of a machine that had some of its own: in place of what differs from the file that it began with.
+const DELTA: &str = "delta";
 
 /// How long it may take until it listens.
 const TO_LISTEN: Duration = Duration::from_secs(10);
@@ -248,8 +248,7 @@ impl Hypervisor for Firecracker {
         if !state.exists() {
             return Err(VmmError::NotASave { path: state, why: "it is not there".to_owned() }.into());
         }
-        let own = saved.join(MEMORY);
-        // A template's directory has its memory under the same name: it is the same file.
+        let own = saved.join(DELTA);
         let memory = text(if own.exists() { &own } else { &config.memory_file })?;
         let mut machine = self.launch(config)?;
         let load = api::LoadSnapshot {
@@ -309,7 +308,7 @@ impl Vm for Machine {
     }
 
     fn save(&mut self, saved: &Path) -> Result<(), BackendError> {
-        let own = saved.join(MEMORY);
+        let own = saved.join(DELTA);
         let memory = match self.config.memory_kind {
             MemoryKind::Written => text(&self.config.memory_file)?,
             MemoryKind::CopyOnWrite => text(&own)?,

@@ -1,4 +1,4 @@
-//! The byte stream to the host: a virtio-serial port.
+//! A virtio-serial port.
 //!
 //! A port whose host has gone reads as if it had ended and says that it hung up, until another host comes; for a machine that
 //! was restored, that is the ordinary course of things. tokio never forgets that a descriptor hung up, so while no host is
@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use super::watched;
 use crate::failure::{Doing as _, Failure, failed};
 
 /// The name that the host gave the port.
@@ -86,12 +87,6 @@ impl Port {
             self.0 = State::Away(port.into_inner(), Box::pin(tokio::time::sleep(LOOK)));
         }
     }
-}
-
-/// A file that tokio watches. It must not block.
-pub(crate) fn watched(file: File) -> io::Result<AsyncFd<File>> {
-    // SAFETY: a `File` gives the same open descriptor for as long as it lives, and lives in the `AsyncFd`.
-    unsafe { AsyncFd::register(file) }.map_err(io::Error::from)
 }
 
 fn find() -> Option<String> {
