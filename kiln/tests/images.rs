@@ -214,6 +214,27 @@ fn the_store_is_verified_and_damage_is_named() {
 }
 
 #[test]
+fn what_no_registry_has_is_repaired_by_bringing_its_image_in_again() {
+    let Some(home) = Home::with_busybox() else { return };
+    let archive = home.beside("archive.tar");
+    let archive = archive.to_str().unwrap();
+    home.ok(["save", "-o", archive, IMAGE]);
+    home.ok(["rm", "-f", &home.ok(["create", IMAGE, "true"])]);
+    let object = largest_object(&home);
+    let before = fs::read(&object).unwrap();
+    fs::remove_file(&object).unwrap();
+    fs::write(&object, vec![0; before.len()]).unwrap();
+    let ended = home.kiln(["system", "check", "--repair", "--registry-timeout", "2s"]);
+    assert!(
+        ended.code == 1 && ended.stderr.contains("hint: bring in the images that need it again"),
+        "{ended:?}"
+    );
+    home.ok(["load", "-q", "-i", archive]);
+    assert!(fs::read(&object).unwrap() == before);
+    home.ok(["system", "check"]);
+}
+
+#[test]
 fn a_damaged_store_is_repaired_from_the_registry() {
     let Some(home) = Home::with_busybox() else { return };
     let Some(server) = RegistryServer::start(&RegistryOptions::default()) else { return };

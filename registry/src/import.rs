@@ -263,7 +263,7 @@ impl Import<'_> {
         remembered: impl FnOnce(Digest, u64) -> Descriptor,
     ) -> Result<()> {
         let step = self.progress.begin(Step { name: diff_id.short(), verb: "unpack", total: None });
-        if self.store.layer_of_diff_id(diff_id)?.is_some() {
+        if self.store.has_sound_layer(diff_id)? {
             self.progress.end(step, "exists");
             return Ok(());
         }

@@ -190,7 +190,9 @@ impl Pull<'_> {
     fn run(&self) -> Result<Pulled> {
         let runtime = &self.session.runtime;
         let found = runtime.block_on(self.manifest())?;
-        if let Some(image) = self.store.image(&found.digest)? {
+        if let Some(image) = self.store.image(&found.digest)?
+            && self.store.are_sound(&image.layers)?
+        {
             self.check_platform(&manifest::platform_of(&image.config))?;
             self.record(&image, &found)?;
             return Ok(self.done(image, true, 0));
@@ -335,7 +337,7 @@ impl Pull<'_> {
             }
             let name = full_name(self.name);
             let digest = manifest::descriptor_digest(descriptor, &name)?;
-            if self.store.layer_of_diff_id(diff_id)?.is_some() {
+            if self.store.has_sound_layer(diff_id)? {
                 let step = self.progress.begin(Step { name: digest.short(), verb: "pull", total: Some(0) });
                 self.progress.end(step, "exists");
                 continue;

@@ -111,7 +111,7 @@ impl Import<'_> {
         let got = read_full(&mut file, &mut head).map_err(failed)?;
         let kind = manifest::layer_media_type(detect(&head[..got]));
         let mut whole = LocalLayer::new(io::Cursor::new(head[..got].to_vec()).chain(file), None);
-        if self.store.layer_of_diff_id(diff_id)?.is_none() {
+        if !self.store.has_sound_layer(diff_id)? {
             let step = self.progress.begin(Step { name: diff_id.short(), verb: "unpack", total: None });
             let outcome = unpack(self.store, &mut whole, Some(diff_id), self.limits, &self.label(), path);
             self.progress.end(step, if outcome.is_ok() { "done" } else { "failed" });

@@ -78,19 +78,23 @@ impl Store {
     ///
     /// With `repair`, what is missing or damaged is asked for again: manifests, indexes and configs first, then the layers
     /// that lack something, which are imported anew. What is there stays until what replaces it has come and has the
-    /// right digest. At last, damaged files that nothing needs, and wrong merged trees and disks, are removed.
+    /// right digest. What the store can make again from what else it has, it does first. At last, damaged files that nothing needs, and wrong merged trees and disks, are removed.
+    ///
+    /// What stays wrong is remembered: whatever brings in an image afterwards brings that in again.
     ///
     /// # Errors
     /// The store cannot be read at all; what is wrong *in* it is in the report.
     pub fn check(&self, repair: Option<&dyn Repair>) -> Result<CheckReport> {
         let (mut report, mut findings) = self.inspect()?;
         let Some(repair) = repair.filter(|_| !findings.lines.is_empty()) else {
+            self.remember_damage(&findings)?;
             report.damaged = findings.lines.into_values().collect();
             return Ok(report);
         };
         let failed = self.repair(repair, &mut findings)?;
         let (_, mut left) = self.inspect()?;
         self.remove_useless(&mut left)?;
+        self.remember_damage(&left)?;
         findings.lines.retain(|path, _| !left.lines.contains_key(path));
         report.repaired = findings.lines.into_values().collect();
         report.damaged = left.lines.into_values().chain(failed).collect();

@@ -16,7 +16,7 @@ use kiln_erofs::{Attributes, Content, Data, Device, NodeId, Time, Tree, Xattrs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 
 use crate::error::Context as _;
-use crate::import::{ImportedLayer, NewLayer, Replaced, StagedLayer, collect, join};
+use crate::import::{ImportedLayer, NewLayer, StagedLayer, collect, join};
 use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{HostDirectory, Job, Queue};
 use crate::tar::write::write_tree;
@@ -69,8 +69,8 @@ impl Store {
         latest: Option<i64>,
         limits: ImportLimits,
     ) -> Result<ImportedLayer> {
-        let nothing = Replaced::default();
-        let staged = StagedLayer::new(self, &nothing)?;
+        let damaged = self.known_damage()?;
+        let staged = StagedLayer::new(self, &damaged)?;
         let queue = Queue::new();
         let (walked, worked) = thread::scope(|scope| {
             let workers = staged.spawn_workers(scope, &queue);

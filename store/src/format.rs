@@ -19,6 +19,8 @@
 //! tags/<repository>/:<tag>    a tag's history (`tag` module)
 //! renders/merged/<sha256>     merged trees, named by the SHA-256 of the stack's layer digests (32 bytes each)
 //! renders/disks/<sha256>       image disks (`image_disk` module), named in the same way
+//! damaged                     what the last check found wrong and could not repair (`known_damage` module), a line each:
+//!                               `object sha256:…`, `layer sha256:…`, `split sha256:…` (a layer whose stream is wrong)
 //! tmp/<pid>-<n>               staging of one writer: a directory or file that it holds an flock on; swept when free
 //! ```
 //!
@@ -109,6 +111,10 @@ impl Layout {
 
     pub(crate) fn object(&self, digest: &Digest) -> PathBuf {
         self.root.join("objects").join(object_name(digest))
+    }
+
+    pub(crate) fn known_damage(&self) -> PathBuf {
+        self.root.join("damaged")
     }
 
     pub(crate) fn layers(&self) -> PathBuf {

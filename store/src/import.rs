@@ -68,7 +68,7 @@ impl Store {
         expected: Option<&Digest>,
         limits: ImportLimits,
     ) -> Result<ImportedLayer> {
-        self.import_tar_replacing(tar, expected, limits, &Replaced::default())
+        self.import_tar_replacing(tar, expected, limits, &self.known_damage()?)
     }
 
     /// As [`Store::import_tar`], but puts what it makes in the place of what is damaged.
@@ -92,6 +92,8 @@ pub(crate) struct Replaced {
     pub(crate) objects: BTreeSet<Digest>,
     /// The layer's split stream, and where it is.
     pub(crate) split: Option<(Digest, PathBuf)>,
+    /// Split streams whose word on which tar they are of does not count.
+    pub(crate) splits: BTreeSet<PathBuf>,
 }
 
 /// The contents of files, by slot.
@@ -205,7 +207,12 @@ impl<'s> StagedLayer<'s> {
         let split_to = match &self.replaced.split {
             Some((of, path)) if *of == layer => path.clone(),
             _ => match self.store.split_info(&layer) {
-                Ok(Some(info)) if info.diff_id != diff_id => layout.diff_split(&diff_id),
+                Ok(Some(info))
+                    if info.diff_id != diff_id
+                        && !self.replaced.splits.contains(&layout.layer_split(&layer)) =>
+                {
+                    layout.diff_split(&diff_id)
+                }
                 // A stream that cannot be read is replaced.
                 _ => layout.layer_split(&layer),
             },
@@ -214,6 +221,7 @@ impl<'s> StagedLayer<'s> {
         let layer_to = layout.layer(&layer);
         std::fs::rename(&tree, &layer_to).doing("rename to", &layer_to)?;
         self.store.record_diff(&diff_id, &layer)?;
+        self.store.forget_damage(&layer)?;
         let (_, new_object_bytes, _) = self.objects.counts();
         Ok(ImportedLayer { layer, diff_id, tar_size, entries, new_object_bytes })
     }

@@ -41,6 +41,7 @@ mod gc;
 mod image;
 mod image_disk;
 mod import;
+mod known_damage;
 mod layer_reader;
 mod layer_tree;
 mod limits;

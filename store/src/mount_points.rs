@@ -46,7 +46,7 @@ impl Store {
 }
 
 /// A tar archive whose bytes are always the same.
-fn mount_points() -> Vec<u8> {
+pub(crate) fn mount_points() -> Vec<u8> {
     let mut archive = tar::Builder::new(Vec::new());
     for (name, directory) in MOUNT_POINTS {
         let mut header = tar::Header::new_ustar();

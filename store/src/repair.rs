@@ -6,7 +6,7 @@
 //! by nothing is removed, so that it is in nobody's way.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
+use std::io::{BufWriter, PipeWriter, Read};
 use std::path::{Path, PathBuf};
 
 use kiln_contract::Digest;
@@ -17,9 +17,11 @@ use crate::error::Context as _;
 use crate::gc::digest_of_name;
 use crate::import::Replaced;
 use crate::limits::ImportLimits;
+use crate::mount_points::mount_points;
 use crate::needs::{DocumentKind, Needs};
 use crate::split::Split;
 use crate::tag::files_below;
+use crate::tar::write::write_tree;
 use crate::{Result, Store};
 
 /// A manifest, index or config that is asked for again.
@@ -140,7 +142,7 @@ impl Store {
         needs: &Needs,
         failed: &mut Vec<String>,
     ) -> Result<()> {
-        let mut replaced = Replaced { objects: findings.objects.clone(), split: None };
+        let mut replaced = Replaced { objects: findings.objects.clone(), ..Replaced::default() };
         let mut done = BTreeSet::new();
         let mut errors: BTreeMap<Digest, String> = BTreeMap::new();
         let mut lines = BTreeSet::new();
@@ -153,7 +155,7 @@ impl Store {
             let left: Vec<_> = diff_ids.iter().filter(|diff_id| !errors.contains_key(diff_id)).collect();
             let mut repaired = false;
             for diff_id in left {
-                match self.import_again(repair, needs, diff_id, &replaced) {
+                match self.import_again(repair, needs, findings, diff_id, &replaced) {
                     Ok(()) => {
                         done.insert(*diff_id);
                         repaired = true;
@@ -228,9 +230,13 @@ impl Store {
         &self,
         repair: &dyn Repair,
         needs: &Needs,
+        findings: &Findings,
         diff_id: &Digest,
         replaced: &Replaced,
     ) -> std::result::Result<(), String> {
+        if self.import_from_here(diff_id, findings, replaced).is_ok_and(|imported| imported) {
+            return Ok(());
+        }
         let needed = needs.layers.get(diff_id);
         let mut blobs = needed.map_or_else(Vec::new, |needed| needed.blobs.clone());
         for blob in self.blobs_of_diff_id(diff_id).unwrap_or_default() {
@@ -245,6 +251,57 @@ impl Store {
         self.import_tar_replacing(tar, Some(diff_id), ImportLimits::default(), replaced)
             .map(drop)
             .map_err(|error| format!("could not be imported: {error}"))
+    }
+
+    /// Imports a tar again that the store itself can make, and whether it could: from its split stream and objects where
+    /// the tree or the record is lost; from the tree where the stream is; or because Kiln writes it.
+    fn import_from_here(&self, diff_id: &Digest, findings: &Findings, replaced: &Replaced) -> Result<bool> {
+        // It was let in once.
+        let limits = ImportLimits { max_size: None, max_entries: u64::MAX, max_memory: u64::MAX };
+        let tar = mount_points();
+        if *diff_id == Digest::of(&tar) {
+            return self.import_tar_replacing(&tar[..], Some(diff_id), limits, replaced).map(|_| true);
+        }
+        let own = self.layout.diff_split(diff_id);
+        for path in [own].into_iter().chain(files_below(&self.layout.layers())?) {
+            if let Ok(Some(split)) = Split::open(&path)
+                && split.info().diff_id == *diff_id
+                && !split.info().from_tree
+                && split.objects().is_ok_and(|all| all.iter().all(|one| !findings.objects.contains(one)))
+                && self.import_written(diff_id, limits, replaced, |out| {
+                    split.write(out, |digest| self.open_object(digest))
+                })
+            {
+                return Ok(true);
+            }
+        }
+        let Some(layer) = findings.layer_of.get(diff_id).filter(|layer| !findings.trees.contains(layer))
+        else {
+            return Ok(false);
+        };
+        let tree = self.layer_tree(layer)?.to_tree()?;
+        Ok(self.import_written(diff_id, limits, replaced, |out| {
+            write_tree(&tree, out, |digest| self.open_object(digest)).map(drop)
+        }))
+    }
+
+    /// Imports what `write` writes, if it is the tar that is wanted.
+    fn import_written(
+        &self,
+        diff_id: &Digest,
+        limits: ImportLimits,
+        replaced: &Replaced,
+        write: impl FnOnce(&mut BufWriter<PipeWriter>) -> Result<()> + Send,
+    ) -> bool {
+        let Ok((reader, writer)) = std::io::pipe() else { return false };
+        std::thread::scope(|scope| {
+            // Where writing fails the tar ends early, and is another.
+            scope.spawn(move || {
+                let mut out = BufWriter::with_capacity(256 << 10, writer);
+                let _ = write(&mut out);
+            });
+            self.import_tar_replacing(reader, Some(diff_id), limits, replaced).is_ok()
+        })
     }
 
     /// Removes what is damaged and needed by nothing, and merged trees that are wrong: they are made again.

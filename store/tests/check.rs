@@ -97,7 +97,7 @@ impl Sample {
         self.path(&format!("diffs/{}", self.image.diff_ids()[1].hex()))
     }
 
-    /// Every file of the store but what holds no content.
+    /// Every file of the store but what says what is damaged.
     fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
         let mut stack = vec![self.store().path().to_owned()];
@@ -106,6 +106,7 @@ impl Sample {
                 let path = entry.unwrap().path();
                 match path.is_dir() {
                     true => stack.push(path),
+                    false if path.ends_with("store/damaged") => {}
                     false => drop(files.insert(path.clone(), std::fs::read(&path).unwrap())),
                 }
             }
@@ -156,6 +157,9 @@ fn damage(path: impl AsRef<Path>, at: usize) {
 }
 
 type Damage = (&'static str, fn(&Sample));
+
+/// What the store makes again from what else it has.
+const FROM_HERE: [&str; 3] = ["a damaged tree", "a missing tree", "a missing record"];
 
 const OBJECTS: [Damage; 3] = [
     ("an object with a wrong byte", |sample| damage(sample.store().object_path(&sample.object), 69_999)),
@@ -228,6 +232,16 @@ fn damage_of_every_kind_is_found_and_repaired() {
         let found = sample.store().check(None).unwrap();
         assert!(!found.damaged.is_empty(), "{what} was not found");
 
+        if FROM_HERE.contains(what) {
+            let repaired = sample.store().check(Some(&Elsewhere::default())).unwrap();
+            assert_eq!(
+                (repaired.damaged.len(), repaired.repaired.is_empty()),
+                (0, false),
+                "{what}: {repaired:?}"
+            );
+            sample.assert_whole(what);
+            continue;
+        }
         // Nobody has anything: it is told, and whatever is there stays, however bad.
         let before = sample.files();
         let helpless = sample.store().check(Some(&Elsewhere::default())).unwrap();
@@ -270,7 +284,8 @@ fn what_comes_with_another_digest_or_breaks_off_replaces_nothing() {
             Ok(Box::new(self.0.layer(wanted)?.take(60_000).chain(Gone)))
         }
     }
-    for (what, act) in OBJECTS.iter().chain(&LAYERS[..11]).chain(&DOCUMENTS) {
+    let elsewhere_only = |damage: &&Damage| !FROM_HERE.contains(&damage.0);
+    for (what, act) in OBJECTS.iter().chain(&LAYERS[..11]).chain(&DOCUMENTS).filter(elsewhere_only) {
         let mut sample = Sample::new();
         act(&sample);
         let before = sample.files();
@@ -305,6 +320,47 @@ fn what_is_lost_is_asked_for_where_it_came_from() {
     let blobs = vec![sample.image.manifest.layers()[1].clone()];
     let diff_id = sample.image.diff_ids()[1];
     assert_eq!(sample.elsewhere.asked_layers.take(), [WantedLayer { diff_id, blobs, repositories }]);
+}
+
+#[test]
+fn what_nobody_has_is_repaired_when_it_is_imported_again() {
+    for (what, act) in OBJECTS.iter().chain(&LAYERS[..11]).filter(|damage| !FROM_HERE.contains(&damage.0)) {
+        let sample = Sample::new();
+        let diff_id = sample.image.diff_ids()[1];
+        assert!(sample.store().has_sound_layer(&diff_id).unwrap());
+        act(&sample);
+        sample.store().check(Some(&Elsewhere::default())).unwrap();
+        assert!(!sample.store().has_sound_layer(&diff_id).unwrap(), "{what}");
+        assert!(sample.store().has_sound_layer(&sample.image.diff_ids()[0]).unwrap(), "{what}: the other is");
+        sample.fixture.import(&sample.elsewhere.tars[&diff_id]).unwrap();
+        assert!(sample.store().has_sound_layer(&diff_id).unwrap(), "{what}");
+        sample.assert_whole(what);
+        assert!(!sample.path("damaged").exists(), "{what}: all is well again");
+    }
+}
+
+#[test]
+fn layers_of_directories_and_of_mount_points_are_made_again() {
+    let sample = Sample::new();
+    let root = sample.fixture.dir.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("file"), [7; 3000]).unwrap();
+    let layer = sample.store().import_directory(&root).unwrap().layer;
+    let image = sample.store().make_image(&Default::default(), &[layer]).unwrap();
+    sample.store().tag(&ImageName::parse("made/here").unwrap(), &image.manifest_digest, "made").unwrap();
+    let stack = sample.store().with_mount_points(&[layer]).unwrap();
+    let split = sample.store().layer_path(&layer).with_extension("split");
+    for act in [remove as fn(PathBuf), |path| damage(path, 20), |path| std::fs::write(path, "KILN").unwrap()]
+    {
+        act(split.clone());
+        remove(sample.store().layer_path(&stack[0]));
+        let report = sample.store().check(Some(&Elsewhere::default())).unwrap();
+        assert_eq!(report.damaged, [""; 0]);
+        let mut tar = Vec::new();
+        sample.store().export_tar(&layer, &mut tar).unwrap();
+        assert_eq!(Digest::of(&tar), image.diff_ids()[0]);
+        assert_eq!(sample.store().check(None).unwrap().damaged, [""; 0]);
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::progress;
 /// Verify every file and every tree of the store by its digest
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Bring back what is missing or damaged from the registries that the images came from
+    /// Bring back what is missing or damaged, from what else is there and the registries that the images came from
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -71,10 +71,10 @@ impl Args {
             return Ok(Exit::SUCCESS);
         }
         let error = CliError::failed(format!("the store is damaged in {left} places"));
-        Err(if self.repair {
-            error
+        Err(error.with_hint(if self.repair {
+            "bring in the images that need it again, with `kiln pull` or `kiln image import`: what is damaged is replaced"
         } else {
-            error.with_hint("`kiln system check --repair` fetches what can be fetched")
-        })
+            "`kiln system check --repair` makes again, or fetches, what can be"
+        }))
     }
 }
