@@ -1,6 +1,7 @@
 //! The command line as a whole.
 
 use std::ffi::OsString;
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -239,7 +240,10 @@ fn start_logging(verbose: u8) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(&directives)
         .map_err(|error| CliError::usage(format!("invalid $KILN_LOG `{directives}`: {error}")))?;
     // A second subscriber cannot be there: this is called once.
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    let plain =
+        !std::io::stderr().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    subscriber.with_ansi(!plain).without_time().init();
     Ok(())
 }
 
