@@ -13,6 +13,7 @@
 //! networks/<name>.json   networks and their leases
 //! templates/<key>/       machines saved when their guest was ready
 //! volumes/<name>/        named volumes: data/ and volume.json
+//! views/<name>/          a view: view.json, lock, upper/, work/
 //! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
 //! kernels/default        a symbolic link to the one that is booted if none is named
 //! disks/                 writable disks of machines (the disk room's own business), or where their pool is mounted
@@ -90,6 +91,11 @@ impl Home {
     /// Named volumes, a directory each.
     pub fn volumes(&self) -> PathBuf {
         self.0.join("volumes")
+    }
+
+    /// Views with a record, a directory each.
+    pub fn views(&self) -> PathBuf {
+        self.0.join("views")
     }
 
     /// Kernels that machines boot, a directory each.

@@ -11,7 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::CompleteEnv;
 use kiln_contract::Home;
 
-use crate::commands::{self, image, kernel, network, snapshot, system, template, volume};
+use crate::commands::{self, fs, image, kernel, network, snapshot, system, template, volume};
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit, Owner};
@@ -113,6 +113,9 @@ enum Command {
     #[command(subcommand, arg_required_else_help = true)]
     Template(template::Command),
     Init(commands::init::Args),
+    /// See images as directories, edit them and commit what was changed
+    #[command(subcommand, arg_required_else_help = true)]
+    Fs(fs::Command),
     /// Look at and care for the whole
     #[command(subcommand, arg_required_else_help = true)]
     System(system::Command),
@@ -198,7 +201,9 @@ pub(crate) fn main() -> ExitCode {
 
 impl Cli {
     fn run(self) -> Result<Exit> {
-        start_logging(self.global.verbose)?;
+        // Their servers go on in the background, and what is wrong with a tree is told in their log only.
+        let usual = matches!(self.command, Command::Fs(_)).then_some("error");
+        start_logging(self.global.verbose, usual)?;
         if let Some(result) = self.command.run_without_home() {
             return result;
         }
@@ -228,11 +233,14 @@ fn settle_home(given: Option<PathBuf>) -> Result<Home> {
     Ok(home)
 }
 
-/// Spans and events go to standard error with `--verbose`, or as `$KILN_LOG` says; nothing is set up otherwise.
-fn start_logging(verbose: u8) -> Result<()> {
+/// Spans and events go to standard error with `--verbose`, or as `$KILN_LOG` says; else as is `usual`, or nothing is set up.
+fn start_logging(verbose: u8, usual: Option<&str>) -> Result<()> {
     let given = std::env::var("KILN_LOG").ok().filter(|text| !text.is_empty());
     let directives = match (verbose, given) {
-        (0, None) => return Ok(()),
+        (0, None) => match usual {
+            Some(usual) => usual.to_owned(),
+            None => return Ok(()),
+        },
         (0, Some(text)) => text,
         (1, _) => "info".to_owned(),
         (_, _) => "debug".to_owned(),
@@ -252,6 +260,7 @@ impl Command {
     fn owner(&self) -> Owner {
         match self {
             Self::Run(_) | Self::Create(_) | Self::Exec(_) => Owner::Workload,
+            Self::Fs(command) => command.owner(),
             _ => Owner::Kiln,
         }
     }
@@ -308,6 +317,7 @@ impl Command {
             Self::Kernel(command) => command.run(context),
             Self::Template(command) => command.run(context),
             Self::Init(args) => args.run(context),
+            Self::Fs(command) => command.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
             Self::Monitor(args) => args.run(context),

@@ -47,6 +47,11 @@ pub(crate) fn images(current: &OsStr) -> Vec<CompletionCandidate> {
     beginning(current, tags.into_iter().map(|(name, _)| name.familiar()))
 }
 
+/// Names of views.
+pub(crate) fn views(current: &OsStr) -> Vec<CompletionCandidate> {
+    beginning(current, files(Home::views, ""))
+}
+
 /// Names of volumes.
 pub(crate) fn volumes(current: &OsStr) -> Vec<CompletionCandidate> {
     beginning(current, files(Home::volumes, ""))

@@ -67,6 +67,8 @@ pub struct Served<'a> {
     pub below_overlay: bool,
     /// Whether the server is to end with the thread that starts it.
     pub bound: bool,
+    /// Where it writes what it has to say; standard error otherwise.
+    pub log: Option<&'a Path>,
 }
 
 /// A server that has nothing to serve yet. Dropping it ends it.
@@ -99,7 +101,8 @@ struct Process(Option<OwnedFd>);
 /// As [`start`] and [`Server::mount`].
 pub fn mount(tree: &Path, objects: &Path, target: &Path) -> Result<Mounted, BackendError> {
     let owners = Owners::Kept;
-    start(&Served { tree, objects, scratch: None, owners, below_overlay: true, bound: true })?.mount(target)
+    start(&Served { tree, objects, scratch: None, owners, below_overlay: true, bound: true, log: None })?
+        .mount(target)
 }
 
 /// Starts a server.
@@ -111,7 +114,7 @@ pub fn mount(tree: &Path, objects: &Path, target: &Path) -> Result<Mounted, Back
 /// The tree cannot be read or is none, the objects' directory or the scratch cannot be opened, or the scratch is in use or on
 /// a file system that can hold none.
 pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
-    let Served { tree, objects, scratch, owners, below_overlay, bound } = *served;
+    let Served { tree, objects, scratch, owners, below_overlay, bound, log } = *served;
     let cannot = |what: &str, path: &Path, why: std::io::Error| {
         BackendError::caused(format!("cannot {what} {}", path.display()), why)
     };
@@ -127,6 +130,12 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
             .map_err(|error| cannot("open the objects in", objects, error.into()))?;
     let trusted = crate::userns::is_root_of_host();
     let upper = scratch.map(|scratch| edit::Upper::open(scratch, trusted)).transpose()?;
+    let log = log
+        .map(|path| {
+            let opened = File::options().create(true).append(true).open(path);
+            opened.map_err(|error| cannot("open the log", path, error))
+        })
+        .transpose()?;
     let (socket, theirs) = UnixStream::pair().map_err(|error| cannot("start a server for", tree, error))?;
     let parent = getpid();
     // SAFETY: the child allocates, which the C library permits after fork, and never returns from `serve`.
@@ -136,6 +145,10 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
             let served = std::panic::catch_unwind(|| {
                 let mut keep = vec![theirs.as_fd(), objects_at.as_fd()];
                 keep.extend(upper.iter().flat_map(edit::Upper::descriptors));
+                if let Some(log) = log {
+                    // Whoever reads the caller's standard error is not to wait for this process too.
+                    rustix::stdio::dup2_stderr(log)?;
+                }
                 prepare_child(bound.then_some(parent), &keep);
                 let Some(device) = attach::receive(&theirs)? else { return Ok(()) };
                 drop(theirs);

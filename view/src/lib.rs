@@ -9,6 +9,9 @@
 //! 2. A FUSE server reads the same file and serves it below a kernel overlay: what unprivileged users get, inside
 //!    the user namespace that [`userns::enter`] makes.
 //!
+//! The same server edits a tree by itself, with a scratch in overlayfs's form and without overlayfs ([`fuse`]).
+//! [`views`] keeps views with names, each in a mount namespace of its own, and makes layers of what was changed in them.
+//!
 //! ```no_run
 //! use kiln_contract::{ViewBackend, ViewRequest};
 //!
@@ -25,13 +28,17 @@
 //! ```
 
 mod changes;
+mod contents;
 #[cfg(target_os = "linux")]
 pub mod fuse;
 #[cfg(target_os = "linux")]
 mod overlay;
 #[cfg(target_os = "linux")]
 pub mod userns;
+#[cfg(target_os = "linux")]
+pub mod views;
 
 pub use changes::{changes, root_attributes};
+pub use contents::{ContentsEntry, TreeContents};
 #[cfg(target_os = "linux")]
 pub use overlay::Overlay;

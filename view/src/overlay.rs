@@ -27,6 +27,8 @@ use crate::{fuse, userns};
 #[derive(Debug, Default)]
 pub struct Overlay {
     servers: Mutex<Vec<fuse::Mounted>>,
+    /// For the first view that is mounted.
+    ready: Mutex<Option<fuse::Server>>,
 }
 
 /// How an overlay is told its lower layers, and where it finds the objects that the tree names.
@@ -48,6 +50,18 @@ impl Overlay {
         Self::default()
     }
 
+    /// A back end whose first view stands on what a server that was started before serves (without a scratch, and below an
+    /// overlay).
+    pub fn on(server: fuse::Server) -> Self {
+        Self { servers: Mutex::default(), ready: Mutex::new(Some(server)) }
+    }
+
+    /// Leaves the servers of what is mounted still to themselves: each ends with its view.
+    pub fn leave(self) {
+        let servers = self.servers.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        servers.into_iter().for_each(fuse::Mounted::leave);
+    }
+
     fn mount_kernel(&self, request: &ViewRequest) -> Result<(), Failure> {
         let tree = mount_file_system("erofs", &[("source", request.tree.as_os_str().as_encoded_bytes())])?;
         attach(&tree, &request.target)?;
@@ -56,7 +70,11 @@ impl Overlay {
     }
 
     fn mount_fuse(&self, request: &ViewRequest) -> Result<(), BackendError> {
-        let server = fuse::mount(&request.tree, &request.objects, &request.target)?;
+        let ready = self.ready.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let server = match ready {
+            Some(server) => server.mount(&request.target)?,
+            None => fuse::mount(&request.tree, &request.objects, &request.target)?,
+        };
         let stacked = stack(request, Form::Whole).or_else(|failure| match failure.errno {
             Errno::INVAL => stack(request, Form::WholeInOne),
             _ => Err(failure),

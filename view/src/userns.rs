@@ -12,7 +12,7 @@ use std::process::Command;
 use kiln_contract::{BackendError, ErrorKind};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Uid, User, fork, geteuid, getgid, getpid, getuid, setgroups};
+use nix::unistd::{ForkResult, Uid, User, fork, getegid, geteuid, getgid, getpid, getuid, setgroups};
 
 /// How ids in the namespace are ids outside: (inside, outside, count).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -74,28 +74,43 @@ pub fn enter() -> Result<(), BackendError> {
     let helped = plan.uids.len() > 1 && plan.gids.len() > 1;
     let mapped = if helped { Some(map_from_outside(&plan)?) } else { None };
     let (uid, gid) = (getuid(), getgid());
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).map_err(|error| {
-        BackendError::caused("cannot make a user namespace", error)
-            .of_kind(ErrorKind::Unsupported)
-            .hint("unprivileged user namespaces are off on this host: see `kiln system doctor`")
-    })?;
+    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS).map_err(forbidden)?;
     match mapped {
         Some(helper) => helper.finish()?,
-        None => {
-            let write = |path: &str, text: String| {
-                fs::write(path, text)
-                    .map_err(|error| BackendError::caused(format!("cannot write {path}"), error))
-            };
-            write("/proc/self/setgroups", "deny".into())?;
-            write("/proc/self/uid_map", format!("0 {uid} 1"))?;
-            write("/proc/self/gid_map", format!("0 {gid} 1"))?;
-        }
+        None => map_one((0, uid.as_raw()), (0, gid.as_raw()))?,
     }
     if helped {
         // The user's other groups have no number in here, and would show as `nogroup` in every container.
         let _ = setgroups(&[]);
     }
     Ok(())
+}
+
+/// Moves this process into a new user namespace in which it is the user that it was, with all rights over what is that
+/// user's. Programs that it executes have none of these rights. It must have one thread only.
+///
+/// # Errors
+/// With [`ErrorKind::Unsupported`] if the host forbids user namespaces; the hint says how to allow them.
+pub fn enter_as_self() -> Result<(), BackendError> {
+    let (uid, gid) = (geteuid(), getegid());
+    unshare(CloneFlags::CLONE_NEWUSER).map_err(forbidden)?;
+    map_one((uid.as_raw(), uid.as_raw()), (gid.as_raw(), gid.as_raw()))
+}
+
+fn forbidden(error: nix::errno::Errno) -> BackendError {
+    BackendError::caused("cannot make a user namespace", error)
+        .of_kind(ErrorKind::Unsupported)
+        .hint("unprivileged user namespaces are off on this host: see `kiln system doctor`")
+}
+
+/// Maps one user and one group, which needs no help: each as (inside, outside).
+fn map_one(uid: (u32, u32), gid: (u32, u32)) -> Result<(), BackendError> {
+    let write = |path: &str, text: String| {
+        fs::write(path, text).map_err(|error| BackendError::caused(format!("cannot write {path}"), error))
+    };
+    write("/proc/self/setgroups", "deny".into())?;
+    write("/proc/self/uid_map", format!("{} {} 1", uid.0, uid.1))?;
+    write("/proc/self/gid_map", format!("{} {} 1", gid.0, gid.1))
 }
 
 /// A child that stays outside to write the maps, since only a process outside, with the set-uid helpers, may.

@@ -511,6 +511,7 @@ fn edits(directory: &Path) {
             owners: Owners::One { uid, gid },
             below_overlay: false,
             bound: true,
+            log: None,
         };
         fuse::start(&served).unwrap().mount(&files.target).unwrap()
     };

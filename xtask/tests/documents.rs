@@ -224,6 +224,7 @@ documents! {
     the_page_on_disks_does_what_it_says: "docs/concepts/disks.md",
     the_page_on_machines_does_what_it_says: "docs/concepts/machines.md",
     the_page_on_network_policy_does_what_it_says: "docs/concepts/network-policy.md",
+    the_page_on_views_does_what_it_says: "docs/concepts/views.md",
     the_page_on_volumes_of_machines_does_what_it_says: "docs/concepts/volumes-of-machines.md",
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod create;
 pub(crate) mod diff;
 pub(crate) mod exec;
 pub(crate) mod fork;
+pub(crate) mod fs;
 pub(crate) mod image;
 pub(crate) mod init;
 pub(crate) mod inspect;

@@ -89,7 +89,7 @@ impl Ground {
         objects: &'a Path,
         scratch: Option<&'a Scratch>,
     ) -> Served<'a> {
-        Served { tree, objects, scratch, owners: Owners::Kept, below_overlay: false, bound: true }
+        Served { tree, objects, scratch, owners: Owners::Kept, below_overlay: false, bound: true, log: None }
     }
 
     pub(crate) fn serve(&self, scratch: Option<&Scratch>) -> Mounted {

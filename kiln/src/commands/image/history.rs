@@ -10,7 +10,7 @@ use crate::complete;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::Exit;
-use crate::output::{FormatArgs, Table, clip, print_rows};
+use crate::output::{Format, FormatArgs, Table, clip, print_rows};
 use crate::resolve::ago;
 
 /// Show how an image was made, newest step first; or with --tag, what its name pointed to
@@ -60,7 +60,7 @@ struct Target {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         if self.tag {
-            self.targets(context)?;
+            targets(context, &self.image, self.no_trunc, self.format.format)?;
         } else {
             self.steps(context)?;
         }
@@ -109,35 +109,40 @@ impl Args {
         })
     }
 
-    fn targets(&self, context: &Context) -> Result<()> {
-        let store = context.store()?;
-        let name = ImageName::parse(&self.image)?;
-        let entries = store.tag_history(&name)?;
-        if entries.is_empty() {
-            return Err(CliError::failed(format!("there is no tag `{}`", name.familiar())));
-        }
-        let rows: Vec<Target> = entries
-            .into_iter()
-            .rev()
-            .enumerate()
-            .map(|(back, entry)| Target {
-                name: if back == 0 { name.familiar() } else { format!("{}~{back}", name.familiar()) },
-                time: entry.time,
-                target: entry.target,
-                note: entry.note,
-            })
-            .collect();
-        let now = Timestamp::now();
-        print_rows(self.format.format, &rows, |rows| {
-            let mut table = Table::new(["NAME", "DIGEST", "WHEN", "BY"]);
-            for row in rows {
-                table.row([row.name.clone(), self.digest(row.target), ago(row.time, now), row.note.clone()]);
-            }
-            table
-        })
-    }
-
     fn digest(&self, digest: Digest) -> String {
-        if self.no_trunc { digest.to_string() } else { digest.short() }
+        shown(digest, self.no_trunc)
     }
+}
+
+fn shown(digest: Digest, whole: bool) -> String {
+    if whole { digest.to_string() } else { digest.short() }
+}
+
+/// Prints what a name pointed to, newest first.
+pub(crate) fn targets(context: &Context, name: &str, no_trunc: bool, format: Format) -> Result<()> {
+    let store = context.store()?;
+    let name = ImageName::parse(name)?;
+    let entries = store.tag_history(&name)?;
+    if entries.is_empty() {
+        return Err(CliError::failed(format!("there is no tag `{}`", name.familiar())));
+    }
+    let rows: Vec<Target> = entries
+        .into_iter()
+        .rev()
+        .enumerate()
+        .map(|(back, entry)| Target {
+            name: if back == 0 { name.familiar() } else { format!("{}~{back}", name.familiar()) },
+            time: entry.time,
+            target: entry.target,
+            note: entry.note,
+        })
+        .collect();
+    let now = Timestamp::now();
+    print_rows(format, &rows, |rows| {
+        let mut table = Table::new(["NAME", "DIGEST", "WHEN", "BY"]);
+        for row in rows {
+            table.row([row.name.clone(), shown(row.target, no_trunc), ago(row.time, now), row.note.clone()]);
+        }
+        table
+    })
 }

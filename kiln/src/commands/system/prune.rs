@@ -2,6 +2,7 @@
 
 use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
 use kiln_store::{GcOptions, Store};
+use kiln_view::views::Views;
 use serde::Serialize;
 
 use crate::backends::Backends;
@@ -120,8 +121,11 @@ fn remove_instances(instances: &Backends, volumes: bool, dry_run: bool) -> Resul
 pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_run: bool) -> Result<Removed> {
     let below = Store::open(context.home())?.mount_point_layer()?;
     let in_use = || -> Result<Vec<Digest>> {
-        let records = instances.list()?.into_iter();
-        Ok(records.flat_map(|record| [vec![record.spec.image_id], record.spec.layers].concat()).collect())
+        let instances = instances.list()?.into_iter();
+        let of_instances = instances.map(|record| [vec![record.spec.image_id], record.spec.layers].concat());
+        let views = Views::open(context.home()).list()?.into_iter();
+        let of_views = views.map(|record| [vec![record.image], record.layers].concat());
+        Ok(of_instances.chain(of_views).flatten().collect())
     };
     let options = GcOptions { untagged: true, all, below, dry_run };
     let report = Store::gc(context.home(), in_use, &options)?;

@@ -1,0 +1,132 @@
+//! `kiln fs …`.
+
+mod cat;
+mod commit;
+mod diff;
+mod info;
+mod join;
+mod log;
+mod ls;
+mod run;
+mod runtimes;
+mod shell;
+
+use clap::Subcommand;
+use kiln_contract::{Digest, ErrorKind};
+use kiln_store::{Store, StoreError};
+use kiln_view::TreeContents;
+use kiln_view::views::{VARIABLE, ViewRecord, Views};
+
+use super::image;
+use crate::context::Context;
+use crate::error::{CliError, Result};
+use crate::exit::{Exit, Owner};
+use crate::suggest;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Run(Box<run::Args>),
+    Shell(Box<shell::Args>),
+    Join(join::Args),
+    Commit(commit::Args),
+    Diff(diff::Args),
+    Info(info::Args),
+    Ls(ls::Args),
+    Cat(cat::Args),
+    Tag(image::tag::Args),
+    Log(log::Args),
+    Push(image::push::Args),
+    Pull(image::pull::Args),
+    /// Work with the views that there are
+    #[command(subcommand, arg_required_else_help = true)]
+    Runtimes(runtimes::Command),
+}
+
+impl Command {
+    /// To whom the exit code belongs.
+    pub(crate) fn owner(&self) -> Owner {
+        match self {
+            Self::Run(_) | Self::Shell(_) | Self::Join(_) => Owner::Workload,
+            _ => Owner::Kiln,
+        }
+    }
+
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        match self {
+            Self::Run(args) => args.run(context),
+            Self::Shell(args) => args.run(context),
+            Self::Join(args) => args.run(context),
+            Self::Commit(args) => args.run(context),
+            Self::Diff(args) => args.run(context),
+            Self::Info(args) => args.run(context),
+            Self::Ls(args) => args.run(context),
+            Self::Cat(args) => args.run(context),
+            Self::Tag(args) => args.run(context),
+            Self::Log(args) => args.run(context),
+            Self::Push(args) => args.run(context),
+            Self::Pull(args) => args.run(context),
+            Self::Runtimes(command) => command.run(context),
+        }
+    }
+}
+
+/// What `REF[+REF…]` names: a stack, and the image whose configuration it has, which is the first's.
+struct Stack {
+    image: Digest,
+    layers: Vec<Digest>,
+}
+
+fn stack(store: &Store, reference: &str) -> Result<Stack> {
+    let mut stack: Option<Stack> = None;
+    for part in reference.split('+') {
+        let image = store.resolve(part).map_err(|error| {
+            let missing = matches!(error, StoreError::NotFound { .. });
+            let error = CliError::from(error);
+            if missing && error.hint().is_none() {
+                return error.with_hint(format!("fetch it first: kiln fs pull {part}"));
+            }
+            error
+        })?;
+        match &mut stack {
+            None => stack = Some(Stack { image: image.id, layers: image.layers }),
+            Some(stack) => {
+                // What is there already is not put over what came after it once more.
+                let new: Vec<Digest> =
+                    image.layers.into_iter().filter(|layer| !stack.layers.contains(layer)).collect();
+                stack.layers.extend(new);
+            }
+        }
+    }
+    stack.ok_or_else(|| CliError::usage("there is nothing to be seen"))
+}
+
+/// What a reference names, to be looked at.
+fn contents(context: &Context, reference: &str) -> Result<TreeContents> {
+    let store = context.store()?;
+    let stack = stack(&store, reference)?;
+    Ok(TreeContents::open(&store.merged_tree(&stack.layers)?, &store.objects_dir())?)
+}
+
+/// A view by its name; without one, that in which this command runs.
+fn find_view(views: &Views, name: Option<&str>) -> Result<ViewRecord> {
+    let Some(name) = name.map(str::to_owned).or_else(|| std::env::var(VARIABLE).ok()) else {
+        return Err(CliError::usage("which view? This command does not run in one")
+            .with_hint("name one: `kiln fs runtimes ls` lists them"));
+    };
+    views.find(&name).map_err(|error| {
+        let missing = error.kind() == ErrorKind::NotFound;
+        let all = if missing { views.list().unwrap_or_default() } else { Vec::new() };
+        let error = CliError::from(error);
+        match suggest::nearest(&name, all.iter().map(|record| record.name.as_str())) {
+            Some(near) => error.with_hint(format!("did you mean `{near}`?")),
+            None => error,
+        }
+    })
+}
+
+/// As shells tell it: the command's own code, or 128 and the signal that ended it.
+fn ended(status: std::process::ExitStatus) -> Exit {
+    use std::os::unix::process::ExitStatusExt as _;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
+    Exit(u8::try_from(code).unwrap_or(255))
+}

@@ -1,0 +1,136 @@
+//! `kiln fs run`, and the entering of views for `shell` too.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use clap_complete::engine::ArgValueCompleter;
+use kiln_contract::ErrorKind;
+use kiln_view::views::{Backend, NewView, View, Views};
+
+use super::{ended, stack};
+use crate::complete;
+use crate::context::Context;
+use crate::error::{CliError, Result};
+use crate::exit::{self, Exit};
+use crate::resolve::random_name;
+
+/// Run a command that sees an image, or several as one, at a path
+///
+/// Only the command and what it starts see it. With --edit they may change everything; `kiln fs commit` keeps what was
+/// changed. `$KILN_VIEW` names the view.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "The exit code is the command's own; 125 if Kiln failed, 126 if the command cannot be executed, 127 if it is\nnot there.\n\nExamples:\n  kiln fs run me/tools:1 -- /kiln/bin/make\n  kiln fs run me/base+me/compiler+me/libs --edit --at /opt/env -- sh"
+)]
+pub(crate) struct Args {
+    /// What is to be seen; of several, joined by `+`, later ones lie over earlier ones
+    #[arg(value_name = "REF[+REF…]", required_unless_present = "rerun", add = ArgValueCompleter::new(complete::images))]
+    reference: Option<String>,
+    #[command(flatten)]
+    view: ViewArgs,
+    /// Enter a kept view again, with what was changed in it
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["reference", "name", "edit", "keep", "at", "backend"])]
+    rerun: Option<String>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// How it is to be seen.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ViewArgs {
+    /// It may be changed
+    #[arg(short, long)]
+    edit: bool,
+    /// The directory where it is seen
+    #[arg(long, value_name = "PATH", default_value = "/kiln")]
+    at: PathBuf,
+    /// The view and what was changed in it stay when nobody is in it any more
+    #[arg(long)]
+    keep: bool,
+    /// A name for the view; a random one otherwise
+    #[arg(long)]
+    name: Option<String>,
+    /// How it is shown: by the kernel's overlay, or by a FUSE server
+    #[arg(long, default_value = "auto")]
+    backend: Choice,
+}
+
+/// Which back end is to show a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    /// The overlay for root, FUSE for others
+    Auto,
+    /// The kernel's overlay
+    Overlay,
+    /// A FUSE server
+    Fuse,
+}
+
+impl Args {
+    pub(crate) fn run(self, context: &Context) -> Result<Exit> {
+        match (&self.rerun, &self.reference) {
+            (Some(name), _) => {
+                let view = Views::open(context.home()).reopen(name, self.command.clone())?;
+                run_in(view, &self.command)
+            }
+            (None, Some(reference)) => run_new(context, reference, &self.view, &self.command),
+            (None, None) => Err(CliError::usage("there is nothing to be seen")),
+        }
+    }
+}
+
+/// Makes a view and runs a command in it.
+pub(super) fn run_new(
+    context: &Context,
+    reference: &str,
+    args: &ViewArgs,
+    command: &[String],
+) -> Result<Exit> {
+    let views = Views::open(context.home());
+    // What was killed is cleaned up by who comes next; what cannot be is no reason not to go on.
+    if let Err(error) = views.prune(false) {
+        tracing::warn!(%error, "a view that nobody uses cannot be removed");
+    }
+    let store = context.store()?;
+    let stack = stack(&store, reference)?;
+    drop(store);
+    let at = std::path::absolute(&args.at)
+        .map_err(|error| CliError::file(format!("cannot use --at {}", args.at.display()), error))?;
+    let backend = match args.backend {
+        Choice::Auto => None,
+        Choice::Overlay => Some(Backend::Overlay),
+        Choice::Fuse => Some(Backend::Fuse),
+    };
+    let new = NewView {
+        name: String::new(),
+        reference: reference.to_owned(),
+        image: stack.image,
+        layers: stack.layers,
+        at,
+        backend,
+        editable: args.edit,
+        keep: args.keep,
+        command: command.to_vec(),
+    };
+    let mut attempt = 0;
+    let view = loop {
+        let name = args.name.clone().unwrap_or_else(|| random_name(attempt));
+        match views.create(NewView { name, ..new.clone() }) {
+            // A random name that is taken: another one.
+            Err(error) if error.kind() == ErrorKind::Conflict && args.name.is_none() && attempt < 8 => {
+                attempt += 1;
+            }
+            other => break other?,
+        }
+    };
+    run_in(view, command)
+}
+
+fn run_in(mut view: View, command: &[String]) -> Result<Exit> {
+    let ran = view.enter().and_then(|()| view.run(command));
+    if let Err(error) = view.leave() {
+        exit::print_error(&error.into());
+    }
+    Ok(ended(ran?))
+}

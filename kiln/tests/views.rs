@@ -1,0 +1,406 @@
+//! `kiln fs`: views from their making to their end, as root and as an ordinary user, by both back ends.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use common::{Ended, Home, IMAGE, until};
+use kiln_fixtures::OrdinaryUser;
+use serde_json::Value;
+
+const BACKENDS: [&str; 2] = ["overlay", "fuse"];
+
+/// A home with an image in it, somebody who uses it, and a directory of his.
+struct Place {
+    root: Home,
+    user: Option<(OrdinaryUser, tempfile::TempDir)>,
+}
+
+impl Place {
+    /// As root; `None` where the host cannot.
+    fn of_root() -> Option<Self> {
+        Some(Self { root: Home::with_busybox()?, user: None })
+    }
+
+    /// As an ordinary user.
+    fn of_user() -> Option<Self> {
+        let (user, root) = (OrdinaryUser::get()?, Home::with_busybox()?);
+        let directory = user.tempdir();
+        let archive = directory.path().join("busybox.tar");
+        root.ok(["image", "export", "-q", "-o", archive.to_str().unwrap(), IMAGE]);
+        fs::set_permissions(&archive, fs::Permissions::from_mode(0o644)).unwrap();
+        let place = Self { root, user: Some((user, directory)) };
+        place.ok(&["image", "import", "-q", archive.to_str().unwrap()]);
+        Some(place)
+    }
+
+    /// Everybody that this host has.
+    fn all() -> Vec<Self> {
+        Self::of_root().into_iter().chain(Self::of_user()).collect()
+    }
+
+    fn home(&self) -> PathBuf {
+        self.user.as_ref().map_or_else(|| self.root.path(), |(_, directory)| directory.path().join("home"))
+    }
+
+    fn beside(&self, name: &str) -> PathBuf {
+        self.home().parent().unwrap().join(name)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let Some((user, directory)) = &self.user else { return self.root.command(words) };
+        let mut command = user.command(Path::new(env!("CARGO_BIN_EXE_kiln")));
+        command.args(words).env("KILN_HOME", self.home()).stdin(Stdio::null()).current_dir(directory);
+        command
+    }
+
+    fn kiln(&self, words: &[&str]) -> Ended {
+        common::finish(self.command(words))
+    }
+
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        let ended = self.kiln(words);
+        assert_eq!(ended.code, 0, "{words:?}: {ended:?}");
+        ended.stdout.trim_end().to_owned()
+    }
+
+    fn views(&self) -> String {
+        self.ok(&["fs", "runtimes", "ls", "-q"])
+    }
+
+    /// The program for scripts that run in views.
+    fn program(&self) -> String {
+        self.command(&[]).get_program().to_str().unwrap().to_owned()
+    }
+}
+
+#[test]
+fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
+    for place in Place::all() {
+        for backend in BACKENDS {
+            let at = place.beside("at");
+            let at = at.to_str().unwrap();
+            // Whose it is makes it, so that an ordinary user may mount there.
+            if let Some((user, _)) = &place.user {
+                let made = place.ok(&["fs", "ls", IMAGE, "/etc/passwd", "--format", "json"]);
+                assert!(made.contains("passwd"), "{made}");
+                fs::create_dir_all(at).unwrap();
+                std::os::unix::fs::chown(at, Some(user.uid), Some(user.gid)).unwrap();
+            }
+            let script =
+                format!("cat {at}/var/www/index.html; echo $KILN_VIEW; touch {at}/x 2>/dev/null || echo no");
+            let words = [
+                "fs",
+                "run",
+                IMAGE,
+                "--at",
+                at,
+                "--backend",
+                backend,
+                "--name",
+                "v",
+                "--",
+                "sh",
+                "-c",
+                &script,
+            ];
+            assert_eq!(place.ok(&words), "hello from kiln\nv\nno", "{backend}");
+            assert_eq!(fs::read_dir(at).unwrap().count(), 0, "{backend}");
+            assert_eq!(place.views(), "");
+            let program = format!("{at}/bin/busybox");
+            assert_eq!(
+                place.ok(&[
+                    "fs",
+                    "run",
+                    IMAGE,
+                    "--at",
+                    at,
+                    "--backend",
+                    backend,
+                    "--",
+                    &program,
+                    "echo",
+                    "ran"
+                ]),
+                "ran"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_was_edited_is_told_committed_and_rolled_back() {
+    for place in Place::all() {
+        for backend in BACKENDS {
+            let tag = format!("me/{backend}:1");
+            place.ok(&["fs", "tag", IMAGE, &tag]);
+            let kiln = place.program();
+            let script = format!(
+                "set -e; cd /kiln; echo new > new; rm etc/group; mv home moved; echo more >> etc/passwd; chmod 500 var
+                 cp -p bin/busybox true; ./true; {kiln} fs diff; {kiln} fs commit -t {tag} -m changed >/dev/null"
+            );
+            let at = if place.user.is_some() {
+                "/kiln".to_owned()
+            } else {
+                place.beside("root-at").display().to_string()
+            };
+            let script = script.replace("cd /kiln", &format!("cd {at}"));
+            let told = place.ok(&[
+                "fs",
+                "run",
+                &tag,
+                "-e",
+                "--at",
+                &at,
+                "--backend",
+                backend,
+                "--",
+                "sh",
+                "-c",
+                &script,
+            ]);
+            let wanted = "C /etc\nD /etc/group\nC /etc/passwd\nD /home\nA /moved\nA /moved/app\nA /new\nA /true\nC /var";
+            assert_eq!(told, wanted, "{backend}");
+            assert_eq!(place.views(), "");
+            let committed =
+                place.ok(&["fs", "diff", IMAGE, &tag]).replace("C /etc\n", "").replace("D /home/app\n", "");
+            let wanted = wanted.replace("C /etc\n", "");
+            assert_eq!(committed, wanted, "{backend}");
+            let rows: Value =
+                serde_json::from_str(&place.ok(&["fs", "ls", &tag, "--format", "json"])).unwrap();
+            for row in rows.as_array().unwrap() {
+                assert_eq!((&row["uid"], &row["gid"]), (&Value::from(0), &Value::from(0)), "{row}");
+            }
+            assert_eq!(place.ok(&["fs", "cat", &tag, "new"]), "new");
+            // As it was.
+            let before = format!("{tag}~1");
+            assert!(place.kiln(&["fs", "cat", &before, "new"]).stderr.contains("there is no `new`"));
+            assert_eq!(
+                place.ok(&["fs", "run", &before, "--at", &at, "--", "ls", &format!("{at}/home")]),
+                "app"
+            );
+            let log: Value =
+                serde_json::from_str(&place.ok(&["fs", "log", &tag, "--format", "json"])).unwrap();
+            assert_eq!(log.as_array().unwrap().len(), 2);
+        }
+    }
+}
+
+#[test]
+fn several_images_are_seen_as_one() {
+    let Some(place) = Place::of_root() else { return };
+    let at = place.beside("at").display().to_string();
+    for (name, change) in
+        [("one", "echo 1 > one; echo 1 > both"), ("two", "echo 2 > two; echo 2 > both; rm etc/group")]
+    {
+        let script = format!("cd {at} && {change} && {} fs commit -t me/{name}", place.program());
+        place.ok(&["fs", "run", IMAGE, "-e", "--at", &at, "--", "sh", "-c", &script]);
+    }
+    for (reference, expected) in [("me/one+me/two", "1\n2\n2"), ("me/two+me/one", "1\n2\n1")] {
+        let script = format!("cd {at}; cat one two both; test ! -e etc/group");
+        assert_eq!(place.ok(&["fs", "run", reference, "--at", &at, "--", "sh", "-c", &script]), expected);
+    }
+    let wrong = place.kiln(&["fs", "run", "me/one+me/tow", "--at", &at, "--", "true"]);
+    assert!(wrong.code == 125 && wrong.stderr.contains("me/two"), "{wrong:?}");
+}
+
+#[test]
+fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
+    for place in Place::all() {
+        for backend in BACKENDS {
+            let at = if place.user.is_some() {
+                "/kiln".to_owned()
+            } else {
+                place.beside("at").display().to_string()
+            };
+            let make = [
+                "fs",
+                "run",
+                IMAGE,
+                "-e",
+                "--keep",
+                "--name",
+                "kept",
+                "--at",
+                &at,
+                "--backend",
+                backend,
+                "--",
+            ];
+            place.ok(&[&make[..], &["sh", "-c", &format!("echo one > {at}/one")]].concat());
+            assert_eq!(place.views(), "kept");
+            let taken = place.kiln(&[&make[..], &["true"]].concat());
+            assert!(taken.code == 125 && taken.stderr.contains("already"), "{taken:?}");
+            let again = ["fs", "run", "--rerun", "kept", "--"];
+            let script = format!("cat {at}/one; echo two > {at}/two; exec sleep 60");
+            let mut command = place.command(&[&again[..], &["sh", "-c", &script]].concat());
+            let mut running = command.stdout(Stdio::null()).spawn().unwrap();
+            let two = place.home().join("views/kept/upper/two");
+            until("the view is changed", || two.exists());
+            let joined = place.ok(&[
+                "fs",
+                "join",
+                "kept",
+                "--",
+                "sh",
+                "-c",
+                &format!("cat {at}/one {at}/two; echo $KILN_VIEW"),
+            ]);
+            assert_eq!(joined, "one\ntwo\nkept", "{backend}");
+            let info: Value = serde_json::from_str(&place.ok(&["fs", "info", "kept"])).unwrap();
+            assert_eq!((&info["active"], &info["backend"]), (&Value::from(true), &Value::from(backend)));
+            for refused in
+                [&["fs", "runtimes", "rm", "kept"][..], &["fs", "run", "--rerun", "kept", "--", "true"]]
+            {
+                let refused = place.kiln(refused);
+                assert!(refused.code != 0 && refused.stderr.contains("in use"), "{refused:?}");
+            }
+            // What ends it, it passes on.
+            let pid = rustix::process::Pid::from_child(&running);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            assert_eq!(running.wait().unwrap().code(), Some(128 + 15));
+            until("nobody is in the view", || {
+                place.ok(&["fs", "runtimes", "ls", "--format", "json"]).contains("\"active\": false")
+            });
+            assert_eq!(place.ok(&["fs", "diff", "kept"]), "A /one\nA /two");
+            assert_eq!(place.ok(&["fs", "runtimes", "rm", "kept"]), "kept");
+            assert_eq!(place.views(), "");
+            let none = place.kiln(&["fs", "join", "kept", "--", "true"]);
+            assert!(none.code == 125 && none.stderr.contains("there is no view `kept`"), "{none:?}");
+        }
+    }
+}
+
+#[test]
+fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
+    for place in Place::all() {
+        for backend in BACKENDS {
+            let at = if place.user.is_some() {
+                "/kiln".to_owned()
+            } else {
+                place.beside("at").display().to_string()
+            };
+            let (go, done) = (place.beside("go"), place.beside("done"));
+            let script = format!(
+                "echo old > {at}/text; (setsid sh -c 'until test -e {}; do sleep 0.05; done; cat {at}/text {at}/etc/group >/dev/null && echo late >> {at}/text && cp {at}/text {}' >/dev/null 2>&1 &)",
+                go.display(),
+                done.display()
+            );
+            place.ok(&[
+                "fs",
+                "run",
+                IMAGE,
+                "-e",
+                "--at",
+                &at,
+                "--backend",
+                backend,
+                "--",
+                "sh",
+                "-c",
+                &script,
+            ]);
+            assert_eq!(place.ok(&["fs", "runtimes", "prune"]), "", "{backend}: a daemon is in it");
+            assert_eq!(place.views().lines().count(), 1);
+            fs::write(&go, "").unwrap();
+            until("the daemon is done", || fs::read_to_string(&done).is_ok_and(|text| text == "old\nlate\n"));
+            until("nothing is left", || {
+                place.ok(&["fs", "runtimes", "prune"]);
+                place.views().is_empty()
+            });
+            fs::remove_file(&go).unwrap();
+            fs::remove_file(&done).unwrap();
+
+            // Killed: the view goes on with whoever is in it, and is cleaned up after that.
+            let words = ["fs", "run", IMAGE, "-e", "--at", &at, "--backend", backend, "--", "sh", "-c"];
+            let script = format!(
+                "echo old > {at}/text; touch {}; until test -e {}; do sleep 0.05; done; cp {at}/text {}",
+                place.beside("there").display(),
+                go.display(),
+                done.display()
+            );
+            let mut running = place.command(&[&words[..], &[&script]].concat()).spawn().unwrap();
+            until("the command runs", || place.beside("there").exists());
+            running.kill().unwrap();
+            running.wait().unwrap();
+            assert_eq!(place.ok(&["fs", "runtimes", "prune"]), "", "{backend}: somebody is in it");
+            fs::write(&go, "").unwrap();
+            until("the command is done", || fs::read_to_string(&done).is_ok_and(|text| text == "old\n"));
+            until("nothing is left", || {
+                place.ok(&["fs", "runtimes", "prune"]);
+                place.views().is_empty()
+            });
+            for name in ["go", "done", "there"] {
+                fs::remove_file(place.beside(name)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_view_may_be_in_a_view() {
+    for place in Place::all() {
+        let (outer, kiln) = (place.beside("outer").display().to_string(), place.program());
+        let make = format!("mkdir -p {outer}");
+        let script = format!(
+            "cd {outer}; echo outer > text; mkdir inner; {kiln} fs run {IMAGE} -e --at {outer}/inner -- sh -c 'echo inner > inner/text; cat text inner/text; {kiln} fs diff'; ls inner; {kiln} fs diff"
+        );
+        let command = format!("{make} && {kiln} fs run {IMAGE} -e --at {outer} -- sh -c \"$0\"");
+        let mut shell = match &place.user {
+            Some((user, _)) => user.command(Path::new("/bin/sh")),
+            None => Command::new("/bin/sh"),
+        };
+        shell.args(["-c", &command, &script]).env("KILN_HOME", place.home()).stdin(Stdio::null());
+        let ended = common::finish(shell);
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (0, "outer\ninner\nA /text\nA /inner\nA /text\n"),
+            "{ended:?}"
+        );
+    }
+}
+
+#[test]
+fn exit_codes_of_views_are_the_commands_own_or_say_why_there_is_none() {
+    let Some(place) = Place::of_root() else { return };
+    let at = place.beside("at").display().to_string();
+    let table: [(&[&str], i32); 5] = [
+        (&["true"], 0),
+        (&["sh", "-c", "exit 7"], 7),
+        (&["sh", "-c", "kill -9 $$"], 137),
+        (&["/no/such/program"], 127),
+        (&["/etc/passwd"], 126),
+    ];
+    for (command, code) in table {
+        let ended = place.kiln(&[&["fs", "run", IMAGE, "--at", &at, "--"], command].concat());
+        assert_eq!(ended.code, code, "{command:?}: {ended:?}");
+    }
+    let missing = place.kiln(&["fs", "run", "no/such", "--", "true"]);
+    assert!(missing.code == 125 && missing.stderr.contains("kiln fs pull no/such"), "{missing:?}");
+    let not_editable = format!("{} fs commit", place.program());
+    let refused = place.kiln(&["fs", "run", IMAGE, "--at", &at, "--", "sh", "-c", &not_editable]);
+    assert!(refused.code == 1 && refused.stderr.contains("--edit"), "{refused:?}");
+    let outside = place.kiln(&["fs", "diff"]);
+    assert!(outside.code == 2 && outside.stderr.contains("runtimes ls"), "{outside:?}");
+    fs::write(place.beside("file"), "").unwrap();
+    let file = place.beside("file").display().to_string();
+    assert_eq!(place.kiln(&["fs", "run", IMAGE, "--at", &file, "--", "true"]).code, 125);
+    assert_eq!(place.views(), "", "what fails leaves nothing");
+}
+
+#[test]
+fn an_image_stays_as_long_as_a_view_has_it() {
+    let Some(place) = Place::of_root() else { return };
+    let at = place.beside("at").display().to_string();
+    place.ok(&["fs", "run", IMAGE, "-e", "--keep", "--name", "kept", "--at", &at, "--", "true"]);
+    place.ok(&["system", "prune", "--all"]);
+    let cat = format!("{at}/var/www/index.html");
+    assert_eq!(place.ok(&["fs", "run", "--rerun", "kept", "--", "cat", &cat]), "hello from kiln");
+    place.ok(&["fs", "runtimes", "rm", "kept"]);
+    place.ok(&["system", "prune", "--all"]);
+    assert_eq!(place.ok(&["images", "-q"]), "");
+}

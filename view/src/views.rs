@@ -1,0 +1,387 @@
+//! Views with names: a stack at one path, seen by one process tree.
+//!
+//! `$KILN_HOME/views/<name>/` holds `view.json` ([`ViewRecord`]), `lock`, `log`, and the scratch of an editable view, `upper/` and
+//! `work/`. How a view lives:
+//!
+//! 1. [`Views::create`] takes the name: the directory and its lock are there before anything else, and the lock is held for
+//!    as long as the process that made the view lives.
+//! 2. [`View::enter`] moves that process to a mount namespace of its own (of an ordinary user, in a user namespace), and
+//!    mounts. What it starts sees the view; nobody else does. A FUSE server stays outside of the namespace: it ends with
+//!    the last mount, which ends with the last process in the namespace. Nobody has to watch anything.
+//! 3. [`View::leave`] takes away the record and the scratch, unless they are to be kept, or somebody is in the view still.
+//!    What a killed process left [`Views::prune`] finds: no lock is held, and no process is in the namespace.
+//!
+//! [`Views::commit`] makes a layer of a scratch at any time.
+
+mod enter;
+mod private_root;
+mod record;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home, Scratch};
+use kiln_store::{CommitRequest, IdKind, Store};
+use rustix::fs::FlockOperation;
+
+pub use self::enter::{VARIABLE, View, run};
+pub use self::record::{Backend, ViewRecord};
+
+type Result<T> = std::result::Result<T, BackendError>;
+
+/// The longest name of a view, in bytes.
+const NAME_MOST: usize = 100;
+
+/// The views of one home.
+#[derive(Debug, Clone)]
+pub struct Views {
+    home: Home,
+}
+
+/// What a view is to be.
+#[derive(Debug, Clone)]
+pub struct NewView {
+    /// Its name: letters, digits, and `_`, `.` and `-` but at the start.
+    pub name: String,
+    /// What it is a view of, in words.
+    pub reference: String,
+    /// The image whose configuration a commit goes on with.
+    pub image: Digest,
+    /// The stack, bottom first.
+    pub layers: Vec<Digest>,
+    /// Where it is to be seen: an absolute path.
+    pub at: PathBuf,
+    /// How it is to be shown; as suits this user best if `None`.
+    pub backend: Option<Backend>,
+    /// Whether it is to have a scratch.
+    pub editable: bool,
+    /// Whether it is to stay when its last process is gone.
+    pub keep: bool,
+    /// What will run in it.
+    pub command: Vec<String>,
+}
+
+impl Views {
+    /// The views of `home`. Nothing is read or made by this.
+    pub fn open(home: &Home) -> Self {
+        Self { home: home.clone() }
+    }
+
+    /// Makes a view. Nothing is mounted yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Conflict`] if the name is taken, [`ErrorKind::Invalid`] if it is none.
+    pub fn create(&self, new: NewView) -> Result<View> {
+        check_name(&new.name)?;
+        let directory = self.directory(&new.name);
+        let failed = |error| BackendError::caused(format!("cannot make {}", directory.display()), error);
+        fs::create_dir_all(self.home.views()).map_err(failed)?;
+        match fs::create_dir(&directory) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(BackendError::new(
+                    ErrorKind::Conflict,
+                    format!("there is a view `{}` already", new.name),
+                ));
+            }
+            Err(error) => return Err(failed(error)),
+        }
+        // Nobody may reach the scratch but through the view: it has files of many owners, set-user-id ones among them.
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        let lock = self.lock(&new.name)?.ok_or_else(|| {
+            BackendError::new(ErrorKind::Conflict, format!("the view `{}` is being removed", new.name))
+        })?;
+        let backend = new.backend.unwrap_or(if crate::userns::is_root_of_host() {
+            Backend::Overlay
+        } else {
+            Backend::Fuse
+        });
+        let record = ViewRecord {
+            format: record::FORMAT,
+            name: new.name,
+            reference: new.reference,
+            image: new.image,
+            layers: new.layers,
+            at: new.at,
+            backend,
+            editable: new.editable,
+            keep: new.keep,
+            created: Timestamp::now(),
+            command: new.command,
+            namespace: None,
+            owner: None,
+        };
+        let prepared = self.prepare(&record).and_then(|()| self.write(&record));
+        match prepared {
+            Ok(()) => Ok(View::new(self.clone(), record, lock)),
+            Err(error) => {
+                let _ = remove_all(&directory);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a view that was kept and has nobody in it, to enter it again.
+    ///
+    /// # Errors
+    /// There is none of that name, or it is in use.
+    pub fn reopen(&self, name: &str, command: Vec<String>) -> Result<View> {
+        let mut record = self.find(name)?;
+        let lock = self.lock(name)?.filter(|_| !in_use(&record));
+        let lock = lock.ok_or_else(|| {
+            BackendError::new(ErrorKind::State, format!("the view `{name}` is in use"))
+                .hint(format!("run something in it with: kiln fs join {name} -- COMMAND"))
+        })?;
+        record.command = command;
+        Ok(View::new(self.clone(), record, lock))
+    }
+
+    fn prepare(&self, record: &ViewRecord) -> Result<()> {
+        let Some(scratch) = self.scratch(record) else { return Ok(()) };
+        let tree = self.tree(&self.store()?, record)?;
+        let attributes = crate::root_attributes(&tree)?;
+        let failed =
+            |error| BackendError::caused(format!("cannot make the scratch of `{}`", record.name), error);
+        for path in [&scratch.upper, &scratch.work] {
+            fs::create_dir(path).map_err(failed)?;
+        }
+        // What an editable view shows as its root is the scratch's.
+        if crate::userns::is_root_of_host() {
+            std::os::unix::fs::chown(&scratch.upper, Some(attributes.uid), Some(attributes.gid))
+                .map_err(failed)?;
+        }
+        fs::set_permissions(&scratch.upper, fs::Permissions::from_mode(attributes.mode)).map_err(failed)
+    }
+
+    /// All views, by name.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn list(&self) -> Result<Vec<ViewRecord>> {
+        let mut names = Vec::new();
+        match fs::read_dir(self.home.views()) {
+            Ok(entries) => {
+                for entry in entries.flatten() {
+                    names.extend(entry.file_name().into_string());
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(BackendError::caused("cannot list the views", error)),
+        }
+        names.sort();
+        // One that is being made or removed has no record.
+        Ok(names.iter().filter_map(|name| self.find(name).ok()).collect())
+    }
+
+    /// One view.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`]; or its record is of a newer version.
+    pub fn find(&self, name: &str) -> Result<ViewRecord> {
+        let missing = || BackendError::new(ErrorKind::NotFound, format!("there is no view `{name}`"));
+        check_name(name).map_err(|_| missing())?;
+        let path = self.directory(name).join("view.json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            Err(error) => return Err(BackendError::caused(format!("cannot read {}", path.display()), error)),
+        };
+        let wrong = |error| BackendError::caused(format!("cannot read {}", path.display()), error);
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(wrong)?;
+        match value["format"].as_u64() {
+            Some(format) if format > record::FORMAT.into() => Err(BackendError::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "the record of the view `{name}` has version {format}; this program knows {}",
+                    record::FORMAT
+                ),
+            )),
+            _ => serde_json::from_value(value).map_err(wrong),
+        }
+    }
+
+    /// Whether somebody is in a view.
+    pub fn is_active(&self, record: &ViewRecord) -> bool {
+        in_use(record) || !matches!(self.lock(&record.name), Ok(Some(_)))
+    }
+
+    /// Removes a view in which nobody is, with what was changed in it.
+    ///
+    /// # Errors
+    /// There is none of that name, it is in use, or something of it cannot be removed.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let record = self.find(name)?;
+        let Some(_lock) = self.lock(name)?.filter(|_| !in_use(&record)) else {
+            return Err(BackendError::new(ErrorKind::State, format!("the view `{name}` is in use")));
+        };
+        self.delete(name)
+    }
+
+    /// Removes the views that were not to be kept and have nobody in them any more; `all`: the kept ones too. Returns their names.
+    ///
+    /// # Errors
+    /// They cannot be listed, or something of one cannot be removed.
+    pub fn prune(&self, all: bool) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        for record in self.list()? {
+            if record.keep && !all {
+                continue;
+            }
+            if let Some(_lock) = self.lock(&record.name)?.filter(|_| !in_use(&record)) {
+                self.delete(&record.name)?;
+                removed.push(record.name);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// What was changed in a view, sorted by path.
+    ///
+    /// # Errors
+    /// The store or the scratch cannot be read.
+    pub fn changes(&self, record: &ViewRecord) -> Result<Vec<Change>> {
+        let Some(scratch) = self.scratch(record) else { return Ok(Vec::new()) };
+        crate::changes(&self.tree(&self.store()?, record)?, &scratch.upper)
+    }
+
+    /// Makes an image of what a view shows: a layer of what was changed on top of its stack. The view goes on as it is.
+    ///
+    /// # Errors
+    /// The view has no scratch, a name or an instruction is none, or the store fails.
+    pub fn commit(&self, record: &ViewRecord, options: &CommitOptions) -> Result<Digest> {
+        let Some(scratch) = self.scratch(record) else {
+            return Err(BackendError::new(
+                ErrorKind::State,
+                format!("the view `{}` cannot be edited", record.name),
+            )
+            .hint("views that are made with --edit can"));
+        };
+        let store = self.store()?;
+        let request = CommitRequest {
+            name: &record.name,
+            image: record.image,
+            layers: &record.layers,
+            command: &record.command,
+            options,
+        };
+        request.check(&store)?;
+        // What is one user's on this disk is root's in the image, as in images that were made without privileges.
+        let map = |id, kind| match (record.owner, kind) {
+            (Some((uid, _)), IdKind::User) if id == uid => 0,
+            (Some((_, gid)), IdKind::Group) if id == gid => 0,
+            _ => id,
+        };
+        let imported = store.import_upper(&scratch.upper, &record.layers, &map).map_err(|error| {
+            BackendError::caused(format!("cannot commit the view `{}`", record.name), error)
+        })?;
+        Ok(store.commit(&request, Some(imported.layer))?.id)
+    }
+
+    pub(crate) fn store(&self) -> Result<Store> {
+        Store::open(&self.home).map_err(|error| BackendError::caused("cannot open the store", error))
+    }
+
+    fn tree(&self, store: &Store, record: &ViewRecord) -> Result<PathBuf> {
+        store.merged_tree(&record.layers).map_err(|error| {
+            BackendError::caused(format!("cannot merge the layers of `{}`", record.reference), error)
+        })
+    }
+
+    fn directory(&self, name: &str) -> PathBuf {
+        self.home.views().join(name)
+    }
+
+    /// What the view's server had to say.
+    fn log(&self, name: &str) -> PathBuf {
+        self.directory(name).join("log")
+    }
+
+    fn scratch(&self, record: &ViewRecord) -> Option<Scratch> {
+        let directory = self.directory(&record.name);
+        let (upper, work) = (directory.join("upper"), directory.join("work"));
+        record.editable.then_some(Scratch { upper, work, volatile: !record.keep })
+    }
+
+    fn write(&self, record: &ViewRecord) -> Result<()> {
+        let directory = self.directory(&record.name);
+        let write = || -> io::Result<()> {
+            let mut file = tempfile::NamedTempFile::new_in(&directory)?;
+            serde_json::to_writer(&mut file, record)?;
+            file.persist(directory.join("view.json"))?;
+            Ok(())
+        };
+        write()
+            .map_err(|error| BackendError::caused(format!("cannot write to {}", directory.display()), error))
+    }
+
+    /// `None` if somebody else has it.
+    fn lock(&self, name: &str) -> Result<Option<File>> {
+        let path = self.directory(name).join("lock");
+        let failed = |error| BackendError::caused(format!("cannot lock {}", path.display()), error);
+        let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        let directory = self.directory(name);
+        remove_all(&directory)
+            .map_err(|error| BackendError::caused(format!("cannot remove {}", directory.display()), error))
+    }
+}
+
+/// Whether a process is in the mount namespace of a view.
+fn in_use(record: &ViewRecord) -> bool {
+    record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some())
+}
+
+/// The processes in a mount namespace, but for this one.
+fn processes_in(namespace: u64) -> impl Iterator<Item = u32> {
+    let own = std::process::id();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(move |pid| *pid != own && namespace_of(Path::new(&format!("/proc/{pid}"))) == Some(namespace))
+}
+
+/// The inode of a process's mount namespace, where this user may know it.
+fn namespace_of(process: &Path) -> Option<u64> {
+    fs::metadata(process.join("ns/mnt")).ok().map(|metadata| metadata.ino())
+}
+
+/// Removes a directory of this user's, in which there may be directories that not even he may write to.
+fn remove_all(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+        other => return other,
+    }
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700))?;
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                pending.push(entry.path());
+            }
+        }
+    }
+    fs::remove_dir_all(directory)
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let good = name.bytes().enumerate().all(|(index, byte)| {
+        byte.is_ascii_alphanumeric() || (index > 0 && matches!(byte, b'_' | b'.' | b'-'))
+    });
+    if name.is_empty() || name.len() > NAME_MOST || !good {
+        let what = format!("`{name}` is no name for a view");
+        return Err(BackendError::new(ErrorKind::Invalid, what)
+            .hint("letters, digits, `_`, `.` and `-`, beginning with one of the first two"));
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! A process moves into a view.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use kiln_contract::{BackendError, ErrorKind, ViewBackend as _, ViewRequest};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{SigHandler, Signal};
+use rustix::mount::{MountPropagationFlags, mount_change};
+
+use super::{Backend, Result, ViewRecord, Views, namespace_of, private_root, processes_in};
+use crate::fuse::{self, Owners, Served};
+use crate::{Overlay, userns};
+
+/// The variable that names the view to what runs in it.
+pub const VARIABLE: &str = "KILN_VIEW";
+
+/// A view that this process has made or taken.
+#[derive(Debug)]
+pub struct View {
+    views: Views,
+    record: ViewRecord,
+    /// Held as long as this process is its owner.
+    _lock: File,
+    server: Option<fuse::Mounted>,
+    overlay: Option<Overlay>,
+}
+
+impl View {
+    pub(super) fn new(views: Views, record: ViewRecord, lock: File) -> Self {
+        Self { views, record, _lock: lock, server: None, overlay: None }
+    }
+
+    /// What is remembered of it.
+    pub fn record(&self) -> &ViewRecord {
+        &self.record
+    }
+
+    /// Moves this process, which must have one thread only, to where the view is seen, and mounts it there.
+    ///
+    /// # Errors
+    /// The directory for it is missing, the store's trees cannot be read, or the host forbids namespaces or mounts.
+    pub fn enter(&mut self) -> Result<()> {
+        let store = self.views.store()?;
+        let (tree, objects) = (self.views.tree(&store, &self.record)?, store.objects_dir());
+        drop(store);
+        let target = self.record.at.clone();
+        let missing = !is_there(&target, rustix::process::geteuid().is_root())?;
+        let mut private = true;
+        let owners = if rustix::process::geteuid().is_root() {
+            Owners::Kept
+        } else {
+            let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+            match userns::enter_as_self() {
+                // The set-uid helper of FUSE mounts it where all of this user's processes see it.
+                Err(error)
+                    if error.kind() == ErrorKind::Unsupported && self.record.backend == Backend::Fuse =>
+                {
+                    tracing::warn!(%error, "the view is seen by all processes of this user");
+                    private = false;
+                }
+                other => other?,
+            }
+            self.record.owner = Some((uid, gid));
+            Owners::One { uid, gid }
+        };
+        let scratch = self.views.scratch(&self.record);
+        // An overlay of one lower layer and nothing else is not an overlay for the kernel.
+        let below_overlay =
+            self.record.backend == Backend::Overlay && (scratch.is_some() || userns::is_root_of_host());
+        // Before this process leaves its mount namespace: the server must not be what keeps the new one.
+        let server = if below_overlay && userns::is_root_of_host() {
+            None
+        } else {
+            let scratch = scratch.as_ref().filter(|_| !below_overlay);
+            let log = self.views.log(&self.record.name);
+            let served = Served {
+                tree: &tree,
+                objects: &objects,
+                scratch,
+                owners,
+                below_overlay,
+                bound: !private,
+                log: Some(&log),
+            };
+            Some(fuse::start(&served)?)
+        };
+        if private {
+            private_mounts()?;
+        }
+        if missing {
+            let added = if private { self.views.add_to_root(&self.record) } else { Ok(false) };
+            if !added? {
+                let why = io::Error::from(io::ErrorKind::NotFound);
+                return Err(cannot_show(&target, why).hint("name a directory of yours with --at"));
+            }
+        }
+        match (below_overlay, server) {
+            (false, Some(server)) => self.server = Some(server.mount(&target)?),
+            (_, server) => {
+                let overlay = server.map_or_else(Overlay::new, Overlay::on);
+                overlay.mount(&ViewRequest { tree, objects, target, scratch })?;
+                self.overlay = Some(overlay);
+            }
+        }
+        self.record.namespace = namespace_of(Path::new("/proc/self")).filter(|_| private);
+        self.views.write(&self.record)
+    }
+
+    /// Runs a command in the view and waits for its end ([`run`]).
+    ///
+    /// # Errors
+    /// [`ErrorKind::CommandNotFound`], [`ErrorKind::CommandNotExecutable`], or it cannot be waited for.
+    pub fn run(&self, command: &[String]) -> Result<ExitStatus> {
+        run(command, &self.record.name)
+    }
+
+    /// Leaves the view: it is taken away with what was changed in it, unless it is to be kept, or somebody is in it still.
+    /// Returns whether somebody is.
+    ///
+    /// # Errors
+    /// Something of it cannot be removed.
+    pub fn leave(mut self) -> Result<bool> {
+        let others = self.record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some());
+        if others {
+            if let Some(server) = self.server.take() {
+                server.leave();
+            }
+            if let Some(overlay) = self.overlay.take() {
+                overlay.leave();
+            }
+            return Ok(true);
+        }
+        if let Some(overlay) = self.overlay.take() {
+            overlay.unmount(&self.record.at)?;
+        }
+        if let Some(server) = self.server.take() {
+            server.unmount()?;
+        }
+        if self.record.keep {
+            self.record.namespace = None;
+            self.views.write(&self.record)?;
+        } else {
+            self.views.delete(&self.record.name)?;
+        }
+        Ok(false)
+    }
+}
+
+impl Views {
+    /// Gives this process a root in which the directory of a view is. `false` if more than a name of the root is missing.
+    fn add_to_root(&self, record: &ViewRecord) -> Result<bool> {
+        if private_root::missing_name(&record.at).is_none() {
+            return Ok(false);
+        }
+        let meanwhile = self.directory(&record.name).join("root");
+        let entered = match fs::create_dir(&meanwhile) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => private_root::enter(&record.at, &meanwhile),
+        };
+        entered.map(|()| true).map_err(|error| cannot_show(&record.at, error))
+    }
+
+    /// Moves this process, which must have one thread only, into a view in which somebody is, if it is not in it yet.
+    ///
+    /// # Errors
+    /// Nobody is in it, or its namespaces may not be entered.
+    pub fn join(&self, record: &ViewRecord) -> Result<()> {
+        let nobody = || {
+            BackendError::new(ErrorKind::State, format!("nobody is in the view `{}`", record.name))
+                .hint(format!("enter it again with: kiln fs run --rerun {} -- COMMAND", record.name))
+        };
+        if record.namespace.is_some() && record.namespace == namespace_of(Path::new("/proc/self")) {
+            return Ok(());
+        }
+        let pid = record.namespace.and_then(|namespace| processes_in(namespace).next()).ok_or_else(nobody)?;
+        let failed =
+            |error: io::Error| BackendError::caused(format!("cannot join the view `{}`", record.name), error);
+        let open = |kind: &str| -> Result<OwnedFd> {
+            File::open(format!("/proc/{pid}/ns/{kind}")).map(OwnedFd::from).map_err(failed)
+        };
+        let number =
+            |process: &str| fs::metadata(format!("/proc/{process}/ns/user")).map(|file| file.ino()).ok();
+        let other_user = number("self") != number(&pid.to_string());
+        let (user, mount) = (open("user")?, open("mnt")?);
+        let working = std::env::current_dir().ok();
+        if other_user {
+            setns(&user, CloneFlags::CLONE_NEWUSER).map_err(|error| failed(error.into()))?;
+        }
+        setns(&mount, CloneFlags::CLONE_NEWNS).map_err(|error| failed(error.into()))?;
+        // Moving leaves the working directory behind; in the view it may be another one.
+        let _ = working.map(std::env::set_current_dir);
+        Ok(())
+    }
+}
+
+/// Runs a command and waits for its end; `view` is named to it.
+///
+/// What a terminal sends (SIGINT, SIGQUIT) the command gets itself; SIGTERM and SIGHUP are passed on to it. To be called by
+/// one thread at a time.
+///
+/// # Errors
+/// As [`View::run`].
+pub fn run(command: &[String], view: &str) -> Result<ExitStatus> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err(BackendError::new(ErrorKind::Invalid, "there is no command to run"));
+    };
+    let ignore = SigHandler::SigIgn;
+    let pass_on = SigHandler::Handler(pass_on);
+    let table = [
+        (Signal::SIGINT, ignore),
+        (Signal::SIGQUIT, ignore),
+        (Signal::SIGTERM, pass_on),
+        (Signal::SIGHUP, pass_on),
+    ];
+    let mut before = Vec::new();
+    for (signal, handler) in table {
+        // SAFETY: the handler does nothing but kill(2).
+        let old = unsafe { nix::sys::signal::signal(signal, handler) };
+        before.push((signal, old.unwrap_or(SigHandler::SigDfl)));
+    }
+    let mut child = Command::new(program);
+    child.args(arguments).env(VARIABLE, OsStr::new(view));
+    let for_child = before.clone();
+    // SAFETY: between fork and exec only sigaction(2) is called.
+    unsafe {
+        child.pre_exec(move || {
+            for (signal, handler) in &for_child {
+                nix::sys::signal::signal(*signal, *handler)?;
+            }
+            Ok(())
+        });
+    }
+    let ended = child.spawn().map_err(|error| {
+        let kind = match error.kind() {
+            io::ErrorKind::NotFound => ErrorKind::CommandNotFound,
+            io::ErrorKind::PermissionDenied => ErrorKind::CommandNotExecutable,
+            _ => ErrorKind::Failed,
+        };
+        BackendError::caused(format!("cannot execute `{program}`"), error).of_kind(kind)
+    });
+    let ended = ended.and_then(|mut child| {
+        CHILD.store(child.id().cast_signed(), Ordering::Relaxed);
+        child.wait().map_err(|error| BackendError::caused(format!("cannot wait for `{program}`"), error))
+    });
+    CHILD.store(0, Ordering::Relaxed);
+    for (signal, handler) in before {
+        // SAFETY: what was there before.
+        let _ = unsafe { nix::sys::signal::signal(signal, handler) };
+    }
+    ended
+}
+
+/// The command that runs in the view, for [`pass_on`].
+static CHILD: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn pass_on(signal: libc::c_int) {
+    let child = CHILD.load(Ordering::Relaxed);
+    if child > 0 {
+        // SAFETY: kill(2) may be called in a handler, and the child has not been waited for yet.
+        unsafe { libc::kill(child, signal) };
+    }
+}
+
+/// Whether the directory is there where the view is to be seen. Root makes it.
+fn is_there(at: &Path, may_make: bool) -> Result<bool> {
+    match fs::metadata(at) {
+        Ok(metadata) if metadata.is_dir() => Ok(true),
+        Ok(_) => Err(cannot_show(at, rustix::io::Errno::NOTDIR.into())),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(cannot_show(at, error)),
+        Err(_) if may_make => match fs::create_dir_all(at) {
+            Ok(()) => Ok(true),
+            Err(error) => Err(cannot_show(at, error)),
+        },
+        Err(_) => Ok(false),
+    }
+}
+
+fn cannot_show(at: &Path, why: io::Error) -> BackendError {
+    BackendError::caused(format!("cannot show a view at {}", at.display()), why)
+}
+
+/// Moves this process to a mount namespace of its own: what the host mounts later is seen in it, what is mounted in it
+/// is not seen outside.
+fn private_mounts() -> Result<()> {
+    let made = unshare(CloneFlags::CLONE_NEWNS).map_err(io::Error::from).and_then(|()| {
+        let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change("/", flags).map_err(io::Error::from)
+    });
+    made.map_err(|error| BackendError::caused("cannot make a mount namespace for the view", error))
+}

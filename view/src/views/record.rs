@@ -1,0 +1,71 @@
+//! What is remembered of a view: `view.json`.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use kiln_contract::Digest;
+use serde::{Deserialize, Serialize};
+
+/// The version of the record's form that this program writes.
+pub(super) const FORMAT: u32 = 1;
+
+/// How a view is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// By the kernel's overlay.
+    Overlay,
+    /// By a FUSE server.
+    Fuse,
+}
+
+/// A view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewRecord {
+    /// Version of this form.
+    pub format: u32,
+    /// Its name.
+    pub name: String,
+    /// What it is a view of, as it was asked for.
+    pub reference: String,
+    /// The image whose configuration a commit goes on with.
+    pub image: Digest,
+    /// The stack that is seen, bottom first.
+    pub layers: Vec<Digest>,
+    /// Where it is seen.
+    pub at: PathBuf,
+    /// How it is shown.
+    pub backend: Backend,
+    /// Whether it has a scratch.
+    pub editable: bool,
+    /// Whether it stays when its last process is gone.
+    pub keep: bool,
+    /// When it was made.
+    pub created: Timestamp,
+    /// What runs in it, or ran last.
+    pub command: Vec<String>,
+    /// The inode of its mount namespace, while it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<u64>,
+    /// The user whose all its files are, if they are one's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<(u32, u32)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_reads_as_the_first_version_wrote_it() {
+        let text = r#"{"format":1,"name":"tools","reference":"me/tools:1","image":"sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae","layers":["sha256:fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9"],"at":"/kiln","backend":"fuse","editable":true,"keep":false,"created":"2026-01-01T12:00:00Z","command":["make","all"],"namespace":4026532000,"owner":[1000,100]}"#;
+        let record: ViewRecord = serde_json::from_str(text).unwrap();
+        assert_eq!(
+            (record.name.as_str(), record.backend, record.owner),
+            ("tools", Backend::Fuse, Some((1000, 100)))
+        );
+        assert_eq!(serde_json::to_string(&record).unwrap(), text);
+        let least = text.replace(r#","namespace":4026532000,"owner":[1000,100]"#, "");
+        assert_eq!(serde_json::from_str::<ViewRecord>(&least).unwrap().namespace, None);
+    }
+}
