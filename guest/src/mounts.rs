@@ -147,11 +147,24 @@ async fn share(wanted: &Mount, number: u16, file: bool, files: &str, opener: &Op
 }
 
 /// Mounts at `target`; what is a single file first at `aside`.
+/// What the kernel may keep of a share: nothing that it reads, so that each side sees at once what the other writes. Before Linux
+/// 6.4 `mmap` is just that, and lets programs map files for writing, as databases do; from then on it also believes what it has
+/// read.
+fn cache() -> &'static str {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy();
+    let mut numbers =
+        release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(u32::MAX));
+    let version = (numbers.next().unwrap_or(u32::MAX), numbers.next().unwrap_or(u32::MAX));
+    if version < (6, 4) { "mmap" } else { "none" }
+}
+
 fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, aside: Option<&str>) -> Result<(), Failure> {
     let root = "/";
     let number = kernel.as_raw_fd();
     let options = format!(
-        "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache=none,msize={MESSAGE}"
+        "trans=fd,rfdno={number},wfdno={number},version=9p2000.L,access=client,cache={},msize={MESSAGE}",
+        cache()
     );
     let options = CString::new(options).doing("say how it is mounted")?;
     let doing = || format!("mount the share at {target}");

@@ -2,7 +2,6 @@
 
 mod common;
 
-use std::process::Command;
 use std::sync::LazyLock;
 
 use common::{Ended, Home, IMAGE, until};
@@ -11,12 +10,7 @@ static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
     kiln_fixtures::require("nft")?;
     let home = Home::with_kernel()?;
     // A program that speaks UDP, which busybox does not.
-    let compiled = Command::new("rustc")
-        .args(["--edition", "2024", "-Ctarget-feature=+crt-static", "-o"])
-        .arg(home.beside("udp"))
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/programs/udp.rs"))
-        .status();
-    assert!(compiled.unwrap().success());
+    common::compile("udp", &home.beside("udp"));
     Some(home)
 });
 

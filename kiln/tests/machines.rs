@@ -383,6 +383,32 @@ fn directories_of_the_host_are_shared_and_read_only_ones_cannot_be_written_to() 
 }
 
 #[test]
+fn files_of_a_share_are_piped_sent_and_mapped_for_writing() {
+    let Some(home) = &*HOME else { return };
+    let (shared, program) = (home.beside("piped"), home.beside("mapped"));
+    fs::create_dir_all(&shared).unwrap();
+    common::compile("mapped", &program);
+    let bytes: Vec<u8> = (0..700_000_u32).map(|number| (number % 251) as u8).collect();
+    fs::write(shared.join("large"), &bytes).unwrap();
+    fs::write(shared.join("map"), vec![b'.'; 5000]).unwrap();
+    let share = format!("{}:/shared", shared.display());
+    let tool = format!("{}:/mapped:ro", program.display());
+    // Through a pipe, out of the machine, over its own network; and what is mapped is seen without closing anything.
+    let script = "cat /shared/large | wc -c; cat /shared/large; httpd -p 8000 -h /shared; \
+                  nc 127.0.0.1 8000 < /shared/request | wc -c >&2; /mapped /shared/map && head -c 8 /shared/map >&2";
+    fs::write(shared.join("request"), "GET /large HTTP/1.0\r\n\r\n").unwrap();
+    let output =
+        home.command(run(&["--rm", "-v", &share, "-v", &tool], &["sh", "-c", script])).output().unwrap();
+    let (told, piped) = output.stdout.split_at("700000\n".len());
+    assert!(told == b"700000\n" && piped == bytes, "{}", String::from_utf8_lossy(&output.stderr));
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    let served: usize = words.lines().next().unwrap_or_default().trim().parse().unwrap_or(0);
+    assert!(served > bytes.len(), "{words}");
+    assert!(words.ends_with("mapped.."), "{words}");
+    assert!(fs::read(shared.join("map")).unwrap().starts_with(b"mapped.."));
+}
+
+#[test]
 fn volumes_are_filled_from_the_image_and_one_serves_a_container_and_a_machine_at_once() {
     let Some(home) = &*HOME else { return };
     let image = "localhost/volumes:1";

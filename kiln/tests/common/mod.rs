@@ -96,6 +96,14 @@ impl Home {
     }
 }
 
+/// Compiles one of `tests/programs` for guests, whose images have no libraries.
+pub(crate) fn compile(name: &str, to: &Path) {
+    let source = format!("{}/tests/programs/{name}.rs", env!("CARGO_MANIFEST_DIR"));
+    let mut compiler = Command::new("rustc");
+    compiler.args(["--edition", "2024", "-Ctarget-feature=+crt-static", "-o"]).arg(to).arg(source);
+    assert!(compiler.status().unwrap().success(), "{name}");
+}
+
 /// Runs a command to its end; one that hangs is killed, and fails its test.
 pub(crate) fn finish(command: Command) -> Ended {
     finish_within(command, Duration::from_secs(60))
