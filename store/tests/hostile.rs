@@ -107,7 +107,7 @@ fn a_million_entries_are_imported_or_refused_by_number() {
     let tar = Headers { next: 0, count: 1_000_000, block: [0; 512], at: 512 };
     let limits = ImportLimits { max_entries: 9_999, ..ImportLimits::default() };
     let error = fixture.store.import_tar(tar.clone(), None, limits).unwrap_err();
-    assert_eq!(error.to_string(), "the layer is too large: more than 9999 entries");
+    assert_eq!(error.to_string(), "the layer is too large: it has more than 9999 entries");
     let imported = fixture.store.import_tar(tar, None, ImportLimits::default()).unwrap();
     assert_eq!(imported.entries, 1_000_000);
     assert!(content(&fixture, &imported.layer, "d7/f7").is_some());
