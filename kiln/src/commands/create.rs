@@ -19,7 +19,11 @@ use crate::resolve::{Host, ImageFacts, ImageSettings, instance_spec, random_name
 
 /// Make an instance without starting it, and print its id
 #[derive(Debug, clap::Args)]
-#[command(disable_help_flag = true, after_help = "Flags after the image belong to the command.")]
+#[command(
+    disable_help_flag = true,
+    override_usage = "kiln create [OPTIONS] <IMAGE> [COMMAND]...",
+    after_help = "Flags after the image belong to the command."
+)]
 pub(crate) struct Args {
     /// Show nothing while pulling
     #[arg(short, long)]
@@ -55,10 +59,10 @@ pub(super) fn create(
     let store = context.store()?;
     let image = find_image(context, &store, args, quiet)?;
     let config = store.blob(&image.id)?.ok_or_else(|| {
-        CliError::failed(format!("the store lacks the config {} of the image `{}`", image.id, args.image))
+        CliError::failed(format!("the store lacks the config {} of the image `{}`", image.id, args.image()))
             .with_hint("`kiln system check --repair` fetches what is missing")
     })?;
-    let settings = ImageSettings::read(&args.image, &config)?;
+    let settings = ImageSettings::read(args.image(), &config)?;
     let facts = ImageFacts { id: image.id, layers: image.layers, settings };
     let record = create_named(instances, args, &facts, started_at_once)?;
     if let Some(file) = cidfile {
@@ -97,12 +101,12 @@ fn create_named(
 /// The image, from the store first: a registry is asked only where the policy wants it.
 fn find_image(context: &Context, store: &Store, args: &WorkloadArgs, quiet: bool) -> Result<Image> {
     let policy = match args.pulling.pull {
-        Pull::Never => return context.image(store, &args.image),
+        Pull::Never => return context.image(store, args.image()),
         Pull::Always => PullPolicy::Always,
         Pull::Newer => PullPolicy::Newer,
         Pull::Missing => PullPolicy::Missing,
     };
-    let missing = match store.resolve(&args.image) {
+    let missing = match store.resolve(args.image()) {
         Ok(image) if policy == PullPolicy::Missing && runs_on(&image, args.pulling.platform.as_ref()) => {
             return Ok(image);
         }
@@ -110,9 +114,9 @@ fn find_image(context: &Context, store: &Store, args: &WorkloadArgs, quiet: bool
         Err(StoreError::NotFound { .. }) => true,
         Err(error) => return Err(error.into()),
     };
-    let Ok(name) = ImageName::parse(&args.image) else {
+    let Ok(name) = ImageName::parse(args.image()) else {
         // Not a name that a registry could know, such as `name~3`: the store's answer is the whole answer.
-        return context.image(store, &args.image);
+        return context.image(store, args.image());
     };
     let platform = args.pulling.platform.clone();
     // An image that is there for another platform does not count as there.

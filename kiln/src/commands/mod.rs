@@ -81,13 +81,13 @@ pub(crate) struct RegistryArgs {
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct LayerLimitArgs {
     /// Refuse an image with a layer whose files are larger together, unpacked
-    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits of layers")]
     pub(crate) max_size: Option<ByteSize>,
     /// Refuse an image with a layer of more files, directories and links (4000000)
-    #[arg(long, value_name = "NUMBER", help_heading = "Limits")]
+    #[arg(long, value_name = "NUMBER", help_heading = "Limits of layers")]
     pub(crate) max_entries: Option<u64>,
     /// Refuse an image with a layer whose names, attributes and links take more memory (2G)
-    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
+    #[arg(long, value_name = "SIZE", help_heading = "Limits of layers")]
     pub(crate) max_metadata: Option<ByteSize>,
 }
 

@@ -15,6 +15,7 @@ use crate::output::Out;
 #[derive(Debug, clap::Args)]
 #[command(
     disable_help_flag = true,
+    override_usage = "kiln run [OPTIONS] <IMAGE> [COMMAND]...",
     after_help = "Flags after the image belong to the command. The exit code is the command's own; 125 if Kiln failed,\n126 if the command cannot be executed, 127 if it is not there.\n\nExamples:\n  kiln run docker.io/library/alpine echo hi\n  kiln run -it --rm alpine\n  kiln run -d --name web -p 8080:80 -v ./site:/usr/share/nginx/html:ro nginx"
 )]
 pub(crate) struct Args {

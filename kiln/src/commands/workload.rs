@@ -12,12 +12,14 @@ use crate::complete;
 /// What a workload is made from.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct WorkloadArgs {
-    /// The image: a name, a digest, or the beginning of an id
-    #[arg(value_name = "IMAGE", add = ArgValueCompleter::new(complete::images))]
-    pub(crate) image: String,
-    /// The command and its arguments, in place of the image's own
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) command: Vec<String>,
+    // One argument for both: flags end with its first word, not with the first of the command, which may look like one.
+    /// The image (a name, a digest, or the beginning of an id); then a command and its arguments, in place of the
+    /// image's own
+    #[arg(
+        required = true, value_name = "IMAGE", trailing_var_arg = true,
+        add = ArgValueCompleter::new(complete::images)
+    )]
+    words: Vec<String>,
 
     /// Name it; a readable random name is chosen otherwise
     #[arg(long, value_name = "NAME")]
@@ -72,6 +74,22 @@ pub(crate) struct WorkloadArgs {
     pub(crate) security: SecurityArgs,
     #[command(flatten)]
     pub(crate) health: HealthArgs,
+}
+
+impl WorkloadArgs {
+    /// The image, as it was typed.
+    pub(crate) fn image(&self) -> &str {
+        self.words.first().map_or("", String::as_str)
+    }
+
+    /// The command; empty if it is to be the image's own.
+    pub(crate) fn command(&self) -> &[String] {
+        match self.words.get(1..).unwrap_or_default() {
+            // Not needed before it, but it does no harm.
+            [dashes, command @ ..] if dashes == "--" => command,
+            command => command,
+        }
+    }
 }
 
 /// What a machine has.

@@ -44,7 +44,7 @@ pub(crate) fn instance_spec(
     Ok(InstanceSpec {
         name: name.to_owned(),
         isolation: if args.machine.vm { Isolation::Machine } else { Isolation::Container },
-        image: args.image.clone(),
+        image: args.image().to_owned(),
         image_id: image.id,
         layers: image.layers.clone(),
         hostname,
@@ -90,11 +90,11 @@ fn process(args: &WorkloadArgs, image: &ImageSettings, host: &Host<'_>) -> Resul
     if typed_cwd.is_some() && !cwd.starts_with('/') {
         return Err(ResolveError::value("--workdir", cwd, "it must be an absolute path in the container"));
     }
-    let typed_command = match &args.command[..] {
+    let typed_command = match args.command() {
         [] if args.machine.vm && args.process.init => &[INIT.to_owned()][..],
         typed => typed,
     };
-    let command = command::arguments(&args.image, image, args.process.entrypoint.as_deref(), typed_command)?;
+    let command = command::arguments(args.image(), image, args.process.entrypoint.as_deref(), typed_command)?;
     // Some builders write a relative one; it has always meant «from the root».
     let cwd = if cwd.starts_with('/') { cwd.to_owned() } else { format!("/{cwd}") };
     Ok(ProcessSpec {
@@ -265,6 +265,21 @@ mod tests {
         let got = spec("{}", &["--rm", "img", "ls", "--rm", "-v", "/x:/y", "--", "z"]).unwrap();
         assert_eq!(got.process.args, ["ls", "--rm", "-v", "/x:/y", "--", "z"]);
         assert!(got.mounts.is_empty() && got.remove);
+        // Of an image with an entrypoint, a command often begins with a flag.
+        let image = r#"{"Entrypoint":["git"]}"#;
+        for (words, args) in [
+            (&["img", "--help"][..], &["git", "--help"][..]),
+            (&["img", "--rm", "-v", "x"], &["git", "--rm", "-v", "x"]),
+            (&["img", "--unknown"], &["git", "--unknown"]),
+            (&["img", "--", "log"], &["git", "log"]),
+            (&["--", "img", "log"], &["git", "log"]),
+            (&["img"], &["git"]),
+        ] {
+            let got = spec(image, words).unwrap();
+            assert_eq!(got.process.args, args);
+            assert!(!got.remove);
+        }
+        assert!(spec(image, &["--unknown", "img"]).is_err());
     }
 
     #[test]
