@@ -15,7 +15,7 @@ fn main() {
         return embed(Path::new(&ready));
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default();
-    for used in ["guest", "link", "accounts", "usernet", "Cargo.lock", "Cargo.toml"] {
+    for used in ["guest", "link", "ssh", "accounts", "usernet", "Cargo.lock", "Cargo.toml"] {
         if root.join(used).exists() {
             println!("cargo:rerun-if-changed={}", root.join(used).display());
         }

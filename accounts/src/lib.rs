@@ -49,6 +49,8 @@ pub struct User {
     pub groups: Vec<u32>,
     /// Home directory.
     pub home: String,
+    /// Login shell, absolute; `/bin/sh` where none is said.
+    pub shell: String,
 }
 
 /// Resolves `user[:group]` and further groups in the root at `root`.
@@ -105,8 +107,12 @@ pub fn resolve(root: &Path, user: &str, groups: &[String]) -> Result<User, Accou
     }
     supplementary.sort_unstable();
     supplementary.dedup();
-    let home = entry.map(|entry| entry.home).filter(|home| home.starts_with('/'));
-    Ok(User { uid, gid, groups: supplementary, home: home.unwrap_or("/").to_owned() })
+    let absolute = |path: Option<&str>, other: &str| {
+        path.filter(|path| path.starts_with('/')).unwrap_or(other).to_owned()
+    };
+    let home = absolute(entry.as_ref().map(|entry| entry.home), "/");
+    let shell = absolute(entry.as_ref().map(|entry| entry.shell), "/bin/sh");
+    Ok(User { uid, gid, groups: supplementary, home, shell })
 }
 
 struct PasswdEntry<'a> {
@@ -114,6 +120,7 @@ struct PasswdEntry<'a> {
     uid: u32,
     gid: u32,
     home: &'a str,
+    shell: &'a str,
 }
 
 impl<'a> PasswdEntry<'a> {
@@ -123,7 +130,8 @@ impl<'a> PasswdEntry<'a> {
         let mut fields = fields.skip(1);
         let uid = fields.next()?.parse().ok()?;
         let gid = fields.next()?.parse().ok()?;
-        Some(Self { name, uid, gid, home: fields.nth(1).unwrap_or("") })
+        let (home, shell) = (fields.nth(1).unwrap_or(""), fields.next().unwrap_or(""));
+        Some(Self { name, uid, gid, home, shell: shell.trim_end() })
     }
 }
 
@@ -201,6 +209,7 @@ mod tests {
             gid,
             groups: groups.to_vec(),
             home: home.into(),
+            shell: if home == "/var/www" { "/bin/false" } else { "/bin/sh" }.into(),
         };
         let cases: [(&str, &[&str], User); 11] = [
             ("", &[], user(0, 0, &[50], "/root")),

@@ -9,6 +9,8 @@
 //!   bundle/              the OCI bundle
 //!   log.jsonl            what it wrote
 //!   ctl.sock             its supervisor
+//!   ssh_host_key         the private key of its SSH server
+//!   known_hosts          that server, as SSH clients know it
 //! names/<name>           a name taken: holds the instance's id
 //! networks/<name>.json   networks and their leases
 //! templates/<key>/       machines saved when their guest was ready
@@ -16,6 +18,7 @@
 //! views/<name>/          a view: view.json, lock, upper/, work/
 //! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
 //! kernels/default        a symbolic link to the one that is booted if none is named
+//! ssh/id_ed25519         the private key that may log in to machines; the public one beside it
 //! disks/                 writable disks of machines (the disk room's own business), or where their pool is mounted
 //! disks.btrfs            the pool, if there is one: a file with a file system
 //! disks.json             which back end keeps the disks, if one was chosen
@@ -103,6 +106,11 @@ impl Home {
         self.0.join("kernels")
     }
 
+    /// The private key that may log in to machines.
+    pub fn ssh_key(&self) -> PathBuf {
+        self.0.join("ssh/id_ed25519")
+    }
+
     /// Writable disks of machines, where they are files.
     pub fn disks(&self) -> PathBuf {
         self.0.join("disks")
@@ -146,6 +154,16 @@ impl InstanceDir {
     /// Held exclusively while the record is changed, and shared by nobody.
     pub fn lock(&self) -> PathBuf {
         self.0.join("lock")
+    }
+
+    /// The private key of its SSH server.
+    pub fn ssh_host_key(&self) -> PathBuf {
+        self.0.join("ssh_host_key")
+    }
+
+    /// Its SSH server, as SSH clients know it.
+    pub fn known_hosts(&self) -> PathBuf {
+        self.0.join("known_hosts")
     }
 
     /// The overlay's upper directory: what the workload changed.

@@ -15,7 +15,7 @@ use crate::init::PidOne;
 use crate::port::Port;
 use crate::process::Attachment;
 use crate::ready::Ready;
-use crate::{control, process};
+use crate::{control, process, ssh};
 
 /// What makes this program the agent.
 pub(crate) const ARGUMENT: &str = "agent";
@@ -169,6 +169,10 @@ async fn dispatch(
         }
         service::UDP => {
             kiln_usernet::guest::serve_udp(stream, &kiln_usernet::guest::TunConfig::default()).await;
+            Ok(())
+        }
+        service::SSH => {
+            ssh::carry(&machine, stream).await;
             Ok(())
         }
         // A stream that is dropped is reset: the host sees that nobody is there.

@@ -10,6 +10,9 @@
 //! 5. Before the machine is saved again, the workload is frozen in its control group ([`cgroup`]), so that a copy runs
 //!    nothing before step 3 was done for it.
 //!
+//! Each connection to the machine's [`ssh`] server is a process of its own, so that nothing of it is left when it ends, and
+//! nothing in it can harm the agent; files are carried by a further one, which runs as their user.
+//!
 //! It is in every machine's memory, so it is small, and has one thread.
 
 #![cfg_attr(not(target_os = "linux"), allow(unused))]
@@ -49,14 +52,21 @@ mod ready;
 #[cfg(target_os = "linux")]
 mod root;
 #[cfg(target_os = "linux")]
+mod ssh;
+#[cfg(target_os = "linux")]
 mod stats;
 #[cfg(target_os = "linux")]
 mod told;
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
-    if std::env::args_os().nth(1).as_deref() == Some(agent::ARGUMENT.as_ref()) {
+    let argument = std::env::args_os().nth(1).unwrap_or_default();
+    if argument == agent::ARGUMENT {
         agent::main()
+    } else if argument == ssh::ARGUMENT {
+        ssh::main()
+    } else if argument == ssh::FILES_ARGUMENT {
+        ssh::serve_files()
     } else if std::process::id() == 1 {
         init::main()
     } else {

@@ -6,10 +6,10 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 
 use kiln_link::message::{self, Input, MAX_CHUNK, Output, Process, TerminalSize};
@@ -17,7 +17,7 @@ use kiln_link::{LinkError, Stream};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
@@ -25,10 +25,35 @@ use crate::agent::{Entry, Machine, aside};
 use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
 
 /// Somebody who takes a process's output and gives it input.
-#[derive(Debug)]
 pub(crate) struct Attachment {
-    reader: ReadHalf<Stream>,
-    writer: WriteHalf<Stream>,
+    reader: Box<dyn AsyncRead + Send + Unpin>,
+    writer: Box<dyn AsyncWrite + Send + Unpin>,
+}
+
+impl Attachment {
+    /// By messages over a stream.
+    pub(crate) fn over(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> Self {
+        let (reader, writer) = tokio::io::split(stream);
+        Self { reader: Box::new(reader), writer: Box::new(writer) }
+    }
+}
+
+impl std::fmt::Debug for Attachment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attachment").finish_non_exhaustive()
+    }
+}
+
+/// A process that was started.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) pid: u32,
+    /// Where to send who wants to attach. When all of these are gone and nobody is attached, so are the process's streams.
+    pub(crate) attach: mpsc::Sender<Attachment>,
+    /// Its status, once it has ended.
+    pub(crate) ended: watch::Receiver<Option<ExitStatus>>,
+    /// The near side of its terminal.
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
 /// Serves one stream to the process service.
@@ -71,7 +96,8 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
     match outcome {
         Ok(attach) => {
             // A process that has just ended has sent its status to somebody else.
-            let _ = attach.send(Attachment { reader, writer }).await;
+            let attachment = Attachment { reader: Box::new(reader), writer: Box::new(writer) };
+            let _ = attach.send(attachment).await;
             Ok(())
         }
         Err(failure) => message::send(&mut writer, &Output::Failed(failure)).await,
@@ -112,7 +138,7 @@ async fn start(
     }
     let asking = Arc::clone(machine);
     // Its directory and its program may be on a share.
-    match aside(move || spawn(&asking, &process)).await {
+    match aside(move || spawn(asking.workload.entrance(), asking.workload.namespace(), &process)).await {
         Ok((child, ends)) => {
             let pid = child.id().unwrap_or(0);
             machine.processes().insert(number, Entry { pid, attach: attach.clone() });
@@ -126,13 +152,26 @@ async fn start(
     }
 }
 
+/// Starts a process that nobody asks for by a number, in the control group behind `entrance` and in this process's namespaces.
+pub(crate) async fn begin(entrance: Arc<OwnedFd>, process: Process) -> Result<Running, Failure> {
+    let (child, ends) = aside(move || spawn(entrance.as_fd(), None, &process)).await?;
+    let terminal = match &ends.terminal {
+        Some(terminal) => Some(terminal.try_clone().doing("keep the terminal")?),
+        None => None,
+    };
+    let (attach, attachments) = mpsc::channel(1);
+    let running = Running { pid: child.id().unwrap_or(0), attach, ended: ends.ended.subscribe(), terminal };
+    tokio::spawn(own(child, ends, attachments));
+    Ok(running)
+}
+
 /// This end of a process's streams.
 struct Ends {
     input: Option<Pipe>,
     output: Option<Pieces>,
     errors: Option<Pieces>,
     /// Told when the process has ended: what it wrote is there then.
-    ended: watch::Sender<bool>,
+    ended: watch::Sender<Option<ExitStatus>>,
     /// The terminal, for its size.
     terminal: Option<OwnedFd>,
 }
@@ -142,7 +181,7 @@ type Pieces = mpsc::Receiver<Vec<u8>>;
 
 /// Reads a stream in a task. What was spliced into a pipe from a share is only there when the share's server has answered, so
 /// the reading itself is done aside.
-fn pieces(from: OwnedFd, mut ended: watch::Receiver<bool>) -> io::Result<Pieces> {
+fn pieces(from: OwnedFd, mut ended: watch::Receiver<Option<ExitStatus>>) -> io::Result<Pieces> {
     let from = Arc::new(pipe(from)?);
     let (read, pieces) = mpsc::channel(1);
     tokio::spawn(async move {
@@ -154,7 +193,7 @@ fn pieces(from: OwnedFd, mut ended: watch::Receiver<bool>) -> io::Result<Pieces>
                     Err(_) => return,
                 },
                 // What its descendants keep open is theirs: what it wrote itself is there already.
-                _ = ended.wait_for(|ended| *ended), if !draining => { draining = true; None }
+                _ = ended.wait_for(Option::is_some), if !draining => { draining = true; None }
             };
             let reading = Arc::clone(&from);
             let outcome = tokio::task::spawn_blocking(move || {
@@ -190,7 +229,12 @@ fn pipe(end: OwnedFd) -> io::Result<Pipe> {
     crate::port::watched(File::from(end))
 }
 
-fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure> {
+/// Starts a process in the control group behind `entrance`, and in another control group namespace if it needs one.
+fn spawn(
+    entrance: BorrowedFd<'_>,
+    namespace: Option<BorrowedFd<'_>>,
+    process: &Process,
+) -> Result<(Child, Ends), Failure> {
     let (program, arguments) = process.args.split_first().ok_or_else(|| invalid("no command is given"))?;
     let user = kiln_accounts::resolve(Path::new("/"), &process.user, &process.groups)
         .map_err(|error| invalid(error.to_string()))?;
@@ -202,7 +246,7 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
     if !process.env.iter().any(|variable| variable.starts_with("HOME=")) {
         command.env("HOME", &user.home);
     }
-    let (ended, watched) = watch::channel(false);
+    let (ended, watched) = watch::channel(None);
     let mut ends = Ends { input: None, output: None, errors: None, ended, terminal: None };
     let made = "make its streams";
     if let Some(size) = process.terminal {
@@ -234,10 +278,9 @@ fn spawn(machine: &Machine, process: &Process) -> Result<(Child, Ends), Failure>
         command.stderr(theirs);
         ends.errors = Some(pieces(ours, watched).doing(made)?);
     }
-    let entrance = machine.workload.entrance().as_raw_fd();
     let plan = Plan {
-        entrance,
-        namespace: machine.workload.namespace().map(|namespace| namespace.as_raw_fd()),
+        entrance: entrance.as_raw_fd(),
+        namespace: namespace.map(|namespace| namespace.as_raw_fd()),
         uid: user.uid,
         gid: user.gid,
         groups: user.groups,
@@ -327,7 +370,7 @@ const fn last_capability() -> u32 {
     40
 }
 
-fn set_size(terminal: &OwnedFd, size: TerminalSize) -> io::Result<()> {
+pub(crate) fn set_size(terminal: &OwnedFd, size: TerminalSize) -> io::Result<()> {
     let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
     tcsetwinsize(terminal, size).map_err(io::Error::from)
 }
@@ -400,7 +443,7 @@ async fn carry(
             },
             ended = child.wait(), if status.is_none() => {
                 *status = Some(code_of(&ended));
-                ends.ended.send_replace(true);
+                ends.ended.send_replace(ended.ok().or(Some(ExitStatus::default())));
             }
         }
     };

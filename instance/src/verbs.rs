@@ -73,18 +73,26 @@ impl Verbs {
     /// # Errors
     /// [`ErrorKind::State`] if it does not run, is paused, or waits to be started again.
     pub fn ready_for_exec(&self, id: &InstanceId) -> Result<InstanceRecord, BackendError> {
-        let record = self.running(id, "run a command in")?;
+        self.ready_to(id, "run a command in")
+    }
+
+    /// The record of an instance that runs now; `doing` is a verb for the message («log in to»).
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if it does not run, is paused, or waits to be started again.
+    pub fn ready_to(&self, id: &InstanceId, doing: &str) -> Result<InstanceRecord, BackendError> {
+        let record = self.running(id, doing)?;
         let name = &record.spec.name;
         match record.status {
             InstanceStatus::Running => Ok(record),
             InstanceStatus::Paused => Err(BackendError::new(
                 ErrorKind::State,
-                format!("cannot run a command in instance {name}: it is paused"),
+                format!("cannot {doing} instance {name}: it is paused"),
             )
             .hint(format!("let it go on with `kiln resume {name}`"))),
             status => Err(BackendError::new(
                 ErrorKind::State,
-                format!("cannot run a command in instance {name}: it is {status}"),
+                format!("cannot {doing} instance {name}: it is {status}"),
             )),
         }
     }

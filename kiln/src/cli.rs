@@ -76,6 +76,9 @@ enum Command {
     Rename(commands::rename::Args),
     Exec(Box<commands::exec::Args>),
     Attach(commands::attach::Args),
+    Ssh(Box<commands::ssh::Args>),
+    SshConfig(commands::ssh_config::Args),
+    Console(commands::console::Args),
     Logs(commands::logs::Args),
     Cp(commands::cp::Args),
     #[command(visible_alias = "ls")]
@@ -125,6 +128,8 @@ enum Command {
     #[command(hide = true)]
     Monitor(commands::monitor::Args),
     #[command(hide = true)]
+    SshProxy(commands::ssh_proxy::Args),
+    #[command(hide = true)]
     Man(commands::man::Args),
 }
 
@@ -154,6 +159,8 @@ enum QuickCommand {
     Supervise(commands::supervise::Args),
     #[command(hide = true)]
     Monitor(commands::monitor::Args),
+    #[command(hide = true)]
+    SshProxy(commands::ssh_proxy::Args),
 }
 
 impl From<Quick> for Cli {
@@ -163,6 +170,7 @@ impl From<Quick> for Cli {
             QuickCommand::Exec(args) => Command::Exec(args),
             QuickCommand::Supervise(args) => Command::Supervise(args),
             QuickCommand::Monitor(args) => Command::Monitor(args),
+            QuickCommand::SshProxy(args) => Command::SshProxy(args),
         };
         Self { global: quick.global, command }
     }
@@ -170,7 +178,9 @@ impl From<Quick> for Cli {
 
 fn parse(words: &[OsString]) -> std::result::Result<Cli, clap::Error> {
     match exit::verb(words) {
-        Some("run" | "exec" | "supervise" | "monitor") => Quick::try_parse_from(words).map(Cli::from),
+        Some("run" | "exec" | "supervise" | "monitor" | "ssh-proxy") => {
+            Quick::try_parse_from(words).map(Cli::from)
+        }
         _ => Cli::try_parse_from(words),
     }
 }
@@ -293,6 +303,9 @@ impl Command {
             Self::Rename(args) => args.run(context),
             Self::Exec(args) => args.run(context),
             Self::Attach(args) => args.run(context),
+            Self::Ssh(args) => args.run(context),
+            Self::SshConfig(args) => args.run(context),
+            Self::Console(args) => args.run(context),
             Self::Logs(args) => args.run(context),
             Self::Cp(args) => args.run(context),
             Self::Ps(args) => args.run(context),
@@ -321,6 +334,7 @@ impl Command {
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
             Self::Monitor(args) => args.run(context),
+            Self::SshProxy(args) => args.run(context),
             Self::Completion(_) | Self::Man(_) => Ok(Exit::SUCCESS),
         }
     }
@@ -371,6 +385,7 @@ mod tests {
             "kiln exec web",
             "kiln --bogus run alpine",
             "kiln supervise nonsense 3",
+            "kiln --home /x ssh-proxy --key a nonsense",
             "kiln run --rm --rm --name a -e A=1 --name b -e B=2 alpine",
         ];
         for line in table {

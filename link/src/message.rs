@@ -166,6 +166,20 @@ pub struct Process {
     pub no_new_privileges: bool,
 }
 
+/// What a stream to [`SSH`](crate::service::SSH) begins with; then SSH follows, with the guest as its server.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Encode, Decode)]
+pub struct SshServer {
+    /// The seed of the machine's host key (Ed25519, 32 bytes): the host made it, so it knows what the server must prove.
+    #[cbor(n(0), with = "minicbor::bytes")]
+    pub host_key: Vec<u8>,
+    /// Public keys that may enter, as they travel in SSH.
+    #[n(1)]
+    pub authorised: Vec<minicbor::bytes::ByteVec>,
+    /// What every process of a session has; its arguments, user and working directory are the session's own.
+    #[n(2)]
+    pub process: Process,
+}
+
 /// A terminal's size in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct TerminalSize {

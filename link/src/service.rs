@@ -13,5 +13,5 @@ pub const SHARE: u16 = 12;
 pub const CONTROL: u16 = 13;
 /// A process's streams: [`Input`](crate::message::Input) from the host, [`Output`](crate::message::Output) from the guest.
 pub const PROCESS: u16 = 14;
-/// The SSH server of the guest.
+/// The SSH server of the guest. The stream begins with an [`SshServer`](crate::message::SshServer).
 pub const SSH: u16 = 22;

@@ -36,7 +36,7 @@ pub(crate) enum Event {
 }
 
 /// Reads input on a thread, which ends when nobody wants more.
-fn reader(from: OwnedFd, mut keys: DetachKeys) -> mpsc::Receiver<Option<Vec<u8>>> {
+pub(crate) fn reader(from: OwnedFd, mut keys: DetachKeys) -> mpsc::Receiver<Option<Vec<u8>>> {
     let (pieces, read) = mpsc::channel(DEPTH);
     std::thread::spawn(move || {
         let mut from = File::from(from);
@@ -63,7 +63,7 @@ fn reader(from: OwnedFd, mut keys: DetachKeys) -> mpsc::Receiver<Option<Vec<u8>>
 }
 
 /// Writes output on a thread. What nobody reads any more is dropped: the process goes on.
-fn writer(to: OwnedFd) -> (mpsc::Sender<Vec<u8>>, JoinHandle<()>) {
+pub(crate) fn writer(to: OwnedFd) -> (mpsc::Sender<Vec<u8>>, JoinHandle<()>) {
     let (pieces, mut written) = mpsc::channel::<Vec<u8>>(DEPTH);
     let thread = std::thread::spawn(move || {
         let mut to = File::from(to);
@@ -132,7 +132,7 @@ pub(crate) async fn carry<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
 }
 
 /// The next piece of input; never, if there is none.
-async fn next(input: &mut Option<mpsc::Receiver<Option<Vec<u8>>>>) -> Option<Option<Vec<u8>>> {
+pub(crate) async fn next(input: &mut Option<mpsc::Receiver<Option<Vec<u8>>>>) -> Option<Option<Vec<u8>>> {
     match input {
         Some(input) => input.recv().await,
         None => std::future::pending().await,

@@ -100,9 +100,9 @@ pub(crate) fn failure(error: &BackendError) -> Failure {
 }
 
 /// The directory by descriptor: its path may be longer than the address of a socket.
-fn directory(dir: &Path) -> io::Result<(OwnedFd, String)> {
+fn directory(dir: &Path, name: &str) -> io::Result<(OwnedFd, String)> {
     let open = openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let path = format!("/proc/self/fd/{}/{NAME}", open.as_raw_fd());
+    let path = format!("/proc/self/fd/{}/{name}", open.as_raw_fd());
     Ok((open, path))
 }
 
@@ -113,7 +113,7 @@ pub(crate) fn listen(dir: &InstanceDir) -> Result<UnixListener, BackendError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
         _ => {}
     }
-    let (_open, path) = directory(dir.path()).map_err(fail)?;
+    let (_open, path) = directory(dir.path(), NAME).map_err(fail)?;
     UnixListener::bind(path).map_err(fail)
 }
 
@@ -128,6 +128,12 @@ pub(crate) fn close(dir: &InstanceDir) {
     let _ = std::fs::remove_file(dir.path().join(NAME));
 }
 
+/// Connects to a socket in the machine's directory. Must be called in a runtime.
+pub(crate) async fn connect(dir: &InstanceDir, name: &str) -> io::Result<UnixStream> {
+    let (_open, path) = directory(dir.path(), name)?;
+    UnixStream::connect(path).await
+}
+
 /// Asks. Must be called in a runtime.
 ///
 /// # Errors
@@ -135,8 +141,7 @@ pub(crate) fn close(dir: &InstanceDir) {
 pub(crate) async fn ask(dir: &InstanceDir, question: &Ask) -> Result<(UnixStream, Reply), BackendError> {
     let fail =
         |error| BackendError::caused("cannot reach the machine's monitor", error).of_kind(ErrorKind::State);
-    let (_open, path) = directory(dir.path()).map_err(fail)?;
-    let mut stream = UnixStream::connect(path).await.map_err(fail)?;
+    let mut stream = connect(dir, NAME).await.map_err(fail)?;
     message::send(&mut stream, question).await.map_err(lost)?;
     match message::receive(&mut stream).await.map_err(lost)? {
         Some(Reply::Failed(failure)) => Err(refused(&failure)),

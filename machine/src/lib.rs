@@ -12,6 +12,8 @@ mod carry;
 #[cfg(target_os = "linux")]
 mod commit;
 #[cfg(target_os = "linux")]
+mod console;
+#[cfg(target_os = "linux")]
 mod door;
 #[cfg(target_os = "linux")]
 mod exec;
@@ -27,6 +29,8 @@ mod plan;
 mod saved;
 mod services;
 mod snapshots;
+#[cfg(target_os = "linux")]
+mod ssh;
 mod stream;
 mod system;
 pub mod template;
@@ -41,4 +45,6 @@ pub use life::{Life, Paths};
 #[cfg(target_os = "linux")]
 pub use monitor::monitor;
 pub use saved::{Saved, TemplateRecord};
+#[cfg(target_os = "linux")]
+pub use ssh::SshAccess;
 pub use template::{Disk, Shape, Templates, prune_disks, prune_templates, remove_template, templates};

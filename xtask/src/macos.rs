@@ -23,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "kiln-store",
     "kiln-registry",
     "kiln-view",
+    "kiln-ssh",
     "kiln-usernet",
     "kiln-net",
     "kiln-share",

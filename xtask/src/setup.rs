@@ -63,6 +63,11 @@ const TESTS: &[Needed] = &[
     needed("jq", "jq", "reads JSON as users do"),
     needed("curl", "curl", "fetches from published ports"),
     needed("git", "git", "as in the Debian image"),
+    needed("ssh", "openssh-client", "logs in to machines"),
+    needed("scp", "openssh-client", "copies files to and from machines"),
+    needed("sftp", "openssh-client", "lists files of machines"),
+    needed("ssh-keygen", "openssh-client", "an independent maker of keys"),
+    needed("rsync", "rsync", "copies trees to and from machines"),
 ];
 
 /// What only the benches use: the peers.

@@ -217,6 +217,7 @@ documents! {
     the_networking_guide_does_what_it_says: "docs/guides/networking.md",
     the_guide_to_machines_does_what_it_says: "docs/guides/machines.md",
     the_guide_to_sandboxes_does_what_it_says: "docs/guides/agent-sandbox.md",
+    the_guide_to_ssh_does_what_it_says: "docs/guides/ssh.md",
     the_troubleshooting_guide_does_what_it_says: "docs/guides/troubleshooting.md",
     the_page_on_the_store_does_what_it_says: "docs/concepts/store.md",
     the_page_on_layers_does_what_it_says: "docs/concepts/layers-and-trees.md",

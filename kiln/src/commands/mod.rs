@@ -3,6 +3,7 @@
 pub(crate) mod attach;
 pub(crate) mod commit;
 pub(crate) mod completion;
+pub(crate) mod console;
 pub(crate) mod cp;
 pub(crate) mod create;
 pub(crate) mod diff;
@@ -30,6 +31,9 @@ pub(crate) mod resume;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod snapshot;
+pub(crate) mod ssh;
+pub(crate) mod ssh_config;
+pub(crate) mod ssh_proxy;
 pub(crate) mod start;
 pub(crate) mod stats;
 pub(crate) mod stop;
