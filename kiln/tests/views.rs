@@ -91,8 +91,9 @@ fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
                 fs::create_dir_all(at).unwrap();
                 std::os::unix::fs::chown(at, Some(user.uid), Some(user.gid)).unwrap();
             }
-            let script =
-                format!("cat {at}/var/www/index.html; echo $KILN_VIEW; touch {at}/x 2>/dev/null || echo no");
+            let script = format!(
+                "cat {at}/var/www/index.html; echo $KILN_VIEW; touch {at}/x 2>/dev/null || echo no; grep -c ' {at} .*nosuid,nodev' /proc/self/mounts"
+            );
             let words = [
                 "fs",
                 "run",
@@ -108,7 +109,7 @@ fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
                 "-c",
                 &script,
             ];
-            assert_eq!(place.ok(&words), "hello from kiln\nv\nno", "{backend}");
+            assert_eq!(place.ok(&words), "hello from kiln\nv\nno\n1", "{backend}");
             assert_eq!(fs::read_dir(at).unwrap().count(), 0, "{backend}");
             assert_eq!(place.views(), "");
             let program = format!("{at}/bin/busybox");

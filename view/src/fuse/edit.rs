@@ -419,10 +419,16 @@ impl Filesystem for Editable {
                 return reply.ok();
             }
         }
+        let directory = match union.directory(ino.0) {
+            Ok(directory) => directory,
+            Err(error) => return reply.error(told(error)),
+        };
+        // What was removed has no names.
+        let listing = if union.was_removed(ino.0) { &[][..] } else { &listing[..] };
         let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
         for (index, entry) in listing.iter().enumerate().skip(from) {
             // Asked for again: what was removed since must not come back to the kernel's memory.
-            let found = match union.find(ino.0, &entry.name) {
+            let found = match union.find_in(ino.0, directory.as_ref(), &entry.name) {
                 Ok(Some(found)) => found,
                 Ok(None) => continue,
                 Err(error) => return reply.error(told(error)),

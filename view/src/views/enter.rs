@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use kiln_contract::{BackendError, ErrorKind, ViewBackend as _, ViewRequest};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigHandler, Signal};
-use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_remount};
 
 use super::{Backend, Result, ViewRecord, Views, namespace_of, private_root, processes_in};
 use crate::fuse::{self, Owners, Served};
@@ -109,6 +109,12 @@ impl View {
                 overlay.mount(&ViewRequest { tree, objects, target, scratch })?;
                 self.overlay = Some(overlay);
             }
+        }
+        if private {
+            // An image shows files; it makes nobody somebody else, and opens no device of the host.
+            let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV;
+            mount_remount(&self.record.at, flags, c"")
+                .map_err(|error| cannot_show(&self.record.at, error.into()))?;
         }
         self.record.namespace = namespace_of(Path::new("/proc/self")).filter(|_| private);
         self.views.write(&self.record)

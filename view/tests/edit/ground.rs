@@ -101,6 +101,17 @@ impl Ground {
         self.serve(Some(&self.scratch()))
     }
 
+    /// Takes the kernel's overlay away, whole. A child that another test has just forked may hold files of it for a moment.
+    pub(crate) fn unmount_kernel(&self) {
+        for _ in 0..500 {
+            match rustix::mount::unmount(self.at("kernel"), rustix::mount::UnmountFlags::empty()) {
+                Err(rustix::io::Errno::BUSY) => std::thread::sleep(std::time::Duration::from_millis(10)),
+                other => return other.unwrap(),
+            }
+        }
+        panic!("the overlay stays busy");
+    }
+
     /// An overlay of the kernel's over the same files as the tree has.
     pub(crate) fn mount_upper(&self, upper: &str, work: &str, read_only: bool) {
         let options = format!(

@@ -55,7 +55,7 @@ fn what_the_kernel_has_changed_is_shown_as_the_kernel_shows_it() {
             }
             kernel.close_all();
             let shown = snapshot(&ground.at("kernel"));
-            rustix::mount::unmount(ground.at("kernel"), rustix::mount::UnmountFlags::empty()).unwrap();
+            ground.unmount_kernel();
             let mounted = ground.edit();
             let view = snapshot(&ground.at("view"));
             let differing: Vec<_> = view.iter().filter(|line| !shown.contains(line)).collect();
@@ -348,6 +348,47 @@ fn programs_of_a_view_are_executed_and_thousands_of_files_are_open_at_once() {
             assert_eq!(fs::read(at(&format!("many-{number}"))).unwrap()[3..], *number.to_string().as_bytes());
         }
         drop(files);
+        mounted.unmount().unwrap();
+    });
+}
+
+#[test]
+fn compilers_databases_and_git_work_in_an_edited_view() {
+    for program in ["gcc", "make", "python3", "git"] {
+        if kiln_fixtures::require(program).is_none() {
+            return;
+        }
+    }
+    with_ground(|ground| {
+        let mounted = ground.edit();
+        let script = r#"
+            set -e; cd "$1"; export HOME="$1" TMPDIR="$1"
+            mkdir src; cd src
+            echo 'int twice(int n) { return 2 * n; }' > twice.c
+            echo '#include <stdio.h>' > main.c
+            echo 'int twice(int); int main(void) { printf("%d", twice(21)); return 0; }' >> main.c
+            printf 'program: main.o libtwice.a\n\tgcc -o $@ $^\nlibtwice.a: twice.o\n\tar rcs $@ $^\n' > Makefile
+            make -s -j2; test "$(./program)" = 42; touch twice.c; make -s; make -q
+            python3 - <<'END'
+import mmap, os, sqlite3, tempfile
+base = sqlite3.connect("base"); base.execute("pragma journal_mode=wal"); base.execute("create table t (n)")
+for n in range(50):
+    with base: base.execute("insert into t values (?)", (n,))
+base.close()
+assert sqlite3.connect("base").execute("select sum(n) from t").fetchone() == (1225,)
+with tempfile.TemporaryDirectory(dir=".") as place:
+    for n in range(300): open(f"{place}/{n}", "w").write(str(n))
+    os.rename(place, "moved"); os.rename("moved", place)
+with open("mapped", "w+b") as file:
+    file.truncate(9000); map = mmap.mmap(file.fileno(), 0); map[5000:5005] = b"hello"; map.flush()
+    file.seek(5000); assert file.read(5) == b"hello"
+END
+            cd ..; git init -q repository; cd repository; git config user.name a; git config user.email a@b
+            cp -r ../a ../src .; rm a/g; git add .; git commit -qm first; mv a z; git add -A; git commit -qm second
+            git gc -q; git fsck --strict 2>/dev/null; git checkout -q HEAD~1; test -e a/large
+            test -z "$(git status --short)""#;
+        let run = Command::new("sh").args(["-c", script, "sh"]).arg(ground.at("view")).output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         mounted.unmount().unwrap();
     });
 }

@@ -164,8 +164,19 @@ impl Union {
         if self.was_removed(parent) {
             return Ok(None);
         }
-        if let Some(directory) = self.directory(parent)? {
-            match rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+        let directory = self.directory(parent)?;
+        self.find_in(parent, directory.as_ref(), name)
+    }
+
+    /// Looks a name up in a directory that was not removed, and whose directory in the scratch is at hand if it has one.
+    pub(super) fn find_in(
+        &mut self,
+        parent: Id,
+        directory: Option<&OwnedFd>,
+        name: &[u8],
+    ) -> Result<Option<Found>> {
+        if let Some(directory) = directory {
+            match rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) if is_whiteout(&stat) => return Ok(None),
                 Ok(stat) => {
                     let id = self.know(parent, directory, name, &stat)?;
@@ -182,15 +193,19 @@ impl Union {
     }
 
     /// Remembers what the scratch has under a name.
-    fn know(&mut self, parent: Id, directory: OwnedFd, name: &[u8], stat: &Stat) -> Result<Id> {
+    fn know(&mut self, parent: Id, directory: &OwnedFd, name: &[u8], stat: &Stat) -> Result<Id> {
         let id = self.nodes.id_of(stat.st_ino);
         if self.nodes.get(id).is_some() {
             self.nodes.add_name(id, parent, name);
             return Ok(id);
         }
         let is_directory = is_directory(stat);
-        let lower =
-            if is_directory { self.seen_in(parent, name, &Place::named(directory, name))? } else { None };
+        let lower = if is_directory {
+            let again = rustix::io::fcntl_dupfd_cloexec(directory, 0)?;
+            self.seen_in(parent, name, &Place::named(again, name))?
+        } else {
+            None
+        };
         // What the tree has can be in one place only.
         let number = lower.filter(|nid| self.nodes.get(*nid).is_none());
         let node = Node::new(stat.st_ino, is_directory, lower, Some((parent, name)));
