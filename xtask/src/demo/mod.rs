@@ -1,5 +1,8 @@
 //! `cargo xtask demo`: Kiln's main job from end to end, as root and then as an ordinary user, with real parts: images
-//! made by `debootstrap` and `umoci`, pushed by `skopeo` to a real registry on loopback.
+//! made by `debootstrap` and `umoci`, pushed by `skopeo` to a real registry on loopback. Then [machines].
+
+mod machines;
+mod story;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -8,6 +11,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use kiln_fixtures::{OrdinaryUser, RegistryOptions, RegistryServer};
+
+use story::Story;
 
 use crate::kiln::{self, Kiln};
 use crate::setup;
@@ -54,7 +59,10 @@ pub(crate) fn run() -> Outcome {
     story.chapter(&format!("Rootless, as the user {}", user.name));
     main_job(&mut story, &program, Some(&user), &registry, "rootless")?;
 
-    println!("\nAll {} steps did what they say, in {:.1} s.", story.steps, begun.elapsed().as_secs_f64());
+    story.chapter("Machines");
+    machines::run(&mut story, &program, &registry)?;
+
+    println!("\nAll {} steps did what they say, in {:.1} s.", story.steps(), begun.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -160,48 +168,6 @@ fn main_job(
         kiln.output(["system", "check"])?;
         Ok(((), freed))
     })
-}
-
-/// Numbers the steps, and shows what each gave and how long it took.
-#[derive(Default)]
-struct Story {
-    steps: usize,
-}
-
-impl Story {
-    fn chapter(&self, title: &str) {
-        println!("\n== {title}\n");
-    }
-
-    /// Runs a step, which gives its value and what there is to show.
-    fn step<T>(&mut self, what: &str, action: impl FnOnce() -> Outcome<(T, String)>) -> Outcome<T> {
-        self.steps += 1;
-        print!("{:>3}. {what}", self.steps);
-        let _ = std::io::stdout().flush();
-        let begun = Instant::now();
-        let outcome = action();
-        let took = begun.elapsed();
-        match outcome {
-            Ok((value, shown)) => {
-                println!("  [{}]", duration(took));
-                shown.lines().take(8).for_each(|line| println!("       {line}"));
-                Ok(value)
-            }
-            Err(problem) => {
-                println!("  [failed]");
-                Err(format!("step {}, {what}: {problem}", self.steps))
-            }
-        }
-    }
-}
-
-fn duration(took: Duration) -> String {
-    let milliseconds = took.as_secs_f64() * 1e3;
-    if milliseconds < 1000.0 {
-        format!("{milliseconds:.0} ms")
-    } else {
-        format!("{:.1} s", milliseconds / 1e3)
-    }
 }
 
 fn expect(text: &str, part: &str) -> Outcome {
