@@ -162,6 +162,10 @@ impl CliError {
     pub(crate) fn is_broken_pipe(&self) -> bool {
         match self {
             Self::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
+            // An archive on standard output, or something in it.
+            Self::Registry(RegistryError::Io { path, source, .. }) => {
+                path.starts_with("-") && source.kind() == io::ErrorKind::BrokenPipe
+            }
             Self::Json(error) => error.io_error_kind() == Some(io::ErrorKind::BrokenPipe),
             _ => false,
         }

@@ -61,11 +61,15 @@ fn what_does_not_exist_is_an_error_with_a_hint() {
 #[test]
 fn a_reader_that_went_away_ends_a_command_quietly() {
     let home = Home::new();
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let child = home.command(["completion", "bash"]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
-    let ended = common::Ended::from(child.wait_with_output().unwrap());
-    assert_eq!((ended.code, ended.stderr.as_str()), (141, ""), "{ended:?}");
+    write(&home.beside("root/file"), "content");
+    home.ok(["image", "import", "-q", "root", "files"]);
+    for words in [&["completion", "bash"][..], &["save", "files"], &["image", "export", "-q", "files"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let child = home.command(words).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+        let ended = common::Ended::from(child.wait_with_output().unwrap());
+        assert_eq!((ended.code, ended.stderr.as_str()), (141, ""), "{words:?}: {ended:?}");
+    }
 }
 
 #[test]

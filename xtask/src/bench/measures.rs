@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::disk::directory;
 use super::peers::{Bundle, Conmon, podman_pull, skopeo_umoci_pull};
-use super::sampling::{at_once, median, medians, quietly, settle, timed};
+use super::sampling::{at_once, median, medians, quietly, rounds, settle, timed};
 use super::table::{Row, seconds};
 use crate::kiln::Kiln;
 use crate::shell::{Outcome, capture};
@@ -164,7 +164,7 @@ fn commit(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         timed(|| quietly(&mut kiln.command(["commit", name, &tag])))
     };
     let mut samples = [Vec::new(), Vec::new()];
-    for _ in 0..15 {
+    for _ in 0..rounds(15) {
         samples[0].push(once("small")?);
         samples[1].push(once("large")?);
     }

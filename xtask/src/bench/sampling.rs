@@ -1,6 +1,7 @@
 //! Taking times and making medians of them.
 
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::shell::{Outcome, capture};
@@ -8,11 +9,21 @@ use crate::shell::{Outcome, capture};
 /// One contender of a measure: how to take one sample of it, in seconds.
 pub(crate) type Contender<'a> = Box<dyn FnMut() -> Outcome<f64> + 'a>;
 
-/// The median of each contender over `rounds` rounds, in which they take turns. One round before is not counted.
-pub(crate) fn medians<const N: usize>(
-    rounds: usize,
-    mut contenders: [Contender<'_>; N],
-) -> Outcome<[f64; N]> {
+static ONLY_ONCE: AtomicBool = AtomicBool::new(false);
+
+/// Whether every sample is taken only once.
+pub(crate) fn choose_rounds(only_once: bool) {
+    ONLY_ONCE.store(only_once, Ordering::Relaxed);
+}
+
+/// How many rounds there are where `usual` are due.
+pub(crate) fn rounds(usual: usize) -> usize {
+    if ONLY_ONCE.load(Ordering::Relaxed) { 1 } else { usual }
+}
+
+/// The median of each contender over `usual` rounds, in which they take turns. One round before is not counted.
+pub(crate) fn medians<const N: usize>(usual: usize, mut contenders: [Contender<'_>; N]) -> Outcome<[f64; N]> {
+    let rounds = rounds(usual);
     let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::with_capacity(rounds));
     for round in 0..=rounds {
         for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
