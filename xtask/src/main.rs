@@ -22,7 +22,8 @@ cargo xtask <task>
   setup         install what the tests, the demo and the benches need (Debian and Ubuntu; elsewhere: list it)
   demo          Kiln's main job from end to end, with what each step shows and how long it took
   test [ARGS]   every test; ARGS go to `cargo test`
-  bench         Kiln beside its peers, into docs/benchmarks.md (--quick: once each and not in release, only to see that it runs)
+  bench         Kiln beside its peers, into docs/benchmarks.md (--quick: once each and not in release, only to see that it runs;
+                machines: only what is about machines, shown and not written)
   fmt           check the formatting
   lint          clippy, with warnings denied
   deny          licences, bans and sources of all dependencies (where cargo-deny is installed)
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
         "deny" => lints::deny(),
         "check-macos" => macos::check(),
         "test" => every_test::run(rest),
-        "bench" => bench::run(rest.iter().any(|word| word == "--quick")),
+        "bench" => bench::run(rest),
         "demo" => demo::run(),
         "disk-template" => disk_template::write(),
         "ci" => ci::run_all(),

@@ -74,6 +74,7 @@ const TESTS: &[Needed] = &[
 const BENCHES: &[Needed] = &[
     needed("podman", "podman", "a peer for pulls"),
     needed("conmon", "conmon", "a peer for memory"),
+    needed("dockerd", "docker.io", "a peer for starts of machines"),
     needed("fuse-overlayfs", "fuse-overlayfs", "storage of rootless podman"),
 ];
 

@@ -23,6 +23,8 @@ pub(crate) fn facts() -> Vec<(&'static str, String)> {
         ("processor", format!("{}, {cores} cores", of_file("/proc/cpuinfo", "model name"))),
         ("memory", format!("{} GiB", (memory + (1 << 19)) >> 20)),
         ("kernel", first_line("uname", "-sr")),
+        ("accelerator", super::slirp::accelerator().to_owned()),
+        ("qemu", first_line("qemu-system-x86_64", "--version")),
         ("runc", first_line("runc", "--version")),
         ("podman", first_line("podman", "--version")),
         ("skopeo", first_line("skopeo", "--version")),

@@ -27,10 +27,18 @@ pub(crate) type Measure = fn(&Path, &Images) -> Outcome<Vec<Row>>;
 /// All of them, in the order of the table.
 pub(crate) const ALL: &[Measure] = &[start, pull, shared_files, commit, memory, at_once_fifty];
 
+/// Those of machines.
+pub(crate) const OF_MACHINES: &[Measure] = &[
+    super::machine_life::starts,
+    super::machine_life::bare,
+    super::machine_network::usernet,
+    super::machine_network::shares,
+];
+
 /// Those in which the filesystem weighs most.
 pub(crate) const OF_FILESYSTEM: &[Measure] = &[start, pull, commit, at_once_fifty];
 
-fn ratio_row(measure: &str, kiln: f64, peers: &[(&str, f64)], goal: f64) -> Row {
+pub(super) fn ratio_row(measure: &str, kiln: f64, peers: &[(&str, f64)], goal: f64) -> Row {
     let best = peers.iter().map(|(_, value)| *value).fold(f64::INFINITY, f64::min);
     let ratio = kiln / best;
     let shown: Vec<String> =

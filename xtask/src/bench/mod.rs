@@ -3,11 +3,16 @@
 //! Contenders take turns within each measure, so that whatever else the machine does meets them alike. The table goes to
 //! the terminal and to `docs/benchmarks.md`. Nothing here fails because something is slow: a missed goal is written down.
 
+mod bare;
 mod disk;
+mod docker;
 mod machine;
+mod machine_life;
+mod machine_network;
 mod measures;
 mod peers;
 mod sampling;
+mod slirp;
 mod table;
 
 use std::process::Command;
@@ -19,8 +24,14 @@ use crate::setup;
 use crate::shell::{Outcome, capture, root};
 use measures::Images;
 
-/// Takes every measure and writes the table. `quick`: only to see whether all measures can be taken, and nothing is written.
-pub(crate) fn run(quick: bool) -> Outcome {
+/// Takes every measure and writes the table. `--quick`: only to see whether all measures can be taken, and nothing is written.
+/// `machines`: only those of machines, which are shown and not written.
+pub(crate) fn run(arguments: &[String]) -> Outcome {
+    if let Some(other) = arguments.iter().find(|word| !["--quick", "machines"].contains(&word.as_str())) {
+        return Err(format!("it takes `--quick` and `machines`, and not {other}"));
+    }
+    let has = |word: &str| arguments.iter().any(|given| given == word);
+    let (quick, only_machines) = (has("--quick"), has("machines"));
     setup::for_benches()?;
     if !rustix::process::geteuid().is_root() {
         return Err("the peers (runc, umoci, podman) are measured as root: run it as root".to_owned());
@@ -50,10 +61,14 @@ pub(crate) fn run(quick: bool) -> Outcome {
         }
         Ok::<_, String>(rows)
     };
+    let of_machines = take(measures::OF_MACHINES)?;
+    if only_machines {
+        return Ok(());
+    }
     let rows = take(measures::ALL)?;
     drop(disk);
     let on_host = take(measures::OF_FILESYSTEM)?;
-    let document = table::document(&rows, &disk::of_host(), &on_host, &machine::facts());
+    let document = table::document(&rows, &of_machines, &disk::of_host(), &on_host, &machine::facts());
     if quick {
         print!("{document}");
         return Ok(());

@@ -27,19 +27,27 @@ impl Row {
 
 const HEAD: &str = "| measure | Kiln | peers | result | goal | met |\n|---|---|---|---|---|---|\n";
 
-/// The whole document: `rows` from a fresh ext4, `on_host` from the host's own filesystem, which is `host`.
-pub(crate) fn document(rows: &[Row], host: &str, on_host: &[Row], facts: &[(&str, String)]) -> String {
+/// The whole document: `rows` and `of_machines` from a fresh ext4, `on_host` from the host's own filesystem, which is `host`.
+pub(crate) fn document(
+    rows: &[Row],
+    of_machines: &[Row],
+    host: &str,
+    on_host: &[Row],
+    facts: &[(&str, String)],
+) -> String {
     let lines = |rows: &[Row]| rows.iter().map(|row| row.line() + "\n").collect::<String>();
     let mut text = format!(
         "# Benchmarks\n\n\
          Written by `cargo xtask bench`, which takes every figure in one run on one machine; figures are medians, and \
          contenders take turns. Run it on yours: the ratios are what should carry over.\n\n\
          All contenders work on a fresh ext4 (with a journal, as distributions make it) in a file:\n\n{HEAD}{}\n\
+         Machines (the accelerator is named below):\n\n{HEAD}{}\n\
          On this host's own filesystem, {host}:\n\n{HEAD}{}\n\
          An ext4 without a journal looks at every inode that was deleted in the last minutes before it gives out a new \
          one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was deleted \
          before. Kiln makes some twenty an instance.\n",
         lines(rows),
+        lines(of_machines),
         lines(on_host)
     );
     text += "\n## The machine\n\n";
@@ -55,7 +63,14 @@ pub(crate) fn document(rows: &[Row], host: &str, on_host: &[Row], facts: &[(&str
         blocks (`du`) beside the size of the second root.\n\
         - **Commit**: one changed file in a running container.\n\
         - **Memory**: proportional set size (`smaps_rollup`) of the process that owns a detached container.\n\
-        - **At once**: fifty containers started together; until the last has ended.\n";
+        - **At once**: fifty containers started together; until the last has ended.\n\
+        - **Machines**: one processor, 512 MiB (256 MiB for boots, forks and memory), Debian's kernel. Docker runs the same \
+        busybox root with an engine of its own, without a network. The bare QEMU has the same machine, kernel and \
+        processor, a busybox shell for an init, and one port; it is saved and restored as machines are, by hand.\n\
+        - **`usernet`**: both guests have one processor, 512 MiB and Debian's kernel, run the same two commands of busybox, and \
+        are timed by the host: from the connection to the last byte.\n\
+        - **9P and `cp`**: beside them `kiln exec` with a file or `/dev/zero` at one end and `/dev/null` at the other, which is \
+        a stream of the link and nothing else. A rate of 0.7 is a time of 1.43.\n";
     text
 }
 
@@ -79,6 +94,8 @@ mod tests {
             met,
         };
         assert_eq!(row(true).line(), "| m | 12.3 ms | 2.50 s | r | g | yes |");
-        assert!(document(&[row(false)], "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |"));
+        assert!(
+            document(&[row(false)], &[], "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |")
+        );
     }
 }
