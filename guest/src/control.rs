@@ -20,7 +20,7 @@ pub(crate) async fn answer(
         }
         Request::Prepare { files } => configure::prepare(machine, &files).map(|()| Answer::Done),
         Request::Signal { process, signal } => {
-            process::signal(machine, process, signal).map(|()| Answer::Done)
+            process::signal(machine, process, signal).await.map(|()| Answer::Done)
         }
         Request::Stats => stats::measure(machine).map(Answer::Stats),
         Request::Processes => stats::processes().map(Answer::Processes),

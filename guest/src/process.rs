@@ -24,6 +24,9 @@ use tokio::sync::{mpsc, watch};
 use crate::agent::{Entry, Machine, aside};
 use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
 
+/// How long an init may take until it hears signals.
+const INIT_BEGINS: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// Somebody who takes a process's output and gives it input.
 pub(crate) struct Attachment {
     reader: Box<dyn AsyncRead + Send + Unpin>,
@@ -489,13 +492,34 @@ fn code_of(ended: &io::Result<std::process::ExitStatus>) -> u8 {
     }
 }
 
+/// Waits until process 1 takes a signal: it is spared what it has not asked for, and an init that has just begun has asked for
+/// nothing yet. Not for ever: it may never ask.
+async fn until_init_takes(signal: i32) {
+    let bit = 1_u64 << (signal - 1).clamp(0, 63);
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < INIT_BEGINS {
+        let status = std::fs::read_to_string("/proc/1/status").unwrap_or_default();
+        let takes = ["SigBlk:", "SigCgt:"].iter().any(|name| {
+            let set = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & bit != 0)
+        });
+        if takes {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
 /// Sends a signal to a process that was started over the link.
-pub(crate) fn signal(machine: &Machine, number: u32, signal: i32) -> Result<(), Failure> {
+pub(crate) async fn signal(machine: &Machine, number: u32, signal: i32) -> Result<(), Failure> {
     let entry = machine.processes().get(&number).cloned();
     let pid =
         entry.and_then(|entry| i32::try_from(entry.pid).ok()).filter(|pid| *pid > 0).ok_or_else(|| {
             Failure { kind: FailureKind::NotFound, what: format!("there is no process {number}") }
         })?;
+    if pid == 1 {
+        until_init_takes(signal).await;
+    }
     // SAFETY: takes two numbers. The process is this one's child, so its number is its own until it is waited for, or it
     // is PID 1.
     if unsafe { libc::kill(pid, signal) } == 0 {

@@ -95,6 +95,9 @@ pub enum Request {
     Stop {
         /// `None`: as its specification says.
         timeout: Option<Duration>,
+        /// Nothing of it is needed any more: what it has not written to its disk need not be.
+        #[serde(default)]
+        discard: bool,
     },
     /// Suspend the workload.
     Pause,
@@ -442,7 +445,8 @@ mod tests {
 
     #[test]
     fn frames_come_out_as_they_went_in_however_the_stream_is_cut() {
-        let mut stream = message(&Request::Stop { timeout: Some(Duration::from_millis(1500)) });
+        let mut stream =
+            message(&Request::Stop { timeout: Some(Duration::from_millis(1500)), discard: false });
         append(&mut stream, Kind::Stdout, &vec![7; MAX_PAYLOAD + 10]);
         append(&mut stream, Kind::StdinEnd, b"");
         for step in [1, 3, 4096, stream.len()] {
@@ -461,7 +465,7 @@ mod tests {
             };
             assert_eq!(
                 parse::<Request>(request).unwrap(),
-                Request::Stop { timeout: Some(Duration::from_millis(1500)) }
+                Request::Stop { timeout: Some(Duration::from_millis(1500)), discard: false }
             );
             assert_eq!((a.len(), b.len(), end.len()), (MAX_PAYLOAD, 10, 0));
         }

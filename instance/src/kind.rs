@@ -13,7 +13,7 @@
 //! If the supervisor is killed in between, the next command that looks at the instance calls [`Kind::clean`].
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_contract::{BackendError, ExecSpec, InstanceId, InstanceRecord, Isolation, ProcessId};
 
@@ -139,11 +139,23 @@ pub trait Hold: fmt::Debug {
     /// If they cannot be.
     fn thaw(&self) -> Result<(), BackendError>;
 
+    /// Asks whoever runs them to end them by what is better than a signal, and returns at once: how long that may take before
+    /// they are killed all the same, or `None` if there is nobody to ask. What a workload has written survives the death of its
+    /// processes; that of a machine's kernel it survives only if that has written it to its disk.
+    fn end(&self) -> Option<Duration> {
+        None
+    }
+
     /// Kills them, suspended or not. No error if there are none. The run's own process was sent SIGKILL before.
     ///
     /// # Errors
     /// If one is left.
     fn kill(&self) -> Result<(), BackendError>;
+
+    /// Why the run has ended, if not by itself. Asked as [`out_of_memory`](Self::out_of_memory) is.
+    fn why_it_ended(&self) -> Option<String> {
+        None
+    }
 
     /// Whether one of them was killed for want of memory. Asked after the run's process was reaped, before
     /// [`Ground::end`].

@@ -185,7 +185,7 @@ impl Verbs {
         };
         let Some(handle) = process::open(supervisor) else { return Ok(()) };
         let asked = self.connect(&record.id).ok().flatten().is_some_and(|mut connection| {
-            connection.send(&Request::Stop { timeout: Some(Duration::ZERO) }).is_ok()
+            connection.send(&Request::Stop { timeout: Some(Duration::ZERO), discard: true }).is_ok()
                 && connection.wait_until(Instant::now() + TO_KILL)
         });
         // A foreground command goes on after its workload, and is not to be killed for that.
@@ -207,7 +207,13 @@ impl Verbs {
         match mode {
             // As Docker has it: to start what runs is no error.
             StartMode::Detached if is_supervised(&record) => Ok(None),
-            StartMode::Detached => spawn::start(&self.instances, id, None).map(|_| None),
+            StartMode::Detached => match spawn::start(&self.instances, id, None) {
+                // Somebody else was faster: then it is their start that is waited for.
+                Err(error) if error.kind() == ErrorKind::State => {
+                    self.until_started(id, error).map(|()| None)
+                }
+                started => started.map(|_| None),
+            },
             StartMode::Foreground { stdio, detach_keys, signal_proxy } => {
                 let keys = DetachKeys::parse(&detach_keys)?;
                 let process = &record.spec.process;
@@ -224,6 +230,23 @@ impl Verbs {
                     AttachEnd::Detached => Ok(None),
                 }
             }
+        }
+    }
+
+    /// Waits until a start that somebody else has begun has come to something; `refused` is what this one was told.
+    fn until_started(&self, id: &InstanceId, refused: BackendError) -> Result<(), BackendError> {
+        loop {
+            let record = self.truth(id)?;
+            if !is_supervised(&record) {
+                return Err(refused);
+            }
+            if matches!(
+                record.status,
+                InstanceStatus::Running | InstanceStatus::Paused | InstanceStatus::Restarting
+            ) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -280,7 +303,7 @@ impl Verbs {
         if !is_supervised(&self.truth(id)?) {
             return Ok(());
         }
-        if self.ask(id, &Request::Stop { timeout })?.is_none() {
+        if self.ask(id, &Request::Stop { timeout, discard: false })?.is_none() {
             // It ended before it could answer: perhaps it was killed, and there is something to clean up.
             match self.truth(id) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),

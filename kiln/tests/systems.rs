@@ -38,7 +38,7 @@ fn booted(home: &Home, name: &str) {
                 let why = sh(home, name, "systemctl --failed --no-legend; journalctl --no-pager -b -p 4");
                 panic!("{state}: {why}");
             }
-            _ => assert!(begun.elapsed() < Duration::from_secs(180), "it is still {state}"),
+            _ => assert!(begun.elapsed() < Duration::from_secs(400), "it is still {state}"),
         }
         std::thread::sleep(Duration::from_millis(500));
     }

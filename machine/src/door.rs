@@ -52,6 +52,9 @@ pub(crate) enum Ask {
         #[n(0)]
         size: u64,
     },
+    /// End it as a kill would, but with everything written to its disk. Answered before that is done.
+    #[n(5)]
+    End,
 }
 
 /// What a copy of a disk becomes.

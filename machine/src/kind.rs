@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -21,6 +22,11 @@ use rustix::process::Signal;
 use crate::door::{self, Ask};
 use crate::monitor::{GO, News, disks};
 use crate::{plan, stream};
+
+/// How long a monitor may take to hear that its machine is to end.
+const TO_ANSWER: Duration = Duration::from_secs(2);
+/// How long a machine may take to write everything to its disk before it is killed.
+const TO_END: Duration = Duration::from_secs(15);
 
 /// MicroVMs.
 #[derive(Debug)]
@@ -69,12 +75,7 @@ impl Ground for MachineGround {
             .connect(&record.spec.process)
             .map_err(|error| BackendError::caused("cannot make the machine's streams", error))?;
         let (process, mut monitor) = self.spawn(streams, &mut ends)?;
-        let run = Run {
-            process,
-            ends,
-            since: Instant::now(),
-            hold: Some(Box::new(Door { instances: self.instances.clone(), id: self.id.clone() })),
-        };
+        let run = Run { process, ends, since: Instant::now(), hold: None };
         let begun = self.begin(record, process, &mut monitor);
         if let Err(error) = begun {
             process::kill_and_wait(process, Duration::from_secs(10));
@@ -82,7 +83,13 @@ impl Ground for MachineGround {
             leave(&self.instances, record)?;
             return Err(error);
         }
-        Ok(Run { since: Instant::now(), ..run })
+        let door = Door {
+            instances: self.instances.clone(),
+            id: self.id.clone(),
+            keeps_disk: !record.spec.remove,
+            monitor: Mutex::new(monitor),
+        };
+        Ok(Run { since: Instant::now(), hold: Some(Box::new(door)), ..run })
     }
 
     fn end(&mut self, record: &InstanceRecord, _: Run) -> Result<(), BackendError> {
@@ -236,6 +243,10 @@ fn terminal_pair(size: Option<(u16, u16)>) -> std::io::Result<(OwnedFd, OwnedFd)
 struct Door {
     instances: Instances,
     id: InstanceId,
+    /// The machine outlives this run.
+    keeps_disk: bool,
+    /// What the monitor says.
+    monitor: Mutex<BufReader<UnixStream>>,
 }
 
 impl Door {
@@ -252,6 +263,33 @@ impl Hold for Door {
 
     fn thaw(&self) -> Result<(), BackendError> {
         self.ask(&Ask::Resume)
+    }
+
+    fn end(&self) -> Option<Duration> {
+        if !self.keeps_disk {
+            return None;
+        }
+        let dir = self.instances.dir(&self.id);
+        // A monitor that does not even answer is killed.
+        let asked = stream::runtime().is_ok_and(|runtime| {
+            let ask = async { tokio::time::timeout(TO_ANSWER, door::ask(&dir, &Ask::End)).await };
+            matches!(runtime.block_on(ask), Ok(Ok(_)))
+        });
+        asked.then_some(TO_END)
+    }
+
+    fn why_it_ended(&self) -> Option<String> {
+        let mut monitor = self.monitor.lock().ok()?;
+        // It is gone: all that it said is there.
+        monitor.get_mut().set_nonblocking(true).ok()?;
+        match news(&mut monitor) {
+            Ok(News::Failed(failure)) => {
+                let error = BackendError::from(failure);
+                let hint = error.hint_text().map(|hint| format!("\n{hint}")).unwrap_or_default();
+                Some(format!("{error}{hint}"))
+            }
+            _ => None,
+        }
     }
 
     fn kill(&self) -> Result<(), BackendError> {

@@ -20,6 +20,7 @@ mod exec;
 mod guest;
 #[cfg(target_os = "linux")]
 mod kind;
+mod last_words;
 #[cfg(target_os = "linux")]
 mod life;
 #[cfg(target_os = "linux")]

@@ -34,10 +34,11 @@ use kiln_store::Store;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 
 use crate::carry::{End, Event, carry};
 use crate::door::{self, Ask, Reply};
+use crate::last_words::LastWords;
 use crate::life::{Life, Paths, ask, start};
 use crate::saved::Saved;
 use crate::services::Services;
@@ -48,6 +49,9 @@ use crate::{plan, stream};
 const TO_PARK: Duration = Duration::from_secs(10);
 /// How long a guest may take to write everything to its disk and power off.
 const TO_POWER_OFF: Duration = Duration::from_secs(20);
+
+/// The exit code of what SIGKILL has ended.
+const KILLED: u8 = 128 + 9;
 
 /// What a monitor tells its supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -266,7 +270,7 @@ impl Found {
             Beginning::Boot(shape, boot) => {
                 let console = self.ground.dir.path().join("console.log");
                 let life = Life::boot(&*self.hypervisor, *shape, boot.clone(), &self.paths).await;
-                life.map_err(|error| crate::template::with_console(error, &console))
+                life.map_err(|error| LastWords::whole(&console).explain(error))
             }
         }
     }
@@ -315,11 +319,17 @@ async fn live(
     };
     let workload = start(&opener, first).await?;
     tell(supervisor, &News::Started);
-    let keeper = Arc::new(Keeper { parker: life.parker(), opener: opener.clone(), life: Mutex::new(life) });
+    let keeper = Arc::new(Keeper {
+        parker: life.parker(),
+        opener: opener.clone(),
+        life: Mutex::new(life),
+        told_to_end: Notify::new(),
+    });
+    let console = LastWords::from_here(&ground.dir.path().join("console.log"));
     let (events, resized) = mpsc::channel(1);
     let carried = async {
         if spec.machine.system {
-            return until_it_ends(workload).await;
+            return until_it_ends(workload, &console).await;
         }
         let stdin = spec.process.stdin;
         match carry(workload, stdio, stdin, DetachKeys::parse("")?, resized).await {
@@ -332,6 +342,10 @@ async fn live(
         code = carried => code,
         failed = pass_on(signals, &keeper, events, &watched, spec.machine.system) => Err(failed),
         failed = answer(&listener, ground, &keeper) => Err(failed),
+        () = keeper.told_to_end.notified() => {
+            // What is suspended writes nothing.
+            keeper.life.lock().await.vm().resume().map(|()| KILLED)
+        }
     };
     match code {
         Ok(code) => {
@@ -340,7 +354,7 @@ async fn live(
             }
             Ok(code)
         }
-        Err(error) => Err(crate::template::with_console(error, &ground.dir.path().join("console.log"))),
+        Err(error) => Err(console.explain(error)),
     }
 }
 
@@ -377,10 +391,10 @@ fn own_streams(dir: &InstanceDir) -> Result<Stdio, BackendError> {
     Ok(stdio)
 }
 
-/// A system ends with its machine.
-async fn until_it_ends(mut workload: Stream) -> Result<u8, BackendError> {
+/// A system ends with its machine, which it powers off; it may have restarted it as well, which ends it too.
+async fn until_it_ends(mut workload: Stream, console: &LastWords) -> Result<u8, BackendError> {
     let _ = message::receive::<_, message::Output>(&mut workload).await;
-    Ok(0)
+    console.panicked().map_or(Ok(0), Err)
 }
 
 /// What several tasks use of the machine.
@@ -388,6 +402,7 @@ struct Keeper {
     life: Mutex<Life>,
     parker: Parker,
     opener: Opener,
+    told_to_end: Notify,
 }
 
 /// Passes signals on to the workload, for ever.
@@ -490,6 +505,10 @@ async fn serve(mut stream: UnixStream, ground: &Ground, keeper: &Arc<Keeper>) ->
             .await
             .map(|paused| Reply::Saved { paused: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX) }),
         Ask::Grown { size } => grown(keeper, size).await.map(|()| Reply::Done),
+        Ask::End => {
+            keeper.told_to_end.notify_one();
+            Ok(Reply::Done)
+        }
     };
     let reply = outcome.unwrap_or_else(|error| Reply::Failed(door::failure(&error)));
     message::send(&mut stream, &reply).await.map_err(crate::life::lost)

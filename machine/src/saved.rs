@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::template::{Disk, Shape, failed, sparse};
 
 /// The version of `template.json`.
-pub(crate) const FORMAT: u32 = 2;
+pub(crate) const FORMAT: u32 = 3;
 /// The record's file.
 pub(crate) const RECORD: &str = "template.json";
 /// The memory file.
@@ -50,6 +50,8 @@ pub struct TemplateRecord {
     pub disk: Disk,
     /// How long the guest took from the start of the hypervisor until it was ready, in milliseconds.
     pub boot_millis: u64,
+    /// The digest of the template's devices' state, and the bytes of its changed memory. What is saved over it later has others.
+    pub(crate) sum: Option<(Digest, u64)>,
 }
 
 /// A saved machine that is whole.
@@ -89,12 +91,18 @@ impl Saved {
             shape,
             disk: Disk::Own,
             boot_millis: 0,
+            sum: None,
         };
         let path = base.join(RECORD);
         let json =
             serde_json::to_vec_pretty(&record).map_err(|error| failed("write", &path)(error.into()))?;
         fs::write(&path, json).map_err(failed("write", &path))?;
         Ok(Self { directory: base.to_owned(), record })
+    }
+
+    /// Whether a template is as it was made: a hypervisor that is given half of a state, or another, may say so or hang.
+    pub(crate) fn is_as_made(&self) -> bool {
+        self.record.sum.is_some() && self.record.sum == sum(&self.directory)
     }
 
     /// What is known of its template.
@@ -200,6 +208,14 @@ impl Saved {
         let _ = staging.keep();
         Ok(Self { directory: directory.to_owned(), record: self.record.clone() })
     }
+}
+
+/// What [`TemplateRecord::sum`] is of what a directory holds. The state is small enough to be read at each start; memory is
+/// not, and only has its length.
+pub(crate) fn sum(directory: &Path) -> Option<(Digest, u64)> {
+    let state = fs::read(directory.join(STATE)).ok()?;
+    let delta = fs::metadata(directory.join(DELTA)).map_or(0, |file| file.len());
+    Some((Digest::of(&state), delta))
 }
 
 /// Removes a directory with what is saved in it, if there is one.

@@ -35,6 +35,7 @@ use kiln_link::VERSION;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::last_words::LastWords;
 use crate::life::{Life, Paths};
 use crate::monitor::disks;
 use crate::saved::{self, DELTA, FORMAT, MEMORY, RECORD, STATE, Saved, TemplateRecord};
@@ -194,6 +195,10 @@ impl<'a> Templates<'a> {
     /// A template that is whole, its disk too.
     fn load(&self, directory: &Path) -> Option<Saved> {
         let found = Saved::load(directory)?;
+        if !found.is_as_made() {
+            tracing::warn!("the template at {} is damaged and will be made again", directory.display());
+            return None;
+        }
         let has_disk = disk_of(&found).is_none_or(|disk| self.disks.path(&disk).is_ok());
         has_disk.then_some(found)
     }
@@ -303,7 +308,7 @@ impl<'a> Templates<'a> {
             .tempdir_in(&self.root)
             .map_err(failed("make a directory in", &self.root))?;
         let record = make(&Place { directory: staging.path(), disk: begun_with })?;
-        let record = TemplateRecord { key, disk, ..record };
+        let record = TemplateRecord { key, disk, sum: saved::sum(staging.path()), ..record };
         // All else was for the boot.
         for entry in fs::read_dir(staging.path()).map_err(failed("list", staging.path()))?.flatten() {
             if ![MEMORY, STATE, DELTA].iter().any(|kept| entry.file_name() == *kept) {
@@ -350,7 +355,7 @@ impl<'a> Templates<'a> {
         let mut vm = hypervisor.create(&config)?;
         let link = vm.link()?;
         vm.resume()?;
-        greet(link).map_err(|error| with_console(error, &at("console.log")))?;
+        greet(link).map_err(|error| LastWords::whole(&at("console.log")).explain(error))?;
         let boot_millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         vm.pause()?;
         vm.save(place.directory)?;
@@ -363,6 +368,7 @@ impl<'a> Templates<'a> {
             shape,
             disk: Disk::Own,
             boot_millis,
+            sum: None,
         })
     }
 
@@ -547,17 +553,6 @@ fn image_size(root: &Path) -> u64 {
 /// Waits until the guest says that it is ready.
 fn greet(link: std::os::fd::OwnedFd) -> Result<(), BackendError> {
     stream::runtime()?.block_on(async { crate::life::greet(stream::adopt(link)?).await.map(drop) })
-}
-
-/// An error with the last lines that the guest wrote to its console.
-pub(crate) fn with_console(error: BackendError, log: &Path) -> BackendError {
-    let said = fs::read(log).unwrap_or_default();
-    let said = String::from_utf8_lossy(&said[said.len().saturating_sub(4000)..]).into_owned();
-    let lines: Vec<&str> = said.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() {
-        return error.hint("the guest wrote nothing to its console");
-    }
-    error.hint(format!("its console's last lines:\n{}", lines[lines.len().saturating_sub(12)..].join("\n")))
 }
 
 fn used(template: &Saved) -> std::time::SystemTime {

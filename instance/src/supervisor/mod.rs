@@ -64,6 +64,8 @@ struct Supervisor {
     restarts: Restarts,
     restart_at: Option<Instant>,
     kill_at: Option<Instant>,
+    /// The next kill is one at once: the workload was asked to end, or nothing of it is needed.
+    ending: bool,
     paused: bool,
     stopped_by_user: bool,
     /// It waited to be started again, and is not to be any more.
@@ -199,6 +201,7 @@ impl Supervisor {
             restarts: Restarts::new(record.spec.restart),
             restart_at: None,
             kill_at: None,
+            ending: false,
             paused: false,
             stopped_by_user: false,
             given_up: false,
@@ -240,6 +243,7 @@ impl Supervisor {
         self.run = Some(run);
         self.ended = None;
         self.kill_at = None;
+        self.ending = false;
         self.paused = false;
         Ok(())
     }
@@ -250,6 +254,7 @@ impl Supervisor {
             if let Err(error) = self.handle_events() {
                 // Not to be able to wait is not to be able to supervise: nothing must be left running.
                 tracing::error!("cannot wait for events: {error}");
+                self.ending = true;
                 self.kill();
             }
             if let Some(status) = self.turn() {
@@ -294,7 +299,8 @@ impl Supervisor {
         self.drain(&mut run);
         let ran = run.since.elapsed();
         let out_of_memory = run.hold.as_ref().is_some_and(|hold| hold.out_of_memory());
-        let status = ExitStatus { code, out_of_memory, at: Timestamp::now(), error: None };
+        let error = run.hold.as_ref().and_then(|hold| hold.why_it_ended());
+        let status = ExitStatus { code, out_of_memory, at: Timestamp::now(), error };
         if let Err(error) = self.ground.end(&self.record, run) {
             tracing::warn!("cannot clean up after the workload: {error}");
         }

@@ -76,7 +76,8 @@ impl Supervisor {
                 Ok(None)
             }
             Request::Signal { signal } => self.signal_by_user(signal).map(|()| Some(Reply::Done)),
-            Request::Stop { timeout } => {
+            Request::Stop { timeout, discard } => {
+                self.ending |= discard;
                 if let Some(client) = self.clients.get_mut(index) {
                     client.role = Role::Waiting { stopping: true };
                 }
@@ -164,10 +165,13 @@ impl Supervisor {
             self.stopped_by_user = true;
             self.update(|record| record.stopped_by_user = true);
         }
-        self.signal(number)?;
-        if number == libc::SIGKILL {
-            self.kill();
+        if number != libc::SIGKILL {
+            return self.signal(number);
         }
+        if self.run.is_none() {
+            return Err(self.wrong_state("signal", "it waits to be started again"));
+        }
+        self.kill();
         Ok(())
     }
 
@@ -196,9 +200,16 @@ impl Supervisor {
         };
     }
 
-    /// Ends the workload and all its processes now.
+    /// Ends the workload and all its processes now, or as soon as what it has written is safe.
     pub(super) fn kill(&mut self) {
         let Some(run) = &self.run else { return };
+        if !self.ending
+            && let Some(patience) = run.hold.as_ref().and_then(|hold| hold.end())
+        {
+            self.ending = true;
+            self.kill_at = Some(Instant::now() + patience);
+            return;
+        }
         if let Some(pid) = process::raw(run.process.pid) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }

@@ -15,6 +15,7 @@ pub(crate) const IMAGE: &str = "localhost/busybox:test";
 /// A Kiln home below a temporary directory. What runs in it is killed and removed when it is dropped.
 pub(crate) struct Home {
     directory: tempfile::TempDir,
+    is_mounted: bool,
 }
 
 /// What a command gave.
@@ -27,7 +28,7 @@ pub(crate) struct Ended {
 
 impl Home {
     pub(crate) fn new() -> Self {
-        Self { directory: tempfile::Builder::new().prefix("kiln-cli-").tempdir().unwrap() }
+        Self { directory: tempfile::Builder::new().prefix("kiln-cli-").tempdir().unwrap(), is_mounted: false }
     }
 
     /// With a small image, for tests that run containers as root; `None` where the host cannot.
@@ -43,15 +44,45 @@ impl Home {
 
     /// With that image and Debian's kernel, for tests that run machines; its template of 256 MiB is made.
     pub(crate) fn with_kernel() -> Option<Self> {
+        let home = Self::with_busybox()?;
+        home.add_kernel()?;
+        Some(home)
+    }
+
+    /// The same on a filesystem in memory that has this size, as `mount -o size=` reads it.
+    pub(crate) fn with_kernel_in_memory(size: &str) -> Option<Self> {
+        if !kiln_fixtures::require_root() {
+            return None;
+        }
+        let rootfs = kiln_fixtures::busybox_rootfs()?;
+        let mut home = Self::new();
+        std::fs::create_dir(home.path()).unwrap();
+        let options = std::ffi::CString::new(format!("size={size}")).unwrap();
+        rustix::mount::mount(
+            "tmpfs",
+            home.path(),
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(options.as_c_str()),
+        )
+        .unwrap();
+        home.is_mounted = true;
+        add_busybox(&home.path(), &rootfs);
+        home.add_kernel()?;
+        Some(home)
+    }
+
+    fn add_kernel(&self) -> Option<()> {
         kiln_fixtures::require("qemu-system-x86_64")?;
         let package = kiln_fixtures::debian_kernel()?;
-        let home = Self::with_busybox()?;
-        let kernels = kiln_boot::Kernels::open(&kiln_contract::Home::at(home.path()));
+        let kernels = kiln_boot::Kernels::open(&kiln_contract::Home::at(self.path()));
         let source = kiln_boot::Source::Packages(vec![package]);
         kernels.install(&source, None, &kiln_contract::Silent).unwrap();
-        let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
+        // A busy host takes its time for the template.
+        let run = self.command(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
+        let ended = finish_within(run, Duration::from_secs(240));
         assert_eq!(ended.code, 0, "{ended:?}");
-        Some(home)
+        Some(())
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -138,6 +169,9 @@ impl Drop for Home {
         let all = self.kiln(["ps", "--all", "--quiet", "--no-trunc"]);
         for id in all.stdout.lines() {
             self.kiln(["rm", "--force", "--volumes", id]);
+        }
+        if self.is_mounted {
+            let _ = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::DETACH);
         }
     }
 }
