@@ -160,7 +160,10 @@ impl Packer<'_> {
     ) -> Result<()> {
         let failed = |doing, error: io::Error| ArchiveError::new(path, doing, error);
         let mut header = tar::Header::new_gnu();
-        header.set_mode(stat.st_mode & 0o7777);
+        // Of another width on other systems.
+        #[allow(clippy::useless_conversion)]
+        let mode = u32::from(stat.st_mode) & 0o7777;
+        header.set_mode(mode);
         let owner = if self.owners { (stat.st_uid, stat.st_gid) } else { (0, 0) };
         header.set_uid(owner.0.into());
         header.set_gid(owner.1.into());
