@@ -109,7 +109,9 @@ fn many_clients_are_told_apart_and_each_direction_ends_on_its_own() {
 #[test]
 fn a_neighbour_is_reached_by_its_name_over_its_own_link() {
     let table = Arc::new(NameTable::default());
-    let Some(world) = World::start(GatewayOptions { names: table.clone(), ..options(&["192.0.2.1", "self"]) }) else {
+    let Some(world) =
+        World::start(GatewayOptions { names: table.clone(), ..options(&["192.0.2.1", "self"]) })
+    else {
         return;
     };
     // The guest is its own neighbour, at an address of the network's.
