@@ -212,7 +212,7 @@ mod tests {
     fn setup_installs_every_program_that_a_test_requires() {
         let known: BTreeSet<&str> = TESTS.iter().map(|needed| needed.program).collect();
         // Parts of every Debian system.
-        let always = BTreeSet::from(["useradd", "mount", "tar", "sh"]);
+        let always = BTreeSet::from(["useradd", "mount", "tar", "sh", "ldd"]);
         let required = required_by_tests();
         assert!(required.contains("skopeo"), "the search found {required:?}");
         let unknown: Vec<_> = required
