@@ -146,7 +146,6 @@ async fn share(wanted: &Mount, number: u16, file: bool, files: &str, opener: &Op
         .doing(&doing)?
 }
 
-/// Mounts at `target`; what is a single file first at `aside`.
 /// What the kernel may keep of a share: nothing that it reads, so that each side sees at once what the other writes. Before Linux
 /// 6.4 `mmap` is just that, and lets programs map files for writing, as databases do; from then on it also believes what it has
 /// read.
@@ -159,6 +158,7 @@ fn cache() -> &'static str {
     if version < (6, 4) { "mmap" } else { "none" }
 }
 
+/// Mounts at `target`; what is a single file first at `aside`.
 fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, aside: Option<&str>) -> Result<(), Failure> {
     let root = "/";
     let number = kernel.as_raw_fd();

@@ -1,7 +1,6 @@
 //! Real file systems, each in a file, mounted where only the test sees them.
 
-// Each program of tests uses a part.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each program of tests uses a part")]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
