@@ -390,6 +390,10 @@ fn exit_codes_of_views_are_the_commands_own_or_say_why_there_is_none() {
     fs::write(place.beside("file"), "").unwrap();
     let file = place.beside("file").display().to_string();
     assert_eq!(place.kiln(&["fs", "run", IMAGE, "--at", &file, "--", "true"]).code, 125);
+    for hiding in ["/".to_owned(), place.home().display().to_string()] {
+        let refused = place.kiln(&["fs", "run", IMAGE, "--at", &hiding, "--", "true"]);
+        assert!(refused.code == 125 && refused.stderr.contains("would hide"), "{refused:?}");
+    }
     assert_eq!(place.views(), "", "what fails leaves nothing");
 }
 

@@ -73,9 +73,15 @@ impl Views {
     /// Makes a view. Nothing is mounted yet.
     ///
     /// # Errors
-    /// [`ErrorKind::Conflict`] if the name is taken, [`ErrorKind::Invalid`] if it is none.
+    /// [`ErrorKind::Conflict`] if the name is taken, [`ErrorKind::Invalid`] if it is none, or the view would hide what Kiln
+    /// itself keeps.
     pub fn create(&self, new: NewView) -> Result<View> {
         check_name(&new.name)?;
+        let whole = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if whole(self.home.path()).starts_with(whole(&new.at)) {
+            let what = format!("a view at {} would hide {}", new.at.display(), self.home.path().display());
+            return Err(BackendError::new(ErrorKind::Invalid, what).hint("name another directory with --at"));
+        }
         let directory = self.directory(&new.name);
         let failed = |error| BackendError::caused(format!("cannot make {}", directory.display()), error);
         fs::create_dir_all(self.home.views()).map_err(failed)?;

@@ -1,5 +1,6 @@
 //! Objects, opened for the server.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -7,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fuser::Errno;
 use kiln_contract::Digest;
@@ -52,47 +54,57 @@ const KEPT: usize = 64;
 /// Objects that were read last, by inode.
 #[derive(Default)]
 pub(super) struct RecentObjects {
-    files: HashMap<Nid, File>,
+    files: HashMap<Nid, Arc<File>>,
     order: VecDeque<Nid>,
-    /// As large as the largest read was.
-    buffer: Vec<u8>,
 }
 
 impl RecentObjects {
-    /// Reads up to `size` bytes, fewer only at the end of the object.
-    pub(super) fn read(
+    /// The object of an inode, opened if it is not open.
+    pub(super) fn file(
         &mut self,
         nid: Nid,
-        offset: u64,
-        size: usize,
         open: impl FnOnce() -> Result<File, Errno>,
-    ) -> Result<&[u8], Errno> {
-        if !self.files.contains_key(&nid) {
-            let file = open()?;
-            if self.order.len() >= KEPT
-                && let Some(oldest) = self.order.pop_front()
-            {
-                self.files.remove(&oldest);
-            }
-            self.order.push_back(nid);
-            self.files.insert(nid, file);
+    ) -> Result<Arc<File>, Errno> {
+        if let Some(file) = self.files.get(&nid) {
+            return Ok(Arc::clone(file));
         }
-        if self.buffer.len() < size {
-            self.buffer.resize(size, 0);
+        let file = Arc::new(open()?);
+        if self.order.len() >= KEPT
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.files.remove(&oldest);
         }
-        let (file, buffer) = (&self.files[&nid], &mut self.buffer[..size]);
+        self.order.push_back(nid);
+        self.files.insert(nid, Arc::clone(&file));
+        Ok(file)
+    }
+}
+
+thread_local! {
+    /// Of each thread that answers requests; as large as the largest read was.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Reads up to `size` bytes of a file, fewer only at its end, and hands them on.
+pub(super) fn read_at<T>(
+    file: &File,
+    offset: u64,
+    size: usize,
+    then: impl FnOnce(&[u8]) -> T,
+) -> std::io::Result<T> {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
         let mut filled = 0;
         while filled < size {
-            match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            match file.read_at(&mut buffer[filled..size], offset + filled as u64) {
                 Ok(0) => break,
                 Ok(length) => filled += length,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::error!(inode = nid, %error, "an object cannot be read");
-                    return Err(Errno::EIO);
-                }
+                Err(error) => return Err(error),
             }
         }
-        Ok(&buffer[..filled])
-    }
+        Ok(then(&buffer[..filled]))
+    })
 }

@@ -18,7 +18,7 @@ use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xa
 
 use super::Owners;
 use super::edit::{Editable, Upper};
-use super::objects::{Objects, RecentObjects};
+use super::objects::{Objects, RecentObjects, read_at};
 use crate::userns;
 
 /// As long as the kernel can count: nothing in a tree changes.
@@ -294,9 +294,21 @@ impl Filesystem for Served {
             },
             Ok(Some(digest)) => {
                 let open = || self.objects.open(&digest, inode.size());
-                match self.open_files().recent.read(inode.nid(), offset, size as usize, open) {
-                    Ok(bytes) => reply.data(bytes),
-                    Err(error) => reply.error(error),
+                // Not locked while it is read: others read other objects meanwhile.
+                let file = self.open_files().recent.file(inode.nid(), open);
+                let file = match file {
+                    Ok(file) => file,
+                    Err(error) => return reply.error(error),
+                };
+                let mut reply = Some(reply);
+                let read = read_at(&file, offset, size as usize, |bytes| {
+                    if let Some(reply) = reply.take() {
+                        reply.data(bytes);
+                    }
+                });
+                if let (Err(error), Some(reply)) = (read, reply) {
+                    tracing::error!(inode = inode.nid(), %error, "an object cannot be read");
+                    reply.error(Errno::EIO);
                 }
             }
             Err(error) => reply.error(error),

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::Hash;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::io::{Errno, Result};
 
+use super::super::objects::read_at;
+use super::copy_up::errno;
 use super::nodes::Id;
 use super::union::Listed;
 
@@ -111,19 +112,7 @@ impl Handle {
                 let to = from.saturating_add(size).min(bytes.len());
                 Ok(then(&bytes[from..to]))
             }
-            Source::File(file) => {
-                let mut buffer = vec![0; size];
-                let mut filled = 0;
-                while filled < size {
-                    match file.read_at(&mut buffer[filled..], offset + filled as u64) {
-                        Ok(0) => break,
-                        Ok(length) => filled += length,
-                        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                        Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
-                    }
-                }
-                Ok(then(&buffer[..filled]))
-            }
+            Source::File(file) => read_at(file, offset, size, then).map_err(|error| errno(&error)),
         }
     }
 
