@@ -4,6 +4,7 @@ mod lab;
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -211,4 +212,22 @@ fn a_network_without_a_bridge_changes_nothing_of_the_host_and_has_machines_only(
         MachineNetwork::leave(&lab.home, id).unwrap();
     }
     networks.remove("cells").unwrap();
+}
+
+#[test]
+fn an_ordinary_user_hears_that_such_a_network_is_for_machines_and_not_that_it_takes_root() {
+    let Some(lab) = Lab::enter() else { return };
+    let Some(user) = kiln_fixtures::OrdinaryUser::get() else { return };
+    let options = NetworkOptions { usernet: true, ..NetworkOptions::default() };
+    Networks::open(&lab.home).create("cells", &options).unwrap();
+    std::fs::set_permissions(lab.home.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let program = lab.home.path().join("supervisor");
+    std::fs::copy(lab::Supervisor::program(), &program).unwrap();
+    let said = |network: &str| {
+        let mut command = user.command(&program);
+        let output = command.arg(lab.home.path()).args([network, "1", "c"]).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(said("cells").contains("machines can be on it"), "{}", said("cells"));
+    assert!(said("kiln").contains("takes root's rights"), "{}", said("kiln"));
 }

@@ -54,7 +54,12 @@ impl ContainerNetwork {
             _ => {
                 let name = if matches!(mode, "default" | "bridge") { DEFAULT_NETWORK } else { mode };
                 if !can_bridge() {
-                    return Err(NetError::NotPrivileged { network: name.into() });
+                    let network = name.to_owned();
+                    let found = Networks::open(&self.home).find(name);
+                    return Err(match found.is_ok_and(|found| !found.is_bridge()) {
+                        true => NetError::MachinesOnly { network },
+                        false => NetError::NotPrivileged { network },
+                    });
                 }
                 let (attachment, served) = bridge::attach(&self.home, request, name)?;
                 Ok((attachment, Connected::Bridge(served)))
