@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use kiln_contract::{BackendError, ExitStatus, Stdio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
 
 use crate::control::{self, Connection, Kind, Reply, Request};
 use crate::keys::DetachKeys;
@@ -144,7 +143,7 @@ pub(crate) fn show(mut connection: Connection, manner: Manner) -> Result<End, Ba
             }
         }
         if !unsent.is_empty() {
-            match send(connection.socket(), &unsent, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match crate::socket::send(connection.socket(), &unsent, false) {
                 Ok(sent) => {
                     unsent.drain(..sent);
                 }

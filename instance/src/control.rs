@@ -18,21 +18,22 @@
 //! root. A client that says anything else is cut off; it is told why if it is merely newer or older.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use kiln_contract::{BackendError, ErrorKind, ExitStatus, InstanceDir};
-use rustix::net::{
-    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, acceptfrom_with, bind, connect,
-    listen, socket_with,
-};
+use rustix::net::{bind, connect, listen};
 use serde::{Deserialize, Serialize};
+
+use crate::socket;
 
 /// The version of this protocol. A supervisor outlives an upgrade of the program, so both sides look at it.
 pub(crate) const VERSION: u32 = 1;
 /// What a frame may carry at most: nobody makes the other side keep more than this for one frame.
 pub(crate) const MAX_PAYLOAD: usize = 128 << 10;
 const HEADER: usize = 5;
+/// The socket's name, as [`InstanceDir::control`] has it.
+const NAME: &str = "ctl.sock";
 
 /// What a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -303,8 +304,10 @@ impl Connection {
     /// Connects to the supervisor of an instance; `None` if nobody listens.
     pub(crate) fn open(dir: &InstanceDir) -> io::Result<Option<Self>> {
         use rustix::io::Errno;
-        let socket = new_socket(SocketFlags::CLOEXEC)?;
-        let connected = at_short_path(dir, |address| rustix::io::retry_on_intr(|| connect(&socket, address)));
+        let socket = socket::new(false)?;
+        let connected = socket::at_short_path(dir.path(), NAME, |address| {
+            rustix::io::retry_on_intr(|| connect(&socket, address))
+        });
         match connected {
             Ok(()) => Ok(Some(Self::over(socket))),
             Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
@@ -326,8 +329,7 @@ impl Connection {
     pub(crate) fn send_bytes(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             // No SIGPIPE: the other side may be gone.
-            let sent =
-                rustix::io::retry_on_intr(|| rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL))?;
+            let sent = rustix::io::retry_on_intr(|| socket::send(&self.socket, bytes, true))?;
             bytes = &bytes[sent..];
         }
         Ok(())
@@ -395,8 +397,8 @@ impl Connection {
 
 /// Listens on an instance's control socket, non-blocking; takes the place of one that is there.
 pub(crate) fn listen_at(dir: &InstanceDir) -> io::Result<OwnedFd> {
-    let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
-    at_short_path(dir, |address| match bind(&socket, address) {
+    let socket = socket::new(true)?;
+    socket::at_short_path(dir.path(), NAME, |address| match bind(&socket, address) {
         Err(rustix::io::Errno::ADDRINUSE) => {
             let _ = std::fs::remove_file(dir.control());
             bind(&socket, address)
@@ -409,33 +411,16 @@ pub(crate) fn listen_at(dir: &InstanceDir) -> io::Result<OwnedFd> {
 
 /// Accepts a connection of this user or of root; `None` if there is none, or it is somebody else's.
 pub(crate) fn accept(listener: &OwnedFd) -> io::Result<Option<OwnedFd>> {
-    let socket = match acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-        Ok((socket, _)) => socket,
+    let socket = match socket::accept(listener) {
+        Ok(socket) => socket,
         Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {
             return Ok(None);
         }
         Err(error) => return Err(error.into()),
     };
-    let peer = rustix::net::sockopt::socket_peercred(socket.as_fd())?;
-    let me = rustix::process::geteuid();
-    Ok((peer.uid == me || peer.uid.is_root()).then_some(socket))
-}
-
-fn new_socket(flags: SocketFlags) -> io::Result<OwnedFd> {
-    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
-}
-
-/// A socket's address has room for 107 bytes, and a home may be deeper than that: so it is named by way of a
-/// handle on its directory.
-fn at_short_path<T>(
-    dir: &InstanceDir,
-    use_address: impl Fn(&SocketAddrUnix) -> rustix::io::Result<T>,
-) -> rustix::io::Result<T> {
-    use rustix::fs::{Mode, OFlags, open};
-    use std::os::fd::AsRawFd;
-    let handle = open(dir.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/ctl.sock", handle.as_raw_fd()))?;
-    use_address(&address)
+    let peer = socket::peer(&socket)?;
+    let me = rustix::process::geteuid().as_raw();
+    Ok((peer == me || peer == 0).then_some(socket))
 }
 
 #[cfg(test)]

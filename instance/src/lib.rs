@@ -18,37 +18,27 @@
 //! ```
 
 pub mod archive;
-#[cfg(target_os = "linux")]
 mod attach;
-#[cfg(target_os = "linux")]
 mod control;
 mod instances;
 mod keys;
 mod kind;
-#[cfg(target_os = "linux")]
 mod log;
 pub mod process;
-#[cfg(target_os = "linux")]
 mod reconcile;
-#[cfg(target_os = "linux")]
 pub mod signals;
-#[cfg(target_os = "linux")]
+pub mod socket;
 mod spawn;
 pub mod streams;
-#[cfg(target_os = "linux")]
 mod supervisor;
 pub mod terminal;
-#[cfg(target_os = "linux")]
 mod verbs;
 mod volumes;
 
-#[cfg(target_os = "linux")]
 pub use control::{Attach, Connection, Failure, Reply, Request};
 pub use instances::{Instances, Locked, failed, is_of_this_boot, is_supervised};
 pub use keys::DetachKeys;
 pub use kind::{Ground, Hold, Kind, Kinds, Run, kind_of};
-#[cfg(target_os = "linux")]
 pub use supervisor::supervise;
-#[cfg(target_os = "linux")]
 pub use verbs::Verbs;
 pub use volumes::{Volume, Volumes};

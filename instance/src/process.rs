@@ -26,6 +26,34 @@ pub fn identify(pid: u32) -> Option<ProcessId> {
     platform::identify(pid)
 }
 
+/// This program, to be executed again: the very file, even if another was put in its place.
+///
+/// # Errors
+/// If the system does not tell.
+pub fn program() -> std::io::Result<std::path::PathBuf> {
+    platform::program()
+}
+
+/// Has the calling process ended when `parent` ends, where the system can do that; otherwise it has to notice by itself that
+/// what connects them is closed. For between fork and exec: system calls only.
+///
+/// # Errors
+/// If the parent has ended already.
+pub fn end_with(parent: Pid) -> std::io::Result<()> {
+    platform::end_with_parent()?;
+    // It may have ended before that was said.
+    if rustix::process::getppid() == Some(parent) {
+        Ok(())
+    } else {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+/// Makes whatever outlives its parent below this process a child of it, where the system can do that.
+pub(crate) fn adopt_orphans() -> std::io::Result<()> {
+    platform::adopt_orphans()
+}
+
 /// This process.
 pub fn this() -> ProcessId {
     let pid = std::process::id();

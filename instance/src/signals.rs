@@ -1,14 +1,20 @@
 //! Signals of this process, taken as events; and signals by name.
 
-use std::io;
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
 
 use kiln_contract::{BackendError, ErrorKind};
-use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+#[cfg(target_os = "linux")]
+pub use linux::Signals;
+#[cfg(target_os = "macos")]
+pub use macos::Signals;
 
 /// What a process that supervises or attaches takes as events. Faults of the process itself (SIGSEGV and its like), what
 /// cannot be caught, and what stops and continues processes are not among them.
-const TAKEN: [i32; 13] = [
+const TAKEN: [i32; 12] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
@@ -19,56 +25,9 @@ const TAKEN: [i32; 13] = [
     libc::SIGVTALRM,
     libc::SIGPROF,
     libc::SIGIO,
-    libc::SIGPWR,
     libc::SIGWINCH,
     libc::SIGCHLD,
 ];
-
-/// Blocks signals of the calling thread and gives them as events, until it is dropped.
-#[derive(Debug)]
-pub struct Signals {
-    before: SigSet,
-    fd: SignalFd,
-}
-
-impl Signals {
-    /// From now on.
-    ///
-    /// # Errors
-    /// If there can be no more descriptors.
-    pub fn take() -> io::Result<Self> {
-        let mut set = SigSet::empty();
-        for number in TAKEN {
-            if let Ok(signal) = number.try_into() {
-                set.add(signal);
-            }
-        }
-        let mut before = SigSet::empty();
-        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), Some(&mut before))?;
-        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Self { before, fd })
-    }
-
-    /// What is to be polled.
-    pub fn fd(&self) -> &SignalFd {
-        &self.fd
-    }
-
-    /// The next signal that has come.
-    pub fn next(&self) -> Option<i32> {
-        let info = self.fd.read_signal().ok().flatten()?;
-        i32::try_from(info.ssi_signo).ok()
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        // What came and was not looked at belongs to who was attached, not to who comes after: a pending SIGINT
-        // must not end the program now.
-        while self.next().is_some() {}
-        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.before), None);
-    }
-}
 
 /// Does to this process what a signal would have done if it had not been taken as an event. To be called when nothing
 /// takes it any more.

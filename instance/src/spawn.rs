@@ -9,10 +9,10 @@ use std::process::{Command, Stdio};
 
 use kiln_contract::{BackendError, ErrorKind, InstanceId};
 use rustix::io::FdFlags;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use crate::control::{Attach, Connection, Reply, Request};
 use crate::instances::Instances;
+use crate::{process, socket};
 
 /// Starts a supervisor for an instance and has it start the workload. When this returns, the workload runs; the
 /// connection shows its streams if that was asked for.
@@ -22,8 +22,7 @@ pub(crate) fn start(
     attach: Option<Attach>,
 ) -> Result<Connection, BackendError> {
     let fail = |error: io::Error| BackendError::caused("cannot start a supervisor", error);
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-        .map_err(|error| fail(error.into()))?;
+    let (ours, theirs) = socket::pair().map_err(fail)?;
     let mut connection = Connection::over(ours);
     spawn(instances, id, theirs).map_err(fail)?;
     // A supervisor that is dead already is found out by reading.
@@ -38,7 +37,7 @@ pub(crate) fn start(
 fn spawn(instances: &Instances, id: &InstanceId, socket: OwnedFd) -> io::Result<()> {
     let log =
         OpenOptions::new().append(true).create(true).mode(0o600).open(instances.dir(id).supervisor_log())?;
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(process::program()?);
     command
         .arg("supervise")
         .arg(id.as_str())

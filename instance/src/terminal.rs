@@ -1,10 +1,37 @@
 //! The user's terminal, given over to a workload for a while.
 
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_contract::Stdio;
 use rustix::termios::{OptionalActions, Termios, Winsize, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+
+#[cfg(target_os = "linux")]
+use linux as platform;
+#[cfg(target_os = "macos")]
+use macos as platform;
+
+/// A terminal of this host's that only carries, in raw mode; `size` is rows and columns. The far end, which does not wait, and
+/// the near one.
+///
+/// # Errors
+/// If there can be no more terminals.
+pub fn carrying_pair(size: Option<(u16, u16)>) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (master, near) = platform::pair()?;
+    let mut modes = tcgetattr(&near)?;
+    modes.make_raw();
+    tcsetattr(&near, OptionalActions::Now, &modes)?;
+    if let Some(size) = size {
+        resize(&master, size);
+    }
+    crate::streams::set_nonblocking(&master)?;
+    Ok((master, near))
+}
 
 /// A terminal in raw mode: what is typed goes to the workload as it is. Dropping this restores it.
 #[derive(Debug)]

@@ -1,31 +1,38 @@
 //! The back ends over one home, as one: every verb goes to the back end of the instance that it is for.
 
+#[cfg_attr(target_os = "linux", path = "backends/linux.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "backends/macos.rs")]
+mod platform;
+
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use kiln_container::{ContainerKind, Containers};
 use kiln_contract::{
     AttachEnd, AttachOptions, BackendError, Capabilities, Change, CommitOptions, Digest, ExecSpec,
     ExitStatus, Home, InstanceId, InstanceRecord, InstanceSpec, Isolation, LogLine, LogQuery, ProcessTable,
     PublishSpec, RemoveOptions, RuntimeBackend, Snapshot, SnapshotOptions, StartMode, Stats, Stdio, Update,
 };
-use kiln_instance::{Kinds, Verbs};
-use kiln_machine::{MachineKind, Machines};
+use kiln_instance::Verbs;
+use kiln_machine::Machines;
 
-/// What instances of a home may be.
-pub(crate) const KINDS: Kinds = &[&ContainerKind, &MachineKind];
+pub(crate) use platform::{KINDS, prepare};
 
 /// All instances of a home, of whatever kind.
-#[derive(Debug)]
 pub(crate) struct Backends {
     all: Verbs,
-    containers: Containers,
+    containers: Box<dyn RuntimeBackend>,
     /// Made when the first machine is asked for.
     machines: OnceLock<Machines>,
     home: Home,
+}
+
+impl std::fmt::Debug for Backends {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backends").field("home", &self.home).finish_non_exhaustive()
+    }
 }
 
 impl Backends {
@@ -33,7 +40,7 @@ impl Backends {
     pub(crate) fn open(home: &Home) -> Result<Self, BackendError> {
         Ok(Self {
             all: Verbs::open(home, KINDS),
-            containers: Containers::open(home)?,
+            containers: platform::containers(home)?,
             machines: OnceLock::new(),
             home: home.clone(),
         })
@@ -47,7 +54,7 @@ impl Backends {
     /// The back end that isolates in this way.
     fn backend(&self, isolation: Isolation) -> Result<&dyn RuntimeBackend, BackendError> {
         match isolation {
-            Isolation::Container => Ok(&self.containers),
+            Isolation::Container => Ok(&*self.containers),
             Isolation::Machine => Ok(self.machines()),
         }
     }

@@ -8,7 +8,7 @@ use kiln_instance::Volumes;
 use kiln_net::Networks;
 use kiln_store::{Image, Store, StoreError};
 
-use crate::backends::Backends;
+use crate::backends::{self, Backends};
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit};
 use crate::suggest;
@@ -37,19 +37,19 @@ impl Context {
 
     /// The instances, opened now. Enters the user namespace of an unprivileged user first: no thread may run yet.
     pub(crate) fn instances(&self) -> Result<Backends> {
-        kiln_container::prepare()?;
+        backends::prepare()?;
         Ok(Backends::open(&self.home)?)
     }
 
     /// The volumes. Enters the user namespace as [`Self::instances`] does: files in volumes have many owners.
     pub(crate) fn volumes(&self) -> Result<Volumes> {
-        kiln_container::prepare()?;
+        backends::prepare()?;
         Ok(Volumes::open(&self.home))
     }
 
     /// The networks.
     pub(crate) fn networks(&self) -> Result<Networks> {
-        kiln_container::prepare()?;
+        backends::prepare()?;
         Ok(Networks::open(&self.home))
     }
 

@@ -54,7 +54,7 @@ impl Machines {
         })?;
         let runtime = stream::runtime()?;
         let ended = runtime.block_on(async {
-            let connection = match door::connect(&dir, SOCKET).await {
+            let connection = match door::connect(&dir, SOCKET) {
                 Ok(connection) => Some(connection),
                 // A hypervisor that only writes a log.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,

@@ -5,13 +5,11 @@
 //! directly, and the monitor only carries.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::path::Path;
 
 use kiln_contract::{BackendError, DiskBackend, DiskId, DiskNameError, ErrorKind, InstanceDir, PendingDisk};
+use kiln_instance::socket;
 use kiln_link::message::{self, Failure, FailureKind};
 use minicbor::{Decode, Encode};
-use rustix::fs::{CWD, Mode, OFlags, openat};
 use tokio::net::{UnixListener, UnixStream};
 
 use crate::life::{lost, refused};
@@ -102,13 +100,6 @@ pub(crate) fn failure(error: &BackendError) -> Failure {
     Failure { kind, what }
 }
 
-/// The directory by descriptor: its path may be longer than the address of a socket.
-fn directory(dir: &Path, name: &str) -> io::Result<(OwnedFd, String)> {
-    let open = openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let path = format!("/proc/self/fd/{}/{name}", open.as_raw_fd());
-    Ok((open, path))
-}
-
 /// Opens the door. Must be called in a runtime.
 pub(crate) fn listen(dir: &InstanceDir) -> Result<UnixListener, BackendError> {
     let fail = |error| BackendError::caused(format!("cannot listen in {}", dir.path().display()), error);
@@ -116,8 +107,7 @@ pub(crate) fn listen(dir: &InstanceDir) -> Result<UnixListener, BackendError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
         _ => {}
     }
-    let (_open, path) = directory(dir.path(), NAME).map_err(fail)?;
-    UnixListener::bind(path).map_err(fail)
+    socket::with_short_path(dir.path(), NAME, |path| UnixListener::bind(path)).map_err(fail)
 }
 
 /// Whether who is at the other end may ask: the same user, or root.
@@ -132,9 +122,13 @@ pub(crate) fn close(dir: &InstanceDir) {
 }
 
 /// Connects to a socket in the machine's directory. Must be called in a runtime.
-pub(crate) async fn connect(dir: &InstanceDir, name: &str) -> io::Result<UnixStream> {
-    let (_open, path) = directory(dir.path(), name)?;
-    UnixStream::connect(path).await
+pub(crate) fn connect(dir: &InstanceDir, name: &str) -> io::Result<UnixStream> {
+    // Somebody listens, or nobody does: there is nothing to wait for.
+    socket::with_short_path(dir.path(), name, |path| {
+        let stream = std::os::unix::net::UnixStream::connect(path)?;
+        stream.set_nonblocking(true)?;
+        UnixStream::from_std(stream)
+    })
 }
 
 /// Asks. Must be called in a runtime.
@@ -144,7 +138,7 @@ pub(crate) async fn connect(dir: &InstanceDir, name: &str) -> io::Result<UnixStr
 pub(crate) async fn ask(dir: &InstanceDir, question: &Ask) -> Result<(UnixStream, Reply), BackendError> {
     let fail =
         |error| BackendError::caused("cannot reach the machine's monitor", error).of_kind(ErrorKind::State);
-    let mut stream = connect(dir, NAME).await.map_err(fail)?;
+    let mut stream = connect(dir, NAME).map_err(fail)?;
     message::send(&mut stream, question).await.map_err(lost)?;
     match message::receive(&mut stream).await.map_err(lost)? {
         Some(Reply::Failed(failure)) => Err(refused(&failure)),

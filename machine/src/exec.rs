@@ -111,14 +111,11 @@ pub(crate) fn spawn(
     let Streams::Pipes { stdin, stdout, stderr } = streams else {
         return Err(BackendError::unsupported("a check of a machine's health has no terminal"));
     };
-    let mut command = std::process::Command::new("/proc/self/exe");
+    let fail = |error| BackendError::caused("cannot start a check of the machine's health", error);
+    let program = process::program().map_err(fail)?;
+    let mut command = std::process::Command::new(program);
     command.args(["exec", id.as_str()]).args(&spec.args).env("KILN_HOME", instances.home().path());
-    let child = command
-        .stdin(stdin)
-        .stdout(stdout)
-        .stderr(stderr)
-        .spawn()
-        .map_err(|error| BackendError::caused("cannot start a check of the machine's health", error))?;
+    let child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().map_err(fail)?;
     process::identify(child.id())
         .ok_or_else(|| BackendError::new(ErrorKind::Failed, "the check ended before it began"))
 }

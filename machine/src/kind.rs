@@ -13,11 +13,10 @@ use kiln_contract::{
     BackendError, DiskId, ErrorKind, ExecSpec, HealthState, HealthStatus, InstanceId, InstanceRecord,
     InstanceStatus, Isolation, ProcessId,
 };
-use kiln_instance::streams::{self, Ends, Streams, Wiring};
+use kiln_instance::streams::{Ends, Streams, Wiring};
 use kiln_instance::{Ground, Hold, Instances, Kind, Run, Volumes, process, terminal};
 use kiln_net::MachineNetwork;
 use rustix::io::FdFlags;
-use rustix::process::Signal;
 
 use crate::door::{self, Ask};
 use crate::monitor::{GO, News, disks};
@@ -123,7 +122,7 @@ impl MachineGround {
         let fail = |error: std::io::Error| BackendError::caused("cannot start the machine's monitor", error);
         let (ours, theirs) = UnixStream::pair().map_err(fail)?;
         let theirs = OwnedFd::from(theirs);
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(process::program().map_err(fail)?);
         command
             .arg("monitor")
             .arg(self.id.as_str())
@@ -136,7 +135,7 @@ impl MachineGround {
                 false
             }
             Streams::Terminal { size } => {
-                let (master, near) = terminal_pair(size).map_err(fail)?;
+                let (master, near) = terminal::carrying_pair(size).map_err(fail)?;
                 let copy = || near.try_clone().map(Stdio::from).map_err(fail);
                 command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
                 ends.terminal = Some(master);
@@ -147,10 +146,7 @@ impl MachineGround {
         // SAFETY: system calls only, between fork and exec, on a descriptor that outlives them.
         unsafe {
             command.pre_exec(move || {
-                rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-                if rustix::process::getppid() != Some(parent) {
-                    return Err(std::io::ErrorKind::BrokenPipe.into());
-                }
+                process::end_with(parent)?;
                 rustix::process::setsid()?;
                 if is_terminal {
                     rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
@@ -217,25 +213,6 @@ fn news(monitor: &mut BufReader<UnixStream>) -> Result<News, BackendError> {
     }
     serde_json::from_str(&line)
         .map_err(|error| BackendError::caused("cannot read what the machine's monitor says", error))
-}
-
-/// A terminal of this host's: the workload's own is in its guest, and this one only carries.
-fn terminal_pair(size: Option<(u16, u16)>) -> std::io::Result<(OwnedFd, OwnedFd)> {
-    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-    use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = openpt(flags)?;
-    grantpt(&master)?;
-    unlockpt(&master)?;
-    let near = ioctl_tiocgptpeer(&master, flags)?;
-    let mut modes = tcgetattr(&near)?;
-    modes.make_raw();
-    tcsetattr(&near, OptionalActions::Now, &modes)?;
-    if let Some(size) = size {
-        terminal::resize(&master, size);
-    }
-    streams::set_nonblocking(&master)?;
-    Ok((master, near))
 }
 
 /// All of a machine at once, through its door.

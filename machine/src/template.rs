@@ -319,9 +319,13 @@ impl<'a> Templates<'a> {
             serde_json::to_vec_pretty(&record).map_err(|error| failed("write", directory)(error.into()))?;
         fs::write(staging.path().join(RECORD), json).map_err(failed("write", directory))?;
         // One that is seen is whole, even if the host loses its power.
-        File::open(staging.path())
-            .and_then(|open| Ok(rustix::fs::syncfs(open)?))
-            .map_err(failed("write", directory))?;
+        for name in ["", MEMORY, STATE, DELTA, RECORD] {
+            let path = staging.path().join(name);
+            match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                open => open.and_then(|open| open.sync_all()).map_err(failed("write", &path))?,
+            }
+        }
         if let Some(disk) = begun_with {
             self.disks.flush(disk)?;
         }

@@ -9,7 +9,8 @@
 mod accelerator;
 #[cfg(target_os = "linux")]
 mod child;
-#[cfg(target_os = "linux")]
+#[cfg_attr(target_os = "linux", path = "choice/linux.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "choice/macos.rs")]
 mod choice;
 mod error;
 #[cfg(target_os = "linux")]
@@ -24,7 +25,6 @@ mod qmp;
 
 #[cfg(target_os = "linux")]
 pub use accelerator::Accelerator;
-#[cfg(target_os = "linux")]
 pub use choice::open;
 pub use error::VmmError;
 #[cfg(target_os = "linux")]

@@ -10,6 +10,9 @@
 //! `log.jsonl.2`, and that one goes. Nothing but appending is ever done to a file, so that readers can follow.
 
 mod reader;
+#[cfg_attr(target_os = "linux", path = "watch/linux.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "watch/macos.rs")]
+mod watch;
 mod writer;
 
 use std::path::{Path, PathBuf};

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use kiln_contract::{LogLine, LogQuery};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::inotify;
 
+use super::watch::watch;
 use super::{FILES, decode, rotated};
 use crate::process::timespec;
 
@@ -195,13 +195,6 @@ impl Lines {
             }
         }
     }
-}
-
-fn watch(path: &Path) -> Option<OwnedFd> {
-    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
-    let events = inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-    inotify::add_watch(&watch, path.parent()?, events).ok()?;
-    Some(watch)
 }
 
 /// Waits until something may have been written, or the writer has ended.

@@ -7,6 +7,18 @@ use kiln_contract::ProcessId;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+pub(super) fn program() -> std::io::Result<std::path::PathBuf> {
+    Ok("/proc/self/exe".into())
+}
+
+pub(super) fn end_with_parent() -> std::io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
+pub(super) fn adopt_orphans() -> std::io::Result<()> {
+    Ok(rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?)
+}
+
 pub(super) fn identify(pid: u32) -> Option<ProcessId> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     // The command's name stands in parentheses and may hold anything, parentheses and spaces too.

@@ -11,6 +11,19 @@ use rustix::process::{Pid, Signal};
 /// More children than any process of ours has.
 const MAX_CHILDREN: usize = 4096;
 
+pub(super) fn program() -> std::io::Result<std::path::PathBuf> {
+    std::env::current_exe()
+}
+
+pub(super) fn end_with_parent() -> std::io::Result<()> {
+    Ok(())
+}
+
+/// A machine is one process to its supervisor.
+pub(super) fn adopt_orphans() -> std::io::Result<()> {
+    Ok(())
+}
+
 pub(super) fn identify(pid: u32) -> Option<ProcessId> {
     let size = size_of::<libc::proc_bsdinfo>();
     let mut info = std::mem::MaybeUninit::<libc::proc_bsdinfo>::zeroed();

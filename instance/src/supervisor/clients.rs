@@ -193,8 +193,7 @@ impl Console {
 impl Backlog {
     /// Sends once to a socket that does not block. `false` if it takes nothing now.
     fn send_to(&mut self, socket: &OwnedFd) -> io::Result<bool> {
-        use rustix::net::{SendFlags, send};
-        match send(socket, self.front(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+        match crate::socket::send(socket, self.front(), false) {
             Ok(sent) => {
                 self.taken(sent);
                 Ok(true)

@@ -225,9 +225,8 @@ impl Supervisor {
         let id = self.record.id.clone();
         let dir = self.instances.dir(&id);
         // Whatever outlives its parent in the workload becomes a child of this process, and is reaped by it.
-        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(|error| {
-            BackendError::caused("cannot become a reaper of processes", std::io::Error::from(error))
-        })?;
+        crate::process::adopt_orphans()
+            .map_err(|error| BackendError::caused("cannot become a reaper of processes", error))?;
         let listener =
             control::listen_at(&dir).map_err(|error| failed("listen on", &dir.control(), error))?;
         self.listener = Some(listener);

@@ -80,7 +80,9 @@ impl Args {
             return Ok(told.into_iter().map(|(name, value)| format!("{name} {value}")).collect());
         }
         // An ordinary user's instances are seen from a user namespace, in which ssh would take him for root.
-        let mut asked = Command::new("/proc/self/exe");
+        let program = kiln_instance::process::program()
+            .map_err(|error| CliError::file("cannot ask for the machine's configuration", error))?;
+        let mut asked = Command::new(program);
         asked.args(["ssh-config", machine]);
         if let Some(user) = &self.login.user {
             asked.args(["--login", user]);

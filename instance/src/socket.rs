@@ -1,0 +1,71 @@
+//! Unix sockets, in what systems differ about them.
+
+#[cfg(target_os = "linux")]
+mod linux;
+#[cfg(target_os = "macos")]
+mod macos;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::net::{SendFlags, SocketAddrUnix};
+
+#[cfg(target_os = "linux")]
+use linux as platform;
+#[cfg(target_os = "macos")]
+use macos as platform;
+
+/// A stream socket that a program which is executed does not inherit.
+pub(crate) fn new(nonblocking: bool) -> io::Result<OwnedFd> {
+    platform::new(nonblocking)
+}
+
+/// Two that are connected.
+///
+/// # Errors
+/// If there can be no more descriptors.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    platform::pair()
+}
+
+/// A connection, non-blocking.
+pub(crate) fn accept(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    platform::accept(listener)
+}
+
+/// The user at the other end.
+pub(crate) fn peer(socket: &OwnedFd) -> io::Result<u32> {
+    platform::peer(socket)
+}
+
+/// Sends, without a signal if the other end is gone. `wait`: until there is room.
+pub(crate) fn send(socket: &OwnedFd, bytes: &[u8], wait: bool) -> rustix::io::Result<usize> {
+    let flags = if wait { SendFlags::empty() } else { SendFlags::DONTWAIT };
+    rustix::net::send(socket, bytes, flags | platform::NO_SIGNAL)
+}
+
+/// Uses the address of the socket `name` in a directory. A socket's address has room for some 100 bytes, and a home may be
+/// deeper than that.
+///
+/// # Errors
+/// Those of `use_address`; the directory is not there.
+pub(crate) fn at_short_path<T>(
+    directory: &Path,
+    name: &str,
+    use_address: impl FnOnce(&SocketAddrUnix) -> rustix::io::Result<T>,
+) -> rustix::io::Result<T> {
+    platform::at_short_path(directory, |short| use_address(&SocketAddrUnix::new(short.join(name))?))
+}
+
+/// Uses a path of the socket `name` in a directory, short enough for a socket's address and good only meanwhile.
+///
+/// # Errors
+/// Those of `use_path`; the directory is not there.
+pub fn with_short_path<T>(
+    directory: &Path,
+    name: &str,
+    use_path: impl FnOnce(&Path) -> io::Result<T>,
+) -> io::Result<T> {
+    platform::at_short_path(directory, |short| Ok(use_path(&short.join(name))))?
+}

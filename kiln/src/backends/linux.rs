@@ -1,0 +1,19 @@
+//! On Linux, instances are containers or machines.
+
+use kiln_container::{ContainerKind, Containers};
+use kiln_contract::{BackendError, Home, RuntimeBackend};
+use kiln_instance::Kinds;
+use kiln_machine::MachineKind;
+
+/// What instances of a home may be.
+pub(crate) const KINDS: Kinds = &[&ContainerKind, &MachineKind];
+
+/// The containers of a home. Nothing is read or made by this.
+pub(super) fn containers(home: &Home) -> Result<Box<dyn RuntimeBackend>, BackendError> {
+    Ok(Box::new(Containers::open(home)?))
+}
+
+/// Enters the user namespace of an unprivileged user: no thread may run yet.
+pub(crate) fn prepare() -> Result<(), BackendError> {
+    kiln_container::prepare()
+}
