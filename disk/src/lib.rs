@@ -68,5 +68,5 @@ pub use btrfs::{BtrfsPool, PoolStatus, SMALLEST_POOL};
 pub use choice::{Choice, ChoiceError};
 pub use copy::{Copying, copy_file};
 pub use error::{DiskError, Result};
-pub use open::{Opened, doctor, open};
+pub use open::{Opened, doctor, open, prepare};
 pub use usage::{SetUsage, usage_of};

@@ -45,6 +45,20 @@ pub fn open(home: &Home, choice: &Choice) -> Result<Opened> {
     }
 }
 
+/// Makes what `choice` needs and this home lacks: a btrfs pool that may grow to `size` bytes.
+///
+/// # Errors
+/// The pool cannot be made.
+pub fn prepare(home: &Home, choice: &Choice, size: u64) -> Result<()> {
+    #[cfg(target_os = "linux")]
+    if *choice == Choice::Btrfs && crate::BtrfsPool::of(home).is_none() {
+        crate::BtrfsPool::make(home, size)?;
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (home, choice, size);
+    Ok(())
+}
+
 fn best(home: &Home) -> Result<Opened> {
     #[cfg(target_os = "linux")]
     if crate::BtrfsPool::of(home).is_some() {

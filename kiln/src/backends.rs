@@ -18,7 +18,7 @@ use kiln_contract::{
 use kiln_instance::Verbs;
 use kiln_machine::Machines;
 
-pub(crate) use platform::{KINDS, prepare};
+pub(crate) use platform::{KINDS, in_views, prepare};
 
 /// All instances of a home, of whatever kind.
 pub(crate) struct Backends {

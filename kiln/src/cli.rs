@@ -11,7 +11,9 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::CompleteEnv;
 use kiln_contract::Home;
 
-use crate::commands::{self, fs, image, kernel, network, snapshot, system, template, volume};
+#[cfg(target_os = "linux")]
+use crate::commands::fs;
+use crate::commands::{self, image, kernel, network, snapshot, system, template, volume};
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit, Owner};
@@ -116,6 +118,7 @@ enum Command {
     #[command(subcommand, arg_required_else_help = true)]
     Template(template::Command),
     Init(commands::init::Args),
+    #[cfg(target_os = "linux")]
     /// See images as directories, edit them and commit what was changed
     #[command(subcommand, arg_required_else_help = true)]
     Fs(fs::Command),
@@ -211,9 +214,7 @@ pub(crate) fn main() -> ExitCode {
 
 impl Cli {
     fn run(self) -> Result<Exit> {
-        // Their servers go on in the background, and what is wrong with a tree is told in their log only.
-        let usual = matches!(self.command, Command::Fs(_)).then_some("error");
-        start_logging(self.global.verbose, usual)?;
+        start_logging(self.global.verbose, self.command.usual_log())?;
         if let Some(result) = self.command.run_without_home() {
             return result;
         }
@@ -266,10 +267,21 @@ fn start_logging(verbose: u8, usual: Option<&str>) -> Result<()> {
 }
 
 impl Command {
+    /// The level of what is logged without being asked for, where it is not the usual one.
+    fn usual_log(&self) -> Option<&'static str> {
+        match self {
+            // Their servers go on in the background, and what is wrong with a tree is told in their log only.
+            #[cfg(target_os = "linux")]
+            Self::Fs(_) => Some("error"),
+            _ => None,
+        }
+    }
+
     /// To whom the exit code belongs.
     fn owner(&self) -> Owner {
         match self {
             Self::Run(_) | Self::Create(_) | Self::Exec(_) => Owner::Workload,
+            #[cfg(target_os = "linux")]
             Self::Fs(command) => command.owner(),
             _ => Owner::Kiln,
         }
@@ -330,6 +342,7 @@ impl Command {
             Self::Kernel(command) => command.run(context),
             Self::Template(command) => command.run(context),
             Self::Init(args) => args.run(context),
+            #[cfg(target_os = "linux")]
             Self::Fs(command) => command.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),

@@ -1,13 +1,17 @@
 //! Systems without network namespaces: containers run in machines there, and machines have no bridges.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use kiln_contract::{
     Attachment, BackendError, Home, InstanceId, NetworkBackend, NetworkRequest, PublishSpec,
 };
+use kiln_usernet::Open;
+use tokio::sync::watch;
 
 use crate::networks::Locked;
+use crate::usernet::{Machine, Neighbours};
 use crate::{NetError, Network};
 
 pub(crate) fn can_bridge() -> bool {
@@ -57,5 +61,50 @@ impl NetworkBackend for ContainerNetwork {
 
     fn address(&self, _: &InstanceId) -> Result<Vec<IpAddr>, BackendError> {
         Ok(Vec::new())
+    }
+}
+
+/// A machine's place on a network that it shares with others. There is none on this system.
+#[derive(Debug)]
+pub enum MachineNetwork {}
+
+impl MachineNetwork {
+    /// Refuses.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn join(_: &Home, _: &NetworkRequest) -> Result<Self, BackendError> {
+        Err(NetError::Unsupported("networks that machines share need Linux".into()).into())
+    }
+
+    /// There is nothing to leave.
+    ///
+    /// # Errors
+    /// None.
+    pub fn leave(_: &Home, _: &InstanceId) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Its address.
+    pub fn address(&self) -> IpAddr {
+        match *self {}
+    }
+
+    /// Whether nothing outside of the network can be reached from it.
+    pub fn is_internal(&self) -> bool {
+        match *self {}
+    }
+
+    /// Its neighbours.
+    pub fn neighbours(&self, _: impl Fn(&InstanceId) -> Machine + Send + Sync + 'static) -> Neighbours {
+        match *self {}
+    }
+
+    /// Is never called, for want of a network.
+    ///
+    /// # Errors
+    /// None.
+    pub fn serve<O: Open>(&mut self, _: &watch::Receiver<Arc<O>>) -> Result<(), BackendError> {
+        match *self {}
     }
 }

@@ -56,9 +56,7 @@ use elsewhere as leaf;
 use linux as leaf;
 
 pub use error::NetError;
-pub use leaf::{ContainerNetwork, doctor};
-#[cfg(target_os = "linux")]
-pub use linux::MachineNetwork;
+pub use leaf::{ContainerNetwork, MachineNetwork, doctor};
 pub use network::{DEFAULT_NETWORK, Lease, Network, NetworkOptions};
 pub use networks::Networks;
 pub use policy::{Denied, Policy, Rule, RuleError};

@@ -28,6 +28,12 @@ pub enum ShareError {
         /// What was to be shared.
         path: PathBuf,
     },
+    /// This system cannot confine what a guest asks for.
+    #[error("cannot share {}: files are shared with machines on Linux only", path.display())]
+    Unsupported {
+        /// What was to be shared.
+        path: PathBuf,
+    },
     /// A limit in the options is outside of its range.
     #[error("cannot share with {name} = {value}: it must be {range}")]
     Limit {

@@ -45,6 +45,8 @@
 
 #[cfg(target_os = "linux")]
 mod attributes;
+#[cfg(not(target_os = "linux"))]
+mod elsewhere;
 mod error;
 #[cfg(target_os = "linux")]
 mod extended;
@@ -80,6 +82,8 @@ mod walk;
 #[cfg(target_os = "linux")]
 mod wire;
 
+#[cfg(not(target_os = "linux"))]
+pub use elsewhere::{Share, raise_descriptor_limit};
 pub use error::ShareError;
 pub use options::{Options, Ownership};
 #[cfg(target_os = "linux")]

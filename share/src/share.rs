@@ -148,14 +148,14 @@ fn check_proc(node: &HostNode, path: &Path) -> Result<(), ShareError> {
     }
 }
 
-/// Raises this process's limit of open descriptors to the highest that it may set, and returns that. Guests that keep
-/// large trees in their caches need it: each file that they know takes up to two descriptors.
+/// Raises this process's limit of open descriptors to the highest that it may set. Guests that keep large trees in their caches
+/// need it: each file that they know takes up to two descriptors.
 ///
 /// Programs that this process starts inherit it.
-pub fn raise_descriptor_limit() -> u64 {
+pub fn raise_descriptor_limit() {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current != maximum && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok() {
-        return maximum.unwrap_or(u64::MAX);
+    // A refusal leaves the limit as it was, which guests with few files never see.
+    if current != maximum && setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_err() {
+        tracing::debug!("the limit of open descriptors stays at {current:?}");
     }
-    current.unwrap_or(u64::MAX)
 }

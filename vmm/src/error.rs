@@ -84,6 +84,7 @@ pub enum VmmError {
 }
 
 impl VmmError {
+    #[cfg(target_os = "linux")]
     pub(crate) fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let doing = doing.into();
         move |source| Self::Io { doing, source }

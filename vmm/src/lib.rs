@@ -21,6 +21,7 @@ mod firecracker;
 mod memory;
 #[cfg(target_os = "linux")]
 mod qemu;
+#[cfg(target_os = "linux")]
 mod qmp;
 
 #[cfg(target_os = "linux")]

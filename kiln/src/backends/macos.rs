@@ -1,6 +1,6 @@
 //! On macOS, instances are machines: containers share the kernel of a Linux host.
 
-use kiln_contract::{BackendError, Home, RuntimeBackend};
+use kiln_contract::{BackendError, Digest, Home, RuntimeBackend};
 use kiln_instance::Kinds;
 use kiln_machine::{MachineKind, Machines};
 
@@ -15,4 +15,9 @@ pub(super) fn containers(home: &Home) -> Result<Box<dyn RuntimeBackend>, Backend
 /// Files of every owner are the user's own here.
 pub(crate) fn prepare() -> Result<(), BackendError> {
     Ok(())
+}
+
+/// The images and layers that views of a home show: views are made on Linux only.
+pub(crate) fn in_views(_: &Home) -> Result<Vec<Digest>, BackendError> {
+    Ok(Vec::new())
 }

@@ -31,9 +31,7 @@ impl Args {
         std::fs::create_dir_all(home.path())
             .map_err(|error| CliError::file(format!("cannot make {}", home.path().display()), error))?;
         self.refuse_to_leave_disks(context)?;
-        if self.disks == Choice::Btrfs && kiln_disk::BtrfsPool::of(home).is_none() {
-            kiln_disk::BtrfsPool::make(home, self.size.bytes()).map_err(BackendError::from)?;
-        }
+        kiln_disk::prepare(home, &self.disks, self.size.bytes()).map_err(BackendError::from)?;
         // Tried before it is kept: what does not work here is never chosen.
         let opened = match self.disks {
             Choice::Auto => {

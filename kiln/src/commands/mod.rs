@@ -9,6 +9,7 @@ pub(crate) mod create;
 pub(crate) mod diff;
 pub(crate) mod exec;
 pub(crate) mod fork;
+#[cfg(target_os = "linux")]
 pub(crate) mod fs;
 pub(crate) mod image;
 pub(crate) mod init;

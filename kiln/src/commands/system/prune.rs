@@ -2,10 +2,9 @@
 
 use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
 use kiln_store::{GcOptions, Store};
-use kiln_view::views::Views;
 use serde::Serialize;
 
-use crate::backends::Backends;
+use crate::backends::{Backends, in_views};
 use crate::context::Context;
 use crate::error::Result;
 use crate::exit::{self, Exit};
@@ -123,9 +122,8 @@ pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_ru
     let in_use = || -> Result<Vec<Digest>> {
         let instances = instances.list()?.into_iter();
         let of_instances = instances.map(|record| [vec![record.spec.image_id], record.spec.layers].concat());
-        let views = Views::open(context.home()).list()?.into_iter();
-        let of_views = views.map(|record| [vec![record.image], record.layers].concat());
-        Ok(of_instances.chain(of_views).flatten().collect())
+        let of_views = in_views(context.home())?;
+        Ok(of_instances.flatten().chain(of_views).collect())
     };
     let options = GcOptions { untagged: true, all, below, dry_run };
     let report = Store::gc(context.home(), in_use, &options)?;
