@@ -3,80 +3,14 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::{Ended, Home, IMAGE, until};
-use kiln_fixtures::OrdinaryUser;
+use common::place::Place;
+use common::{IMAGE, until};
 use serde_json::Value;
 
 const BACKENDS: [&str; 2] = ["overlay", "fuse"];
-
-/// A home with an image in it, somebody who uses it, and a directory of his.
-struct Place {
-    root: Home,
-    user: Option<(OrdinaryUser, tempfile::TempDir)>,
-}
-
-impl Place {
-    /// As root; `None` where the host cannot.
-    fn of_root() -> Option<Self> {
-        Some(Self { root: Home::with_busybox()?, user: None })
-    }
-
-    /// As an ordinary user.
-    fn of_user() -> Option<Self> {
-        let (user, root) = (OrdinaryUser::get()?, Home::with_busybox()?);
-        let directory = user.tempdir();
-        let archive = directory.path().join("busybox.tar");
-        root.ok(["image", "export", "-q", "-o", archive.to_str().unwrap(), IMAGE]);
-        fs::set_permissions(&archive, fs::Permissions::from_mode(0o644)).unwrap();
-        let place = Self { root, user: Some((user, directory)) };
-        place.ok(&["image", "import", "-q", archive.to_str().unwrap()]);
-        Some(place)
-    }
-
-    /// Everybody that this host has.
-    fn all() -> Vec<Self> {
-        Self::of_root().into_iter().chain(Self::of_user()).collect()
-    }
-
-    fn home(&self) -> PathBuf {
-        self.user.as_ref().map_or_else(|| self.root.path(), |(_, directory)| directory.path().join("home"))
-    }
-
-    fn beside(&self, name: &str) -> PathBuf {
-        self.home().parent().unwrap().join(name)
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let Some((user, directory)) = &self.user else { return self.root.command(words) };
-        let mut command = user.command(Path::new(env!("CARGO_BIN_EXE_kiln")));
-        command.args(words).env("KILN_HOME", self.home()).stdin(Stdio::null()).current_dir(directory);
-        command
-    }
-
-    fn kiln(&self, words: &[&str]) -> Ended {
-        common::finish(self.command(words))
-    }
-
-    #[track_caller]
-    fn ok(&self, words: &[&str]) -> String {
-        let ended = self.kiln(words);
-        assert_eq!(ended.code, 0, "{words:?}: {ended:?}");
-        ended.stdout.trim_end().to_owned()
-    }
-
-    fn views(&self) -> String {
-        self.ok(&["fs", "runtimes", "ls", "-q"])
-    }
-
-    /// The program for scripts that run in views.
-    fn program(&self) -> String {
-        self.command(&[]).get_program().to_str().unwrap().to_owned()
-    }
-}
 
 #[test]
 fn a_view_is_seen_by_its_processes_and_by_nobody_else() {

@@ -12,13 +12,16 @@ use crate::format::{Layout, stack_key};
 use crate::image::listed_manifests;
 use crate::split::Split;
 use crate::tag::files_below;
-use crate::{ImageName, Result, Store, StoreError, staging, store};
+use crate::{ImageName, Result, Store, StoreError, VersionPolicy, staging, store};
 
 /// What a collection may take beyond what nothing needs any more.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GcOptions {
-    /// Images without a tag that no instance uses, too. Older versions in the history of a tag (`~1`) count as untagged.
+    /// Images without a tag that no instance uses, too. Older versions in the history of a tag (`~1`) count as untagged,
+    /// unless `versions` says which of them stay.
     pub untagged: bool,
+    /// Which older versions go out of the histories of tags. Those that stay keep their images, except with `all`.
+    pub versions: Option<VersionPolicy>,
     /// All images that no instance uses, with their tags.
     pub all: bool,
     /// A layer that instances have below those of their images: it stays, and so do merged trees that stand on it.
@@ -30,6 +33,8 @@ pub struct GcOptions {
 /// What a collection removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GcReport {
+    /// Older versions that went out of the histories of tags: `name:tag~N` as they were called before.
+    pub versions: Vec<String>,
     /// Images: their names, or their short ids.
     pub images: Vec<String>,
     /// Objects.
@@ -65,14 +70,25 @@ impl Store {
         let store = Store::with_lock(layout, lock);
         let mut report = GcReport::default();
         let in_use = in_use()?.into_iter().collect();
-        let live = store.mark(&in_use, options, &mut report)?;
+        let mut kept = HashSet::new();
+        if let Some(policy) = &options.versions {
+            (report.versions, kept) = store.thin_histories(policy, options.dry_run)?;
+        }
+        let live = store.mark(&in_use, &kept, options, &mut report)?;
         let mut sweep = Sweep { dry_run: options.dry_run, bytes: 0, names: HashMap::new() };
         store.sweep(&live, &mut sweep, &mut report)?;
         report.bytes = sweep.bytes + staging::sweep(&store.layout, options.dry_run)?;
         Ok(report)
     }
 
-    fn mark(&self, in_use: &HashSet<Digest>, options: &GcOptions, report: &mut GcReport) -> Result<Live> {
+    /// `kept`: manifests to which a tag points or pointed.
+    fn mark(
+        &self,
+        in_use: &HashSet<Digest>,
+        kept: &HashSet<Digest>,
+        options: &GcOptions,
+        report: &mut GcReport,
+    ) -> Result<Live> {
         let mut live = Live { layers: in_use.clone(), ..Live::default() };
         if let Some(below) = options.below {
             live.layers.insert(below);
@@ -82,7 +98,8 @@ impl Store {
             let manifests = self.manifests_of(&id)?;
             let used = in_use.contains(&id) || manifests.iter().any(|manifest| in_use.contains(manifest));
             let names = self.names_of(&id)?;
-            let dropped = options.all || (options.untagged && names.is_empty());
+            let named = !names.is_empty() || manifests.iter().any(|manifest| kept.contains(manifest));
+            let dropped = options.all || (options.untagged && !named);
             if dropped && !used {
                 let familiar: Vec<_> = names.iter().map(ImageName::familiar).collect();
                 report.images.push(if names.is_empty() { id.short() } else { familiar.join(", ") });

@@ -104,6 +104,15 @@ impl Store {
         Ok(tags)
     }
 
+    /// Writes a tag's history anew, newest last. Whoever does so must have the store's lock alone.
+    pub(crate) fn rewrite_history(&self, name: &ImageName, entries: &[TagEntry]) -> Result<()> {
+        let mut text = format!("{HEADER}{}:{}\n", name.repository, name.tag.as_deref().unwrap_or_default());
+        for TagEntry { time, target, note } in entries {
+            text.push_str(&format!("{time} {target} {note}\n"));
+        }
+        staging::publish_file(&self.layout, text.as_bytes(), &self.tag_path(name)?)
+    }
+
     fn tag_path(&self, name: &ImageName) -> Result<PathBuf> {
         let tag = name
             .tag

@@ -112,6 +112,25 @@ impl TreeContents {
         }
     }
 
+    /// The path of the file, if there is one and beside the directories that lead to it nothing else.
+    ///
+    /// # Errors
+    /// The tree is damaged.
+    pub fn only_file(&self) -> Result<Option<Vec<u8>>, BackendError> {
+        let mut path = Vec::new();
+        loop {
+            let listed = self.list(&path)?;
+            let [entry] = listed.as_slice() else { return Ok(None) };
+            path.push(b'/');
+            path.extend(&entry.name);
+            match entry.file_type {
+                FileType::Directory => {}
+                FileType::Regular => return Ok(Some(path)),
+                _ => return Ok(None),
+            }
+        }
+    }
+
     fn image(&self) -> Result<Image<'_>, BackendError> {
         Image::open(&self.bytes).map_err(|error| self.damaged(error))
     }

@@ -232,16 +232,23 @@ impl Views {
     /// They cannot be listed, or something of one cannot be removed.
     pub fn prune(&self, all: bool) -> Result<Vec<String>> {
         let mut removed = Vec::new();
-        for record in self.list()? {
-            if record.keep && !all {
-                continue;
-            }
+        for record in self.list()?.into_iter().filter(|record| all || !record.keep) {
             if let Some(_lock) = self.lock(&record.name)?.filter(|_| !in_use(&record)) {
                 self.delete(&record.name)?;
                 removed.push(record.name);
             }
         }
         Ok(removed)
+    }
+
+    /// What [`Views::prune`] would remove now.
+    ///
+    /// # Errors
+    /// They cannot be listed.
+    pub fn unused(&self, all: bool) -> Result<Vec<String>> {
+        let mut records = self.list()?;
+        records.retain(|record| (all || !record.keep) && !self.is_active(record));
+        Ok(records.into_iter().map(|record| record.name).collect())
     }
 
     /// What was changed in a view, sorted by path.

@@ -1,6 +1,8 @@
 //! A home of its own for a test, and the real binary in it.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod place;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};

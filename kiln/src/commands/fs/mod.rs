@@ -1,15 +1,21 @@
 //! `kiln fs …`.
 
-mod cat;
+mod clean;
 mod commit;
 mod diff;
 mod info;
 mod join;
+mod layers;
 mod log;
 mod ls;
+mod read;
+mod render;
 mod run;
 mod runtimes;
 mod shell;
+mod tags;
+mod untag;
+mod write;
 
 use clap::Subcommand;
 use kiln_contract::{Digest, ErrorKind};
@@ -17,7 +23,7 @@ use kiln_store::{Store, StoreError};
 use kiln_view::TreeContents;
 use kiln_view::views::{VARIABLE, ViewRecord, Views};
 
-use super::image;
+use super::{image, system};
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{Exit, Owner};
@@ -32,11 +38,20 @@ pub(crate) enum Command {
     Diff(diff::Args),
     Info(info::Args),
     Ls(ls::Args),
-    Cat(cat::Args),
+    #[command(visible_alias = "cat")]
+    Read(read::Args),
+    Write(write::Args),
+    Render(render::Args),
     Tag(image::tag::Args),
+    Untag(untag::Args),
+    LsTags(tags::Ls),
+    Search(tags::Search),
     Log(log::Args),
+    Layers(layers::Args),
     Push(image::push::Args),
     Pull(image::pull::Args),
+    Clean(clean::Args),
+    Check(system::check::Args),
     /// Work with the views that there are
     #[command(subcommand, arg_required_else_help = true)]
     Runtimes(runtimes::Command),
@@ -60,8 +75,16 @@ impl Command {
             Self::Diff(args) => args.run(context),
             Self::Info(args) => args.run(context),
             Self::Ls(args) => args.run(context),
-            Self::Cat(args) => args.run(context),
+            Self::Read(args) => args.run(context),
+            Self::Write(args) => args.run(context),
+            Self::Render(args) => args.run(context),
             Self::Tag(args) => args.run(context),
+            Self::Untag(args) => args.run(context),
+            Self::LsTags(args) => args.run(context),
+            Self::Search(args) => args.run(context),
+            Self::Layers(args) => args.run(context),
+            Self::Clean(args) => args.run(context),
+            Self::Check(args) => args.run(context),
             Self::Log(args) => args.run(context),
             Self::Push(args) => args.run(context),
             Self::Pull(args) => args.run(context),

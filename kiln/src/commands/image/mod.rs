@@ -62,7 +62,7 @@ impl Command {
 }
 
 /// A name that will be given to an image.
-fn image_name(text: &str) -> Result<kiln_store::ImageName> {
+pub(crate) fn image_name(text: &str) -> Result<kiln_store::ImageName> {
     kiln_store::ImageName::parse(text).map_err(|error| {
         CliError::from(error)
             .with_hint("a name is [registry/]path[:tag], in lower case: me/app:1, localhost:5000/app")

@@ -1,11 +1,14 @@
 //! `kiln system check`.
 
+use std::io::{self, Read};
+
 use kiln_contract::ByteSize;
-use kiln_registry::Registry;
-use kiln_store::{CheckReport, Repair};
+use kiln_registry::{FromRegistries, Registry};
+use kiln_store::{CheckReport, Repair, WantedDocument, WantedLayer};
 use serde::Serialize;
 
 use crate::commands::RegistryArgs;
+use crate::commands::image::image_name;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::Exit;
@@ -15,9 +18,10 @@ use crate::progress;
 /// Verify every file and every tree of the store by its digest
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Bring back what is missing or damaged, from what else is there and the registries that the images came from
-    #[arg(long)]
-    repair: bool,
+    /// Bring back what is missing or damaged, from what else is there and the registries that the images came from; of
+    /// these FROM is asked first (`localhost:5000/me/tools`)
+    #[arg(long, value_name = "FROM", num_args = 0..=1)]
+    repair: Option<Option<String>>,
     #[command(flatten)]
     registry: RegistryArgs,
     #[command(flatten)]
@@ -41,11 +45,41 @@ struct Report {
     repaired: Vec<String>,
 }
 
+/// Registries that images came from, and one that is asked before them.
+struct Preferring<'a> {
+    registries: FromRegistries<'a>,
+    /// `registry/path`.
+    first: Option<String>,
+}
+
+impl Preferring<'_> {
+    fn repositories(&self, known: &[String]) -> Vec<String> {
+        self.first.iter().chain(known).cloned().collect()
+    }
+}
+
+impl Repair for Preferring<'_> {
+    fn document(&self, wanted: &WantedDocument) -> io::Result<Vec<u8>> {
+        let repositories = self.repositories(&wanted.repositories);
+        self.registries.document(&WantedDocument { repositories, ..wanted.clone() })
+    }
+
+    fn layer(&self, wanted: &WantedLayer) -> io::Result<Box<dyn Read + Send>> {
+        let repositories = self.repositories(&wanted.repositories);
+        self.registries.layer(&WantedLayer { repositories, ..wanted.clone() })
+    }
+}
+
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let store = context.store()?;
         let (registry, progress) = (Registry::new(self.registry.config())?, progress::new(false));
-        let source = self.repair.then(|| registry.repair(&store, &*progress));
+        let first = self.repair.iter().flatten().next();
+        let first = first.map(|name| image_name(name)).transpose()?.map(|name| name.repository);
+        let source = self
+            .repair
+            .is_some()
+            .then(|| Preferring { registries: registry.repair(&store, &*progress), first });
         let report = store.check(source.as_ref().map(|source| source as &dyn Repair))?;
         let CheckReport { objects, layers, images, bytes, damaged, repaired } = report;
         let report = Report { objects, layers, images, bytes, damaged, repaired };
@@ -71,7 +105,7 @@ impl Args {
             return Ok(Exit::SUCCESS);
         }
         let error = CliError::failed(format!("the store is damaged in {left} places"));
-        Err(error.with_hint(if self.repair {
+        Err(error.with_hint(if self.repair.is_some() {
             "bring in the images that need it again, with `kiln pull` or `kiln image import`: what is damaged is replaced"
         } else {
             "`kiln system check --repair` makes again, or fetches, what can be"

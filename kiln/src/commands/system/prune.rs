@@ -1,7 +1,7 @@
 //! `kiln system prune`, and the collecting of garbage for `image prune` too.
 
 use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
-use kiln_store::{GcOptions, Store};
+use kiln_store::{GcOptions, GcReport, Store};
 use serde::Serialize;
 
 use crate::backends::{Backends, in_views};
@@ -118,15 +118,8 @@ fn remove_instances(instances: &Backends, volumes: bool, dry_run: bool) -> Resul
 
 /// Removes images without a name (`all`: those that no instance uses), and what of the store nobody needs then.
 pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_run: bool) -> Result<Removed> {
-    let below = Store::open(context.home())?.mount_point_layer()?;
-    let in_use = || -> Result<Vec<Digest>> {
-        let instances = instances.list()?.into_iter();
-        let of_instances = instances.map(|record| [vec![record.spec.image_id], record.spec.layers].concat());
-        let of_views = in_views(context.home())?;
-        Ok(of_instances.flatten().chain(of_views).collect())
-    };
-    let options = GcOptions { untagged: true, all, below, dry_run };
-    let report = Store::gc(context.home(), in_use, &options)?;
+    let options = GcOptions { untagged: true, all, dry_run, ..GcOptions::default() };
+    let report = collect_with(context, instances, &options)?;
     Ok(Removed {
         images: report.images,
         layers: report.layers,
@@ -137,6 +130,18 @@ pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_ru
         dry_run,
         ..Default::default()
     })
+}
+
+/// Removes of the store what the options say and nobody needs then. Instances and views need theirs.
+pub(crate) fn collect_with(context: &Context, instances: &Backends, options: &GcOptions) -> Result<GcReport> {
+    let below = Store::open(context.home())?.mount_point_layer()?;
+    let in_use = || -> Result<Vec<Digest>> {
+        let instances = instances.list()?.into_iter();
+        let of_instances = instances.map(|record| [vec![record.spec.image_id], record.spec.layers].concat());
+        let of_views = in_views(context.home())?;
+        Ok(of_instances.flatten().chain(of_views).collect())
+    };
+    Store::gc(context.home(), in_use, &GcOptions { below, ..options.clone() })
 }
 
 impl Removed {

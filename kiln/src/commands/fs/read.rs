@@ -1,4 +1,4 @@
-//! `kiln fs cat`.
+//! `kiln fs read`, which is `cat` too.
 
 use std::io::Read as _;
 
@@ -20,20 +20,27 @@ pub(crate) struct Args {
     /// Its name; several may be joined by `+`
     #[arg(value_name = "REF[+REF…]", add = ArgValueCompleter::new(complete::images))]
     reference: String,
-    /// The file
-    path: String,
+    /// The file; may be left out where there is only one, as `kiln fs write` makes it
+    path: Option<String>,
 }
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let contents = contents(context, &self.reference)?;
-        let mut file = contents.read(self.path.as_bytes())?;
+        let path = match self.path {
+            Some(path) => path.into_bytes(),
+            None => contents.only_file()?.ok_or_else(|| {
+                CliError::usage(format!("`{}` has not just one file", self.reference))
+                    .with_hint(format!("name one: `kiln fs ls {}` lists them", self.reference))
+            })?,
+        };
+        let mut file = contents.read(&path)?;
         let mut out = Out::new();
         let mut buffer = vec![0; PIECE];
         loop {
-            let length = file
-                .read(&mut buffer)
-                .map_err(|error| CliError::file(format!("cannot read `{}`", self.path), error))?;
+            let length = file.read(&mut buffer).map_err(|error| {
+                CliError::file(format!("cannot read `{}`", String::from_utf8_lossy(&path)), error)
+            })?;
             if length == 0 {
                 break;
             }
