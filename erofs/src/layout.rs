@@ -35,7 +35,7 @@ impl Shape {
         if self.compact { COMPACT_SIZE } else { EXTENDED_SIZE }
     }
 
-    fn length(&self) -> usize {
+    pub(crate) fn length(&self) -> usize {
         let body = match self.body {
             Body::Blocks => 0,
             Body::Inline(bytes) => bytes,
@@ -46,17 +46,16 @@ impl Shape {
 }
 
 /// How a directory is cut into blocks.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct DirectoryLayout {
-    pub(crate) parent: NodeId,
-    full_blocks: u32,
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Cut {
+    pub(crate) full_blocks: u32,
     /// Bytes used of the last block, 1 to 4096.
     pub(crate) last: u16,
     /// Whether the last block is inline.
     pub(crate) inline: bool,
 }
 
-impl DirectoryLayout {
+impl Cut {
     pub(crate) fn size(&self) -> u64 {
         u64::from(self.full_blocks) * BLOCK + u64::from(self.last)
     }
@@ -65,6 +64,32 @@ impl DirectoryLayout {
     pub(crate) fn blocks(&self) -> u32 {
         self.full_blocks + u32::from(!self.inline)
     }
+
+    /// Puts one more entry into the last block, or a new one.
+    pub(crate) fn add(&mut self, name: &[u8]) {
+        let need = (DIRENT + name.len()) as u16;
+        if self.last + need > BLOCK as u16 {
+            self.full_blocks += 1;
+            self.last = 0;
+        }
+        self.last += need;
+    }
+
+    /// Decides whether the last block is inline: in place if it fits without moving the inode, else whichever wastes
+    /// less, moving the inode to the next block or a block of its own. `inline` are the inode's measures if it is.
+    pub(crate) fn settle(&mut self, inline: &Shape, offset: u64) {
+        let waste = start_of(inline, &Content::Directory, offset) - offset;
+        let used = u64::from(self.last);
+        // Inodes are at multiples of a slot, so that what follows them starts up to a slot after a block does.
+        let fits = used + SLOT <= BLOCK;
+        self.inline = waste == 0 || (fits && waste <= BLOCK - used);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct DirectoryLayout {
+    parent: NodeId,
+    cut: Cut,
 }
 
 /// Where everything of an image goes.
@@ -141,8 +166,14 @@ impl<'t> Layout<'t> {
         u64::from(self.data_start) * BLOCK
     }
 
-    pub(crate) fn directory(&self, node: NodeId) -> &DirectoryLayout {
-        &self.directories[self.directory_of[&node] as usize]
+    /// How a directory is cut.
+    pub(crate) fn cut(&self, node: NodeId) -> &Cut {
+        &self.directories[self.directory_of[&node] as usize].cut
+    }
+
+    /// The directory that a directory is in.
+    pub(crate) fn parent(&self, node: NodeId) -> NodeId {
+        self.directories[self.directory_of[&node] as usize].parent
     }
 
     fn put_in_order(&mut self) {
@@ -152,7 +183,7 @@ impl<'t> Layout<'t> {
         self.order.push(NodeId::ROOT);
         while let Some((node, parent)) = stack.pop() {
             self.directory_of.insert(node, self.directories.len() as u32);
-            self.directories.push(DirectoryLayout { parent, full_blocks: 0, last: 0, inline: false });
+            self.directories.push(DirectoryLayout { parent, cut: Cut::default() });
             let below = stack.len();
             for (_, child) in tree.children(node) {
                 if std::mem::replace(&mut self.nids[child.index()], SEEN) == SEEN {
@@ -199,7 +230,7 @@ impl<'t> Layout<'t> {
             self.nids[id.index()] = nid;
             match node.content {
                 Content::Directory => {
-                    let blocks = self.directory(id).blocks();
+                    let blocks = self.cut(id).blocks();
                     if blocks > 0 {
                         self.blocks[id.index()] = more(&mut metadata_blocks, blocks.into())?;
                     }
@@ -238,88 +269,80 @@ impl<'t> Layout<'t> {
         Ok(())
     }
 
-    /// Cuts a directory into blocks and decides whether the last one is inline: in place if it fits without moving
-    /// the inode, else whichever wastes less, moving the inode to the next block or a block of its own.
     fn cut_directory(&mut self, id: NodeId, offset: u64) -> Result<(), WriteError> {
         let index = self.directory_of[&id] as usize;
-        let mut layout = self.directories[index];
-        let mut used = 0;
-        for (name, _) in entries(self.tree, id, layout.parent) {
-            let need = DIRENT + name.len();
-            if used + need > BLOCK as usize {
-                layout.full_blocks += 1;
-                used = 0;
-            }
-            used += need;
+        let mut cut = Cut { inline: true, ..Cut::default() };
+        for (name, _) in entries(self.tree, id, self.directories[index].parent) {
+            cut.add(name);
         }
-        layout.last = used as u16;
-        layout.inline = true;
-        self.directories[index] = layout;
+        self.directories[index].cut = cut;
         let shape = self.shape(id)?;
-        let waste = start_of(&shape, &Content::Directory, offset) - offset;
-        // Inodes are at multiples of a slot, so that what follows them starts up to a slot after a block does.
-        let fits = used + (SLOT as usize) <= BLOCK as usize;
-        layout.inline = waste == 0 || (fits && waste <= BLOCK - used as u64);
-        self.directories[index] = layout;
+        self.directories[index].cut.settle(&shape, offset);
         Ok(())
     }
 
     /// An inode's measures, or why the format has no place for it.
     pub(crate) fn shape(&self, id: NodeId) -> Result<Shape, WriteError> {
         let node = self.tree.node(id);
-        let wrong = |what: String| WriteError::Node { path: self.tree.path_of(id), what };
-        let attributes = node.attributes;
-        if attributes.mode > 0o7777 {
-            return Err(wrong(format!("its mode is {:o}, and 7777 is the most", attributes.mode)));
-        }
-        if attributes.mtime.nanoseconds >= 1_000_000_000 {
-            return Err(wrong(format!("its time has {} nanoseconds", attributes.mtime.nanoseconds)));
-        }
-        let xattrs = xattr::size(&node, self.redirects).map_err(wrong)?;
-        let (size, body) = match node.content {
-            Content::Directory => {
-                let layout = self.directory(id);
-                let body = if layout.inline { Body::Inline(layout.last.into()) } else { Body::Blocks };
-                (layout.size(), body)
-            }
-            Content::Regular(Data::Inline(bytes)) => {
-                if bytes.len() > crate::INLINE_LIMIT {
-                    let limit = crate::INLINE_LIMIT;
-                    return Err(wrong(format!(
-                        "it has {} inline bytes, and {limit} is the most",
-                        bytes.len()
-                    )));
-                }
-                let body = if bytes.is_empty() { Body::Blocks } else { Body::Inline(bytes.len()) };
-                (bytes.len() as u64, body)
-            }
-            Content::Regular(Data::Object { size, .. }) => {
-                if i64::try_from(*size).is_err() {
-                    return Err(wrong(format!("its size is {size}, and 2^63 - 1 is the most")));
-                }
-                (*size, if self.redirects { hole(*size) } else { Body::Blocks })
-            }
-            Content::Symlink(target) => {
-                if target.is_empty() || target.len() > SYMLINK_MAX || target.contains(&0) {
-                    let what = "a symlink's target has 1 to 4095 bytes and no NUL";
-                    return Err(wrong(what.to_owned()));
-                }
-                // Together with its inode, so that every kernel finds it in the block that it has at hand.
-                let whole = EXTENDED_SIZE + xattrs + target.len();
-                let body = if whole <= BLOCK as usize { Body::Inline(target.len()) } else { Body::Blocks };
-                (target.len() as u64, body)
-            }
-            Content::CharDevice(device) | Content::BlockDevice(device) => {
-                encode_device(*device).ok_or_else(|| {
-                    wrong(format!("the device {}:{} has too large a number", device.major, device.minor))
-                })?;
-                (0, Body::Blocks)
-            }
-            Content::Fifo | Content::Socket => (0, Body::Blocks),
-        };
-        let compact = attributes.mtime == self.epoch && is_compact(&node, size);
-        Ok(Shape { compact, xattrs, size, body })
+        let cut = (*node.content == Content::Directory).then(|| self.cut(id));
+        shape(&node, cut, self.redirects, self.epoch)
+            .map_err(|what| WriteError::Node { path: self.tree.path_of(id), what })
     }
+}
+
+/// A node's measures, or why the format has no place for it. `cut` is a directory's.
+pub(crate) fn shape(
+    node: &Node<'_>,
+    cut: Option<&Cut>,
+    redirects: bool,
+    epoch: Time,
+) -> Result<Shape, String> {
+    let attributes = node.attributes;
+    if attributes.mode > 0o7777 {
+        return Err(format!("its mode is {:o}, and 7777 is the most", attributes.mode));
+    }
+    if attributes.mtime.nanoseconds >= 1_000_000_000 {
+        return Err(format!("its time has {} nanoseconds", attributes.mtime.nanoseconds));
+    }
+    let xattrs = xattr::size(node, redirects)?;
+    let (size, body) = match node.content {
+        Content::Directory => {
+            let cut = cut.copied().unwrap_or_default();
+            (cut.size(), if cut.inline { Body::Inline(cut.last.into()) } else { Body::Blocks })
+        }
+        Content::Regular(Data::Inline(bytes)) => {
+            if bytes.len() > crate::INLINE_LIMIT {
+                let limit = crate::INLINE_LIMIT;
+                return Err(format!("it has {} inline bytes, and {limit} is the most", bytes.len()));
+            }
+            let body = if bytes.is_empty() { Body::Blocks } else { Body::Inline(bytes.len()) };
+            (bytes.len() as u64, body)
+        }
+        Content::Regular(Data::Object { size, .. }) => {
+            if i64::try_from(*size).is_err() {
+                return Err(format!("its size is {size}, and 2^63 - 1 is the most"));
+            }
+            (*size, if redirects { hole(*size) } else { Body::Blocks })
+        }
+        Content::Symlink(target) => {
+            if target.is_empty() || target.len() > SYMLINK_MAX || target.contains(&0) {
+                return Err("a symlink's target has 1 to 4095 bytes and no NUL".to_owned());
+            }
+            // Together with its inode, so that every kernel finds it in the block that it has at hand.
+            let whole = EXTENDED_SIZE + xattrs + target.len();
+            let body = if whole <= BLOCK as usize { Body::Inline(target.len()) } else { Body::Blocks };
+            (target.len() as u64, body)
+        }
+        Content::CharDevice(device) | Content::BlockDevice(device) => {
+            if encode_device(*device).is_none() {
+                return Err(format!("the device {}:{} has too large a number", device.major, device.minor));
+            }
+            (0, Body::Blocks)
+        }
+        Content::Fifo | Content::Socket => (0, Body::Blocks),
+    };
+    let compact = attributes.mtime == epoch && is_compact(node, size);
+    Ok(Shape { compact, xattrs, size, body })
 }
 
 fn is_compact(node: &Node<'_>, size: u64) -> bool {
@@ -329,7 +352,7 @@ fn is_compact(node: &Node<'_>, size: u64) -> bool {
 }
 
 /// Where an inode goes that comes after `offset`: there, or in the next block if it must not cross into it.
-fn start_of(shape: &Shape, content: &Content, offset: u64) -> u64 {
+pub(crate) fn start_of(shape: &Shape, content: &Content, offset: u64) -> u64 {
     let Body::Inline(bytes) = shape.body else { return offset };
     let before = (shape.header() + shape.xattrs) as u64;
     let whole = matches!(content, Content::Symlink(_));

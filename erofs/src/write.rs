@@ -7,8 +7,8 @@ use crate::format::{
     LAYOUT_INLINE, LAYOUT_PLAIN, NULL_BLOCK, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK,
     SLOT, SUPER_MAGIC, SUPER_OFFSET, SUPER_SIZE, VERSION, XATTR_HEADER, superblock_checksum,
 };
-use crate::layout::{Body, Layout, encode_device, entries};
-use crate::{Content, Data, NodeId, Tree, WriteError, xattr};
+use crate::layout::{Body, Layout, Shape, encode_device, entries};
+use crate::{Content, Data, FileType, Node, NodeId, Time, Tree, WriteError, xattr};
 
 /// Writes `tree` metadata-only, in composefs' way: files that are objects become holes with the xattrs that lead
 /// an overlay to the object. Same tree, same bytes. Returns the length, a multiple of 4096.
@@ -28,7 +28,14 @@ pub fn write_metadata(tree: &Tree, out: impl Write) -> Result<u64, WriteError> {
 
 /// Writes all of an image but file data, which begin where this ends: at a multiple of 4096.
 pub(crate) fn write_head<W: Write>(layout: &Layout<'_>, out: &mut Output<W>) -> Result<(), WriteError> {
-    write_headers(layout, &mut out.buffer);
+    let head = Head {
+        redirects: layout.redirects,
+        root: layout.nid(NodeId::ROOT),
+        inodes: layout.order.len() as u64,
+        epoch: layout.epoch,
+        blocks: layout.total_blocks,
+    };
+    head.write(&mut out.buffer);
     for (position, id) in layout.order.iter().enumerate() {
         out.pad_to(layout.nid(*id) * SLOT);
         write_inode(layout, *id, position, &mut out.buffer)?;
@@ -92,23 +99,36 @@ pub(crate) fn seal(image: &mut [u8]) {
     image[SUPER_OFFSET + 4..SUPER_OFFSET + 8].copy_from_slice(&checksum.to_le_bytes());
 }
 
-fn write_headers(layout: &Layout<'_>, out: &mut Vec<u8>) {
-    out.resize(SUPER_OFFSET + SUPER_SIZE, 0);
-    let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, KILN_MAGIC);
-    put(8, &VERSION.to_le_bytes());
-    put(12, &(if layout.redirects { 1_u32 } else { 2 }).to_le_bytes());
+/// What the headers of an image tell.
+pub(crate) struct Head {
+    /// Files carry redirects instead of data.
+    pub(crate) redirects: bool,
+    pub(crate) root: u64,
+    pub(crate) inodes: u64,
+    pub(crate) epoch: Time,
+    /// Length of the image in blocks.
+    pub(crate) blocks: u32,
+}
 
-    let mut put = |at: usize, bytes: &[u8]| put(SUPER_OFFSET + at, bytes);
-    put(0, &SUPER_MAGIC.to_le_bytes());
-    put(8, &(COMPAT_CHECKSUM | COMPAT_MTIME).to_le_bytes());
-    put(12, &[BLOCK_BITS as u8]);
-    put(14, &(layout.nid(NodeId::ROOT) as u16).to_le_bytes());
-    put(16, &(layout.order.len() as u64).to_le_bytes());
-    put(24, &layout.epoch.seconds.to_le_bytes());
-    put(32, &layout.epoch.nanoseconds.to_le_bytes());
-    put(36, &layout.total_blocks.to_le_bytes());
-    put(80, &(if layout.redirects { INCOMPAT_CHUNKED } else { 0 }).to_le_bytes());
+impl Head {
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        out.resize(SUPER_OFFSET + SUPER_SIZE, 0);
+        let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, KILN_MAGIC);
+        put(8, &VERSION.to_le_bytes());
+        put(12, &(if self.redirects { 1_u32 } else { 2 }).to_le_bytes());
+
+        let mut put = |at: usize, bytes: &[u8]| put(SUPER_OFFSET + at, bytes);
+        put(0, &SUPER_MAGIC.to_le_bytes());
+        put(8, &(COMPAT_CHECKSUM | COMPAT_MTIME).to_le_bytes());
+        put(12, &[BLOCK_BITS as u8]);
+        put(14, &(self.root as u16).to_le_bytes());
+        put(16, &self.inodes.to_le_bytes());
+        put(24, &self.epoch.seconds.to_le_bytes());
+        put(32, &self.epoch.nanoseconds.to_le_bytes());
+        put(36, &self.blocks.to_le_bytes());
+        put(80, &(if self.redirects { INCOMPAT_CHUNKED } else { 0 }).to_le_bytes());
+    }
 }
 
 fn write_inode(
@@ -118,20 +138,37 @@ fn write_inode(
     out: &mut Vec<u8>,
 ) -> Result<(), WriteError> {
     let node = layout.tree.node(id);
-    let attributes = node.attributes;
     let shape = layout.shape(id)?;
+    write_node(&node, &shape, layout.redirects, layout.first_block(id), position, out);
+    if let (Body::Inline(_), Content::Directory) = (shape.body, node.content) {
+        write_directory(layout, id, Part::Last, out);
+    }
+    Ok(())
+}
+
+/// Writes an inode with its xattrs and all that follows them, but for the entries of a directory. `first_block` is
+/// where its data in blocks are, if it has any.
+pub(crate) fn write_node(
+    node: &Node<'_>,
+    shape: &Shape,
+    redirects: bool,
+    first_block: u32,
+    position: usize,
+    out: &mut Vec<u8>,
+) {
+    let attributes = node.attributes;
     let data_layout = match shape.body {
         Body::Blocks => LAYOUT_PLAIN,
         Body::Inline(_) => LAYOUT_INLINE,
         Body::Chunks { .. } => LAYOUT_CHUNKS,
     };
     let (kind, location) = match node.content {
-        Content::Directory => (S_IFDIR, layout.first_block(id)),
+        Content::Directory => (S_IFDIR, first_block),
         Content::Regular(_) => match shape.body {
             Body::Chunks { bits, .. } => (S_IFREG, bits),
-            _ => (S_IFREG, layout.first_block(id)),
+            _ => (S_IFREG, first_block),
         },
-        Content::Symlink(_) => (S_IFLNK, layout.first_block(id)),
+        Content::Symlink(_) => (S_IFLNK, first_block),
         Content::CharDevice(device) => (S_IFCHR, encode_device(*device).unwrap_or_default()),
         Content::BlockDevice(device) => (S_IFBLK, encode_device(*device).unwrap_or_default()),
         Content::Fifo => (S_IFIFO, 0),
@@ -170,9 +207,8 @@ fn write_inode(
         put(44, &node.links.to_le_bytes());
     }
     put(shape.header(), &[]);
-    xattr::write(&node, layout.redirects, out);
+    xattr::write(node, redirects, out);
     match (shape.body, node.content) {
-        (Body::Inline(_), Content::Directory) => write_directory(layout, id, Part::Last, out),
         (Body::Inline(_), Content::Symlink(bytes) | Content::Regular(Data::Inline(bytes))) => {
             out.extend_from_slice(bytes);
         }
@@ -183,7 +219,6 @@ fn write_inode(
         }
         _ => {}
     }
-    Ok(())
 }
 
 fn write_outer_blocks<W: Write>(layout: &Layout<'_>, out: &mut Output<W>) -> Result<(), WriteError> {
@@ -195,7 +230,7 @@ fn write_outer_blocks<W: Write>(layout: &Layout<'_>, out: &mut Output<W>) -> Res
         match layout.tree.node(*id).content {
             Content::Symlink(target) => out.buffer.extend_from_slice(target),
             _ => {
-                let part = if layout.directory(*id).inline { Part::AllButLast } else { Part::All };
+                let part = if layout.cut(*id).inline { Part::AllButLast } else { Part::All };
                 write_directory(layout, *id, part, &mut out.buffer);
             }
         }
@@ -207,56 +242,100 @@ fn write_outer_blocks<W: Write>(layout: &Layout<'_>, out: &mut Output<W>) -> Res
 }
 
 /// Which blocks of a directory.
-#[derive(Clone, Copy, PartialEq)]
-enum Part {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
     All,
     AllButLast,
     Last,
 }
 
-fn write_directory(layout: &Layout<'_>, id: NodeId, part: Part, out: &mut Vec<u8>) {
-    let parent = layout.directory(id).parent;
-    let mut block: Vec<(&[u8], NodeId)> = Vec::new();
-    let mut used = 0;
-    for (name, child) in entries(layout.tree, id, parent) {
-        let need = DIRENT + name.len();
-        if used + need > BLOCK as usize {
-            if part != Part::Last {
-                write_directory_block(layout, &block, out);
-                out.resize(out.len() + BLOCK as usize - used, 0);
-            }
-            block.clear();
-            used = 0;
-        }
-        used += need;
-        block.push((name, child));
+/// An entry on its way to a block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Listed<'n> {
+    pub(crate) name: &'n [u8],
+    pub(crate) nid: u64,
+    /// As [`type_number`] tells it.
+    pub(crate) file_type: u8,
+}
+
+/// The entries of a directory's block that is being filled.
+pub(crate) struct DirectoryWriter<'n> {
+    part: Part,
+    block: Vec<Listed<'n>>,
+    used: usize,
+}
+
+impl<'n> DirectoryWriter<'n> {
+    pub(crate) fn new(part: Part) -> Self {
+        Self { part, block: Vec::new(), used: 0 }
     }
-    if part != Part::AllButLast {
-        write_directory_block(layout, &block, out);
+
+    /// Adds the next entry; they come sorted, `.` and `..` among them.
+    pub(crate) fn add(&mut self, entry: Listed<'n>, out: &mut Vec<u8>) {
+        let need = DIRENT + entry.name.len();
+        if self.used + need > BLOCK as usize {
+            if self.part != Part::Last {
+                write_directory_block(&self.block, out);
+                out.resize(out.len() + BLOCK as usize - self.used, 0);
+            }
+            self.block.clear();
+            self.used = 0;
+        }
+        self.used += need;
+        self.block.push(entry);
+    }
+
+    /// Writes the last block, if it is to be written here.
+    pub(crate) fn finish(self, out: &mut Vec<u8>) {
+        if self.part != Part::AllButLast {
+            write_directory_block(&self.block, out);
+        }
     }
 }
 
-fn write_directory_block(layout: &Layout<'_>, block: &[(&[u8], NodeId)], out: &mut Vec<u8>) {
-    let mut name_at = block.len() * DIRENT;
-    for (name, id) in block {
-        out.extend_from_slice(&layout.nid(*id).to_le_bytes());
-        out.extend_from_slice(&(name_at as u16).to_le_bytes());
-        out.extend_from_slice(&[file_type(layout.tree.node(*id).content), 0]);
-        name_at += name.len();
+fn write_directory(layout: &Layout<'_>, id: NodeId, part: Part, out: &mut Vec<u8>) {
+    let mut writer = DirectoryWriter::new(part);
+    for (name, child) in entries(layout.tree, id, layout.parent(id)) {
+        let file_type = file_type(layout.tree.node(child).content);
+        writer.add(Listed { name, nid: layout.nid(child), file_type }, out);
     }
-    for (name, _) in block {
-        out.extend_from_slice(name);
+    writer.finish(out);
+}
+
+fn write_directory_block(block: &[Listed<'_>], out: &mut Vec<u8>) {
+    let mut name_at = block.len() * DIRENT;
+    for entry in block {
+        out.extend_from_slice(&entry.nid.to_le_bytes());
+        out.extend_from_slice(&(name_at as u16).to_le_bytes());
+        out.extend_from_slice(&[entry.file_type, 0]);
+        name_at += entry.name.len();
+    }
+    for entry in block {
+        out.extend_from_slice(entry.name);
+    }
+}
+
+/// A type as directories tell it.
+pub(crate) fn type_number(file_type: FileType) -> u8 {
+    match file_type {
+        FileType::Regular => 1,
+        FileType::Directory => 2,
+        FileType::CharDevice => 3,
+        FileType::BlockDevice => 4,
+        FileType::Fifo => 5,
+        FileType::Socket => 6,
+        FileType::Symlink => 7,
     }
 }
 
 fn file_type(content: &Content) -> u8 {
-    match content {
-        Content::Regular(_) => 1,
-        Content::Directory => 2,
-        Content::CharDevice(_) => 3,
-        Content::BlockDevice(_) => 4,
-        Content::Fifo => 5,
-        Content::Socket => 6,
-        Content::Symlink(_) => 7,
-    }
+    type_number(match content {
+        Content::Regular(_) => FileType::Regular,
+        Content::Directory => FileType::Directory,
+        Content::CharDevice(_) => FileType::CharDevice,
+        Content::BlockDevice(_) => FileType::BlockDevice,
+        Content::Fifo => FileType::Fifo,
+        Content::Socket => FileType::Socket,
+        Content::Symlink(_) => FileType::Symlink,
+    })
 }

@@ -14,6 +14,8 @@ const ESCAPE: &[u8] = b"overlay.";
 /// Markers that are meant for overlayfs wherever they stand in a tree.
 const MARKERS: [&[u8]; 3] = [b"opaque", b"whiteout", b"whiteouts"];
 
+/// On a directory: nothing of lower layers is seen in it.
+pub(crate) const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 pub(crate) const METACOPY: &[u8] = b"trusted.overlay.metacopy";
 pub(crate) const REDIRECT: &[u8] = b"trusted.overlay.redirect";
 

@@ -3,6 +3,7 @@
 use kiln_contract::{Change, ChangeKind, Digest};
 use kiln_erofs::{Content, NodeId, Tree};
 
+use crate::merge::Caches;
 use crate::{Result, Store};
 
 impl Store {
@@ -13,7 +14,7 @@ impl Store {
     /// # Errors
     /// A layer is missing or damaged.
     pub fn diff(&self, from: &[Digest], to: &[Digest]) -> Result<Vec<Change>> {
-        let (from, to) = (self.merge(from)?, self.merge(to)?);
+        let (from, to) = (self.merge(from, Caches::Used)?, self.merge(to, Caches::Used)?);
         let mut changes = compare(&from, &to);
         changes.sort();
         Ok(changes)

@@ -5,7 +5,7 @@ use std::io::Write;
 use kiln_contract::Digest;
 use kiln_erofs::{Content, NodeId, Tree};
 
-use crate::merge::Marks;
+use crate::merge::{Caches, Marks};
 use crate::split::{Split, SplitInfo};
 use crate::tar::write::{write_below, write_tree};
 use crate::tree_file::TreeFile;
@@ -52,7 +52,7 @@ impl Store {
         {
             return self.export_tar(layer, out);
         }
-        write_tree(&self.merge(layers)?, &mut out, |digest| self.open_object(digest))?;
+        write_tree(&self.merge(layers, Caches::Used)?, &mut out, |digest| self.open_object(digest))?;
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! What a tree may take.
 //!
-//! A layer's tree is made in memory, and so is a stack's when it is merged. What it takes there follows the *number* of
+//! A layer's tree is made in memory, and a stack's is brought there to be exported or made a disk. What it takes there follows the *number* of
 //! things in it and the *length* of their names, not the bytes of its files, and a tar of some megabytes, compressed
 //! a thousand times over, can have very many of both. So everything that adds to a tree is charged to a [`Budget`]
 //! before it is added, at what it costs in the worst case: tables double when they are full, and for that moment they
@@ -91,9 +91,10 @@ pub(crate) struct Budget {
     size: u64,
     holes: u64,
     memory: u64,
-    /// Of a stack: `memory` when its present layer began, and what the largest one before took.
-    begun: u64,
+    /// Of a stack: what each layer took, the largest of these, and the layer of what is charged next.
+    layers: Vec<u64>,
     largest: u64,
+    layer: usize,
 }
 
 const LAYER: &str = "layer";
@@ -102,19 +103,28 @@ const STACK: &str = "stack";
 impl Budget {
     /// Of a layer that is imported.
     pub(crate) fn of_layer(limits: ImportLimits) -> Self {
-        Self { subject: LAYER, limits, entries: 0, size: 0, holes: 0, memory: 0, begun: 0, largest: 0 }
+        Self {
+            subject: LAYER,
+            limits,
+            entries: 0,
+            size: 0,
+            holes: 0,
+            memory: 0,
+            layers: Vec::new(),
+            largest: 0,
+            layer: 0,
+        }
     }
 
-    /// Of a stack that is merged. Its largest layer does not count: it was within its own limits when it came, which
-    /// may have been others.
-    pub(crate) fn of_stack(limits: ImportLimits) -> Self {
-        Self { subject: STACK, ..Self::of_layer(limits) }
+    /// Of a stack of so many layers that are merged. Merging takes no memory, but what is done with a merged tree may.
+    /// Its largest layer does not count: it was within its own limits when it came, which may have been others.
+    pub(crate) fn of_stack(limits: ImportLimits, layers: usize) -> Self {
+        Self { subject: STACK, layers: vec![0; layers], ..Self::of_layer(limits) }
     }
 
-    /// The next layer of a stack begins.
-    pub(crate) fn next_layer(&mut self) {
-        self.largest = self.largest.max(self.memory - self.begun);
-        self.begun = self.memory;
+    /// What is charged from now on comes from this layer of a stack.
+    pub(crate) fn in_layer(&mut self, layer: usize) {
+        self.layer = layer;
     }
 
     /// Counts an entry of a tar.
@@ -186,9 +196,11 @@ impl Budget {
 
     fn charge(&mut self, bytes: u64) -> Result<()> {
         self.memory = self.memory.saturating_add(bytes);
-        let largest = self.largest.max(self.memory - self.begun);
-        let counted = if self.is_stack() { self.memory - largest } else { self.memory };
-        if counted <= self.limits.max_memory {
+        if let Some(layer) = self.layers.get_mut(self.layer) {
+            *layer = layer.saturating_add(bytes);
+            self.largest = self.largest.max(*layer);
+        }
+        if self.memory - self.largest <= self.limits.max_memory {
             return Ok(());
         }
         let limit = ByteSize(self.limits.max_memory);
@@ -209,10 +221,10 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use kiln_contract::Home;
-    use kiln_erofs::Tree;
 
     use super::*;
     use crate::Store;
+    use crate::merge::Caches;
 
     #[test]
     fn directories_and_stacks_have_limits_as_tars_have() {
@@ -237,8 +249,7 @@ mod tests {
         let few = host(ImportLimits { max_entries: 99, ..small }).unwrap_err().to_string();
         assert!(few.contains("more than 99 entries"), "{few}");
         let merge = |layers: &[_], limits| {
-            let (mut tree, mut budget) = (Tree::default(), Budget::of_stack(limits));
-            store.put_on_within(&mut tree, layers, &mut budget).map(|()| (tree.len(), budget))
+            store.merge_within(layers, Caches::Ignored, limits).map(|(tree, budget)| (tree.len(), budget))
         };
         assert_eq!(merge(&layers[..1], small).unwrap().0, 101);
         // Whatever the largest layer takes was allowed when it came.
@@ -249,7 +260,7 @@ mod tests {
         // A merged tree from which the next merge begins is charged as its layers were.
         let (_, whole) = merge(&layers, ImportLimits::default()).unwrap();
         store.merged_tree(&layers[..2]).unwrap();
-        let (_, budget) = store.merge_within(&layers, ImportLimits::default()).unwrap();
+        let (_, budget) = store.merge_within(&layers, Caches::Used, ImportLimits::default()).unwrap();
         assert_eq!(budget.memory, whole.memory);
     }
 }

@@ -1,14 +1,14 @@
 //! Stacks become trees.
 
-use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 
 use kiln_contract::Digest;
-use kiln_erofs::{Attributes, Content, Device, FileType, ImageError, Inode, Nid, NodeId, Tree};
+use kiln_erofs::{Content, Device, FileType, ImageError, Inode, Layers, MergeError, Met, Tree};
 
 use crate::error::Context as _;
 use crate::format::stack_key;
-use crate::import::write_tree;
 use crate::limits::{Budget, ImportLimits};
 use crate::staging::Staging;
 use crate::tree_file::TreeFile;
@@ -35,9 +35,9 @@ impl Store {
                 std::fs::hard_link(&layer, &new).doing("link", &layer)?;
             }
             _ => {
-                write_tree(&self.merge(layers)?, &new)?;
+                let file = File::create_new(&new).doing("create", &new)?;
+                self.merge_into(layers, Caches::Used, ImportLimits::default(), &file)?;
                 // A torn tree would be mounted as it is.
-                let file = std::fs::File::open(&new).doing("open", &new)?;
                 file.sync_data().doing("write to disk", &new)?;
             }
         }
@@ -52,96 +52,111 @@ impl Store {
         {
             return Ok(*layer);
         }
-        let mut tree = Tree::default();
-        self.put_on(&mut tree, layers)?;
         let mut hasher = kiln_contract::Hasher::new();
-        kiln_erofs::write_metadata(&tree, &mut hasher)?;
+        self.merge_into(layers, Caches::Ignored, ImportLimits::default(), &mut hasher)?;
         Ok(hasher.finish())
     }
 
-    /// A stack's merged tree in memory. It may take as much as a layer's; but a stack has many layers.
-    pub(crate) fn merge(&self, layers: &[Digest]) -> Result<Tree> {
-        Ok(self.merge_within(layers, ImportLimits::default())?.0)
+    /// A stack's merged tree in memory, where it may take as much as a layer's.
+    pub(crate) fn merge(&self, layers: &[Digest], caches: Caches) -> Result<Tree> {
+        Ok(self.merge_within(layers, caches, ImportLimits::default())?.0)
     }
 
     /// A stack's merged tree, and what it left of the limits.
-    pub(crate) fn merge_within(&self, layers: &[Digest], limits: ImportLimits) -> Result<(Tree, Budget)> {
-        let mut budget = Budget::of_stack(limits);
-        for below in (2..layers.len()).rev() {
-            if let Some(file) = TreeFile::open(&self.layout.merged_tree(&stack_key(&layers[..below])))?
-                && let Ok(mut tree) = file.to_tree()
-            {
-                charge_all(&mut budget, &tree)?;
-                self.put_on_within(&mut tree, &layers[below..], &mut budget)?;
-                return Ok((tree, budget));
-            }
-        }
-        let mut tree = Tree::default();
-        self.put_on_within(&mut tree, layers, &mut budget)?;
-        Ok((tree, budget))
-    }
-
-    /// Puts layers on a tree, which may take what is usual.
-    pub(crate) fn put_on(&self, tree: &mut Tree, layers: &[Digest]) -> Result<()> {
-        self.put_on_within(tree, layers, &mut Budget::of_stack(ImportLimits::default()))
-    }
-
-    pub(crate) fn put_on_within(
+    pub(crate) fn merge_within(
         &self,
-        tree: &mut Tree,
         layers: &[Digest],
-        budget: &mut Budget,
-    ) -> Result<()> {
-        for layer in layers {
-            let file = self.layer_tree(layer)?;
-            budget.next_layer();
-            put_layer_on(tree, &file, budget).map_err(|error| error.of(&file))?;
-        }
-        Ok(())
+        caches: Caches,
+        limits: ImportLimits,
+    ) -> Result<(Tree, Budget)> {
+        let staging = Staging::new(&self.layout)?;
+        let path = staging.path("tree");
+        let file = File::create_new(&path).doing("create", &path)?;
+        let budget = self.merge_into(layers, caches, limits, &file)?;
+        let missing = StoreError::Missing { what: "merged tree", digest: stack_key(layers) };
+        Ok((TreeFile::open(&path)?.ok_or(missing)?.to_tree()?, budget))
     }
-}
 
-fn charge_all(budget: &mut Budget, tree: &Tree) -> Result<()> {
-    let mut stack = vec![NodeId::ROOT];
-    while let Some(directory) = stack.pop() {
-        for (name, id) in tree.children(directory) {
-            let node = tree.node(id);
-            budget.node(name, node.content, node.attributes)?;
-            if *node.content == Content::Directory {
-                stack.push(id);
+    /// Merges a stack without bringing it into memory. Returns what it left of the limits.
+    fn merge_into(
+        &self,
+        layers: &[Digest],
+        caches: Caches,
+        limits: ImportLimits,
+        out: impl Write,
+    ) -> Result<Budget> {
+        let mut files = Vec::with_capacity(layers.len());
+        let mut rest = layers;
+        if caches == Caches::Used {
+            for below in (2..layers.len()).rev() {
+                let path = self.layout.merged_tree(&stack_key(&layers[..below]));
+                if let Some(file) = TreeFile::open(&path)?
+                    && file.image().is_ok()
+                {
+                    files.push(file);
+                    rest = &layers[below..];
+                    break;
+                }
             }
         }
+        for layer in rest {
+            files.push(self.layer_tree(layer)?);
+        }
+        let images: Vec<_> = files.iter().map(TreeFile::image).collect::<Result<_>>()?;
+        let mut budget = Budget::of_stack(limits, images.len());
+        let scratch = || tempfile::tempfile_in(self.layout.tmp());
+        let stack = Layers { images: &images, implied: overlay::IMPLIED };
+        let mut charge = |layer: usize, name: &[u8], met: Met<'_>| {
+            budget.in_layer(layer);
+            let charged = match met {
+                Met::Link => budget.link(name),
+                Met::Node(inode) => {
+                    let attributes = inode.attributes().map_err(|error| files[layer].damaged(error))?;
+                    budget.node(
+                        name,
+                        &content_of(inode).map_err(|error| files[layer].damaged(error))?,
+                        &attributes,
+                    )
+                }
+            };
+            charged.map_err(Stopped::Store)
+        };
+        kiln_erofs::merge(stack, &scratch, &mut charge, out).map_err(|error| match error {
+            Stopped::Store(error) => error,
+            Stopped::Merge(MergeError::Image { layer, source }) => files[layer].damaged(source),
+            Stopped::Merge(MergeError::Write(error)) => error.into(),
+            Stopped::Merge(MergeError::Scratch(source)) => {
+                StoreError::Io { doing: "use a temporary file in", path: self.layout.tmp(), source }
+            }
+        })?;
+        Ok(budget)
     }
-    Ok(())
 }
 
-/// Why one tree cannot be put on another.
-pub(crate) enum MergeError {
-    /// It cannot be read.
-    Image(ImageError),
-    /// Together they are too large.
+/// Whether a merge may begin from the merged tree of a part of its stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caches {
+    /// It may.
+    Used,
+    /// It may not: it is made to see whether they are right.
+    Ignored,
+}
+
+/// What ends a merge before its end.
+enum Stopped {
     Store(StoreError),
+    Merge(MergeError),
 }
 
-impl From<ImageError> for MergeError {
-    fn from(error: ImageError) -> Self {
-        Self::Image(error)
+impl From<MergeError> for Stopped {
+    fn from(error: MergeError) -> Self {
+        Self::Merge(error)
     }
 }
 
-impl From<StoreError> for MergeError {
+impl From<StoreError> for Stopped {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
-    }
-}
-
-impl MergeError {
-    /// Says of which file it is.
-    pub(crate) fn of(self, file: &TreeFile) -> StoreError {
-        match self {
-            Self::Image(source) => file.damaged(source),
-            Self::Store(error) => error,
-        }
     }
 }
 
@@ -185,83 +200,6 @@ impl Marks {
 
 fn is_whiteout(inode: &Inode<'_>) -> bool {
     inode.file_type() == FileType::CharDevice && inode.device() == Some(Device { major: 0, minor: 0 })
-}
-
-fn put_layer_on(
-    tree: &mut Tree,
-    file: &TreeFile,
-    budget: &mut Budget,
-) -> std::result::Result<(), MergeError> {
-    let image = kiln_erofs::Image::open(file.bytes())?;
-    let refused = |nid| move |_| ImageError::Inode { nid, what: "it has no place in the merged tree" };
-    // Files with several names, by inode: links across layers go by name, those inside one by this.
-    let mut linked: HashMap<Nid, NodeId> = HashMap::new();
-    let root = image.root()?;
-    put_directory(tree, NodeId::ROOT, root.attributes()?);
-    let mut stack = vec![(root, NodeId::ROOT)];
-    while let Some((directory, here)) = stack.pop() {
-        for entry in directory.entries(0) {
-            let entry = entry?;
-            let inode = image.inode(entry.nid)?;
-            let below = tree.child(here, entry.name);
-            if is_whiteout(&inode) {
-                tree.remove(here, entry.name);
-                continue;
-            }
-            if inode.file_type() == FileType::Directory {
-                let attributes = inode.attributes()?;
-                let node = match below.filter(|below| *tree.node(*below).content == Content::Directory) {
-                    Some(node) => {
-                        budget.attributes(&attributes)?;
-                        put_directory(tree, node, attributes);
-                        node
-                    }
-                    None => {
-                        budget.node(entry.name, &Content::Directory, &attributes)?;
-                        tree.remove(here, entry.name);
-                        tree.add(here, entry.name, Content::Directory, without_marks(attributes))
-                            .map_err(refused(entry.nid))?
-                    }
-                };
-                stack.push((inode, node));
-                continue;
-            }
-            tree.remove(here, entry.name);
-            if let Some(node) = linked.get(&entry.nid) {
-                budget.link(entry.name)?;
-                tree.link(here, entry.name, *node).map_err(refused(entry.nid))?;
-                continue;
-            }
-            let (content, attributes) = (content_of(&inode)?, inode.attributes()?);
-            budget.node(entry.name, &content, &attributes)?;
-            let node = tree.add(here, entry.name, content, attributes).map_err(refused(entry.nid))?;
-            if inode.links() > 1 {
-                linked.insert(entry.nid, node);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Puts a layer's directory over one that is there, the root among them. An opaque one hides what that holds; one that
-/// the layer only implied leaves it its attributes.
-fn put_directory(tree: &mut Tree, node: NodeId, attributes: Attributes) {
-    if overlay::is_opaque(&attributes.xattrs) {
-        let hidden: Vec<Vec<u8>> = tree.children(node).map(|(name, _)| name.to_vec()).collect();
-        hidden.iter().for_each(|name| {
-            tree.remove(node, name);
-        });
-    }
-    if !overlay::is_implied(&attributes.xattrs) {
-        tree.set_attributes(node, without_marks(attributes));
-    }
-}
-
-/// Attributes without the layer's marks, which a merged tree has not.
-fn without_marks(mut attributes: Attributes) -> Attributes {
-    attributes.xattrs.remove(overlay::OPAQUE);
-    attributes.xattrs.remove(overlay::IMPLIED);
-    attributes
 }
 
 /// What an inode is, for a tree. The entries of a directory are not looked at.

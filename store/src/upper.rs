@@ -4,12 +4,12 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use kiln_contract::Digest;
-use kiln_erofs::{Content, Data, FileType as NodeType, Inode, NodeId, Tree, Xattrs};
+use kiln_erofs::{Content, Data, FileType as NodeType, ImageError, Inode, NodeId, Tree, Xattrs};
 use rustix::fs::FileType;
 
 use crate::directory::HostEntry;
 use crate::limits::Budget;
-use crate::merge::{MergeError, content_of};
+use crate::merge::content_of;
 use crate::tree_file::TreeFile;
 use crate::{Result, Store, StoreError, overlay};
 
@@ -193,7 +193,7 @@ impl<'l> Lower<'l> {
         };
         let from = self.find(file, path)?.filter(|from| from.file_type() == NodeType::Directory);
         let from = from.ok_or_else(missing)?;
-        let mut copy = || -> std::result::Result<(), MergeError> {
+        let mut copy = || -> std::result::Result<(), CopyError> {
             let image = kiln_erofs::Image::open(file.bytes())?;
             let mut linked = std::collections::HashMap::new();
             let mut stack = vec![(from, directory)];
@@ -201,10 +201,8 @@ impl<'l> Lower<'l> {
                 for entry in from.entries(0) {
                     let entry = entry?;
                     let inode = image.inode(entry.nid)?;
-                    let refused = |_| kiln_erofs::ImageError::Inode {
-                        nid: entry.nid,
-                        what: "it has no place in a layer",
-                    };
+                    let refused =
+                        |_| ImageError::Inode { nid: entry.nid, what: "it has no place in a layer" };
                     if let Some(node) = linked.get(&entry.nid) {
                         budget.link(entry.name)?;
                         to.link(here, entry.name, *node).map_err(refused)?;
@@ -224,5 +222,35 @@ impl<'l> Lower<'l> {
             Ok(())
         };
         copy().map_err(|error| error.of(file))
+    }
+}
+
+/// Why a directory cannot be copied from a merged tree.
+enum CopyError {
+    /// It cannot be read.
+    Image(ImageError),
+    /// It would be too much.
+    Store(StoreError),
+}
+
+impl From<ImageError> for CopyError {
+    fn from(error: ImageError) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<StoreError> for CopyError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl CopyError {
+    /// Says of which file it is.
+    fn of(self, file: &TreeFile) -> StoreError {
+        match self {
+            Self::Image(source) => file.damaged(source),
+            Self::Store(error) => error,
+        }
     }
 }

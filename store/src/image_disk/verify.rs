@@ -5,10 +5,11 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
 use kiln_contract::{Digest, Hasher};
-use kiln_erofs::{FullImage, Tree};
+use kiln_erofs::FullImage;
 
 use crate::error::Context as _;
 use crate::format::stack_key;
+use crate::merge::Caches;
 use crate::{Result, Store};
 
 impl Store {
@@ -20,8 +21,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.doing("open", &path)?,
         };
-        let mut tree = Tree::default();
-        self.put_on(&mut tree, layers)?;
+        let tree = self.merge(layers, Caches::Ignored)?;
         let image = FullImage::new(&tree)?;
         Ok(compare(&mut file, &image).err().map(|what| (path, what)))
     }
