@@ -412,6 +412,25 @@ fn with_fuse(user: &kiln_fixtures::OrdinaryUser, device: &Path) -> Command {
 }
 
 #[test]
+fn a_removed_working_directory_matters_only_to_paths_that_begin_there() {
+    let Some(home) = Home::with_busybox() else { return };
+    let gone = |words: &[&str]| {
+        let kiln = home.command(words);
+        let mut command = Command::new("sh");
+        command.args(["-c", "mkdir gone && cd gone && rmdir ../gone && exec \"$@\"", "sh"]);
+        command.arg(kiln.get_program()).args(words).current_dir(home.beside("")).stdin(Stdio::null());
+        command.envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        common::finish(command)
+    };
+    let ran = gone(&["run", "--rm", "-v", "/tmp:/host", IMAGE, "echo", "hi"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (0, "hi\n"), "{}", ran.stderr);
+    let refused = gone(&["run", "--rm", "-v", "./here:/here", IMAGE, "true"]);
+    assert_eq!(refused.code, 125);
+    assert!(refused.stderr.contains("`./here` for --volume"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("has been removed"), "{}", refused.stderr);
+}
+
+#[test]
 fn an_ordinary_user_runs_containers_too() {
     let Some(user) = kiln_fixtures::OrdinaryUser::get() else { return };
     let Some(root) = Home::with_busybox() else { return };

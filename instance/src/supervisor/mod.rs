@@ -127,13 +127,15 @@ pub fn supervise(home: &Home, id: &InstanceId, ready: i32, kinds: Kinds) -> Resu
 }
 
 /// Starts an instance and owns it in this process until its workload has ended. The process stays where its workload was
-/// made (another mount namespace). Its workload has no terminal.
+/// made (another mount namespace), and its working directory is `/`. Its workload has no terminal.
 pub(crate) fn foreground(
     instances: &Instances,
     kinds: Kinds,
     id: &InstanceId,
     stdio: Stdio,
 ) -> Result<ExitStatus, BackendError> {
+    // The caller's directory may have been removed, and is not to be kept from being unmounted.
+    std::env::set_current_dir("/").map_err(|error| BackendError::caused("cannot go to /", error))?;
     let mut supervisor = Supervisor::claim(instances, kinds, id)?;
     supervisor.proxies_signals = true;
     let spec = &supervisor.record.spec;

@@ -80,8 +80,7 @@ fn create_named(
     let mut attempt = 0;
     loop {
         let name = args.name.clone().unwrap_or_else(|| random_name(attempt));
-        let mut spec = Host::real(|host| instance_spec(args, &name, image, host))
-            .map_err(|error| CliError::file("cannot tell the working directory", error))??;
+        let mut spec = Host::real(|host| instance_spec(args, &name, image, host))?;
         spec.transient = started_at_once && spec.remove;
         match instances.create(&spec) {
             Ok(record) => return Ok(record),

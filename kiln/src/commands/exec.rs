@@ -8,7 +8,7 @@ use kiln_contract::{ExecSpec, RuntimeBackend};
 use super::run::{ended, need_terminal};
 use crate::complete;
 use crate::context::{self, Context};
-use crate::error::{CliError, Result};
+use crate::error::Result;
 use crate::exit::Exit;
 use crate::resolve::{Host, exec_environment};
 
@@ -57,8 +57,7 @@ impl Args {
         if !self.detach {
             need_terminal(self.tty, self.interactive)?;
         }
-        let env = Host::real(|host| exec_environment(&self.env_file, &self.env, host))
-            .map_err(|error| CliError::file("cannot tell the working directory", error))??;
+        let env = Host::real(|host| exec_environment(&self.env_file, &self.env, host))?;
         let instances = context.instances()?;
         let record = context.instance(&instances, &self.instance)?;
         let spec = ExecSpec {

@@ -38,8 +38,8 @@ pub(crate) type Result<T> = std::result::Result<T, ResolveError>;
 
 /// What resolving may know of the host.
 pub(crate) struct Host<'a> {
-    /// The directory in which the command was typed.
-    pub(crate) cwd: PathBuf,
+    /// The directory in which the command was typed; nothing, if it has been removed since.
+    pub(crate) cwd: Option<PathBuf>,
     /// The user's home, for `~/…`.
     pub(crate) home: Option<PathBuf>,
     /// Gives a variable of the caller's environment.
@@ -52,9 +52,9 @@ pub(crate) struct Host<'a> {
 
 impl Host<'_> {
     /// The host as it is, given to `with`.
-    pub(crate) fn real<T>(with: impl FnOnce(&Host<'_>) -> T) -> io::Result<T> {
+    pub(crate) fn real<T>(with: impl FnOnce(&Host<'_>) -> T) -> T {
         let host = Host {
-            cwd: std::env::current_dir()?,
+            cwd: std::env::current_dir().ok(),
             home: std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from),
             variable: &|name| std::env::var(name).ok(),
             read: &|path| std::fs::read_to_string(path),
@@ -64,7 +64,19 @@ impl Host<'_> {
                     .find(|path| path.is_file())
             },
         };
-        Ok(with(&host))
+        with(&host)
+    }
+
+    /// What a path means to whoever typed it as the value of `flag`.
+    fn absolute(&self, flag: &'static str, path: &Path) -> Result<PathBuf> {
+        match &self.cwd {
+            _ if path.is_absolute() => Ok(path.to_owned()),
+            Some(cwd) => Ok(cwd.join(path)),
+            None => {
+                let why = "the path is relative to the working directory, which has been removed";
+                Err(ResolveError::value(flag, path.display().to_string(), why))
+            }
+        }
     }
 
     /// Lines of a file of `NAME=value` or `label=value`: without comments and empty lines.
@@ -95,7 +107,7 @@ pub(crate) mod testing {
         let files: BTreeMap<PathBuf, String> =
             files.iter().map(|(path, text)| (PathBuf::from(path), (*text).to_owned())).collect();
         with(&Host {
-            cwd: "/work".into(),
+            cwd: Some("/work".into()),
             home: Some("/home/me".into()),
             variable: &|name| (name == "HOST_VAR").then(|| "from-host".to_owned()),
             read: &|path| files.get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into()),

@@ -81,7 +81,7 @@ fn volume(text: &str, host: &Host<'_>) -> Result<MountSpec> {
         None => MountKind::Volume { name: None, copy },
         Some("") => return Err(bad("the part before the first colon is empty")),
         Some(source) if is_path(source) => {
-            MountKind::Bind { source: host_path(source, host), create: true, propagation }
+            MountKind::Bind { source: host_path(VOLUME, source, host)?, create: true, propagation }
         }
         Some(name) => MountKind::Volume { name: Some(volume_name(name).map_err(|why| bad(&why))?), copy },
     };
@@ -129,7 +129,7 @@ fn mount(text: &str, host: &Host<'_>) -> Result<MountSpec> {
     let target = normal_target(&target).ok_or_else(|| bad("the target must be absolute, and not `/`"))?;
     let kind = match (kind.as_str(), source) {
         ("bind", Some(source)) => {
-            MountKind::Bind { source: host_path(&source, host), create: false, propagation }
+            MountKind::Bind { source: host_path(MOUNT, &source, host)?, create: false, propagation }
         }
         ("bind", None) => return Err(bad("a bind needs a source")),
         ("volume", source) => {
@@ -172,14 +172,14 @@ fn is_path(source: &str) -> bool {
     source.starts_with(['/', '.', '~'])
 }
 
-fn host_path(source: &str, host: &Host<'_>) -> PathBuf {
+fn host_path(flag: &'static str, source: &str, host: &Host<'_>) -> Result<PathBuf> {
     let source = match (source.strip_prefix('~'), &host.home) {
         (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
             home.join(rest.trim_start_matches('/'))
         }
         _ => PathBuf::from(source),
     };
-    clean(&host.cwd.join(source))
+    Ok(clean(&host.absolute(flag, &source)?))
 }
 
 /// The path without `.` and `..` (by text, as Docker does).

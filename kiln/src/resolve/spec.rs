@@ -1,5 +1,6 @@
 //! The whole specification of a workload.
 
+use std::path::Path;
 use std::time::Duration;
 
 use kiln_contract::{
@@ -163,7 +164,9 @@ fn security_option(text: &str, host: &Host<'_>) -> Result<String> {
         ("seccomp", "unconfined")
         | ("no-new-privileges", "" | "true" | "false")
         | ("systempaths", "unconfined") => Ok(text),
-        ("seccomp", file) if !file.is_empty() => Ok(format!("seccomp={}", host.cwd.join(file).display())),
+        ("seccomp", file) if !file.is_empty() => {
+            Ok(format!("seccomp={}", host.absolute("--security-opt", Path::new(file))?.display()))
+        }
         ("label" | "apparmor", _) => Err(ResolveError::value(
             "--security-opt",
             &text,
@@ -182,7 +185,9 @@ fn runtime(text: &str, host: &Host<'_>) -> Result<RuntimeChoice> {
     match text {
         "native" => Ok(RuntimeChoice::Native),
         "" => Err(bad("it is empty")),
-        path if path.contains('/') => Ok(RuntimeChoice::External(host.cwd.join(path))),
+        path if path.contains('/') => {
+            Ok(RuntimeChoice::External(host.absolute("--runtime", Path::new(path))?))
+        }
         name => {
             let found = (host.find_program)(name);
             found.map(RuntimeChoice::External).ok_or_else(|| bad("there is no such program in $PATH"))
