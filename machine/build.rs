@@ -2,7 +2,10 @@
 //! plain `cargo build` gives a program that can make machines.
 
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
+
+use sha2::Digest as _;
 
 #[path = "../guest/compile.rs"]
 mod guest;
@@ -34,6 +37,9 @@ fn main() {
 }
 
 fn embed(program: &Path) {
-    assert!(program.is_file(), "{} is not there", program.display());
+    let bytes =
+        fs::read(program).unwrap_or_else(|error| panic!("cannot read {}: {error}", program.display()));
     println!("cargo:rustc-env=KILN_GUEST_PROGRAM={}", program.display());
+    let digest: String = sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("cargo:rustc-env=KILN_GUEST_DIGEST={digest}");
 }

@@ -534,7 +534,7 @@ fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -
         "{FORMAT} {VERSION} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
         hypervisor.fingerprint(),
         kernel.digest(),
-        *guest::DIGEST,
+        guest::DIGEST,
         shape.cpus,
         shape.memory,
     );
