@@ -1,7 +1,7 @@
 //! What an instance changed, as a layer on top of its image's stack.
 
 use kiln_contract::{BackendError, Change, CommitOptions, Digest, Home, InstanceRecord};
-use kiln_store::{CommitRequest, Store};
+use kiln_store::{Changes, CommitRequest, Store};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -24,22 +24,19 @@ pub(crate) fn commit(home: &Home, record: &InstanceRecord, options: &CommitOptio
     let store = open(home)?;
     let request = CommitRequest {
         name: &spec.name,
-        image: spec.image_id,
+        image: Some(spec.image_id),
         layers: &spec.layers,
         command: &spec.process.args,
         options,
     };
-    request.check(&store)?;
     let upper = home.instance(&record.id).upper();
-    let layer = if upper.is_dir() {
-        let stack = crate::root::stack(&store, &spec.layers)?;
-        let imported = store.import_upper(&upper, &stack, &|id, _| id);
-        let failed = |error| BackendError::caused(format!("cannot commit {}", spec.name), error);
-        Some(imported.map_err(failed)?.layer)
+    let stack = crate::root::stack(&store, &spec.layers)?;
+    let changes = if upper.is_dir() {
+        Changes::Upper { directory: &upper, lower: &stack, map: &|id, _| id }
     } else {
-        None
+        Changes::None
     };
-    Ok(store.commit(&request, layer)?.id)
+    Ok(store.commit(&request, changes)?.id)
 }
 
 fn open(home: &Home) -> Result<Store> {

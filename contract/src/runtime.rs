@@ -187,6 +187,14 @@ pub struct CommitOptions {
     pub changes: Vec<String>,
     /// Suspend the workload meanwhile.
     pub pause: bool,
+    /// The image is to have nothing but the new layer, so that it can be put over others.
+    pub layer_only: bool,
+    /// Patterns of the paths that the layer is to have; all if there is none.
+    pub include: Vec<String>,
+    /// Patterns of the paths that it is not to have.
+    pub exclude: Vec<String>,
+    /// Paths that it is to hide in the layers below.
+    pub masks: Vec<String>,
 }
 
 /// How an instance is saved.

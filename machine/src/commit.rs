@@ -4,15 +4,22 @@ use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 
 use kiln_contract::{BackendError, Change, CommitOptions, Digest, Home, InstanceRecord};
-use kiln_store::{CommitRequest, ImportLimits, Store};
+use kiln_store::{Changes, CommitRequest, ImportLimits, Store};
 
 type Result<T> = std::result::Result<T, BackendError>;
 
-fn import(store: &Store, mut tar: File) -> Result<Digest> {
-    let fail = |error| BackendError::caused("cannot read what the guest says that it changed", error);
+fn rewound(mut tar: File) -> Result<File> {
     tar.seek(SeekFrom::Start(0))
         .map_err(|error| BackendError::caused("cannot read a temporary file", error))?;
-    store.import_tar(tar, None, ImportLimits::default()).map(|imported| imported.layer).map_err(fail)
+    Ok(tar)
+}
+
+fn import(store: &Store, tar: File) -> Result<Digest> {
+    let fail = |error| BackendError::caused("cannot read what the guest says that it changed", error);
+    store
+        .import_tar(rewound(tar)?, None, ImportLimits::default())
+        .map(|imported| imported.layer)
+        .map_err(fail)
 }
 
 fn open(home: &Home) -> Result<Store> {
@@ -40,12 +47,10 @@ pub(crate) fn commit(
     let store = open(home)?;
     let request = CommitRequest {
         name: &spec.name,
-        image: spec.image_id,
+        image: Some(spec.image_id),
         layers: &spec.layers,
         command: &spec.process.args,
         options,
     };
-    request.check(&store)?;
-    let layer = import(&store, tar)?;
-    Ok(store.commit(&request, Some(layer))?.id)
+    Ok(store.commit(&request, Changes::Tar(&mut rewound(tar)?))?.id)
 }

@@ -26,7 +26,10 @@ const ZSTD_SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
 const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// Unpacks by what the stream itself begins with: media types are often wrong, and no tar begins like these.
-pub(crate) fn decompress<'a>(
+///
+/// # Errors
+/// The stream's beginning cannot be read, or there is no memory for a decoder.
+pub fn decompress<'a>(
     compressed: impl Read + Send + 'a,
 ) -> io::Result<(Compression, Box<dyn Read + Send + 'a>)> {
     let mut compressed = BufReader::with_capacity(128 << 10, compressed);

@@ -59,7 +59,7 @@ mod transport;
 mod unpack;
 mod upload;
 
-pub use compression::Compression;
+pub use compression::{Compression, decompress};
 pub use config::Config;
 pub use error::{RegistryError, Result};
 pub use export::export;

@@ -1,9 +1,20 @@
-//! An image and a layer on top of it become an image: what `commit` does, wherever the layer comes from.
+//! An image and changes become an image with one layer more: what `commit` does, wherever the changes are.
 
-use kiln_contract::{BackendError, CommitOptions, Digest, ErrorKind};
-use oci_spec::image::{History, HistoryBuilder, ImageConfiguration};
+use std::borrow::Cow;
+use std::io::Read;
+use std::path::Path;
 
-use crate::{Image, ImageName, Store, StoreError};
+use kiln_contract::{BackendError, CommitOptions, Digest, ErrorKind, Platform};
+use oci_spec::image::{
+    Arch, History, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder, Os, RootFsBuilder,
+};
+
+use crate::directory::HostOptions;
+use crate::source_date::SourceDate;
+use crate::upper::{Lower, Upper};
+use crate::{
+    IdKind, Image, ImageName, ImportLimits, ImportedLayer, Selection, SelectionError, Store, StoreError,
+};
 
 type Result<T> = std::result::Result<T, CommitError>;
 
@@ -25,6 +36,12 @@ pub enum CommitError {
     /// A name is none.
     #[error(transparent)]
     Name(StoreError),
+    /// A pattern or a path to hide is none.
+    #[error(transparent)]
+    Selection(#[from] SelectionError),
+    /// Only the layer was wanted, and there is none.
+    #[error("nothing was changed: there is no layer to be kept")]
+    Unchanged,
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -37,15 +54,54 @@ impl From<CommitError> for BackendError {
     fn from(error: CommitError) -> Self {
         let kind = match &error {
             CommitError::NoImage(_) => ErrorKind::NotFound,
-            CommitError::Instruction { .. } | CommitError::Name(_) => ErrorKind::Invalid,
+            CommitError::Instruction { .. } | CommitError::Name(_) | CommitError::Selection(_) => {
+                ErrorKind::Invalid
+            }
+            CommitError::Unchanged => ErrorKind::State,
             CommitError::Store(_) | CommitError::Config(_) => ErrorKind::Failed,
         };
-        let known = matches!(error, CommitError::Instruction { .. });
+        let hint = match &error {
+            CommitError::Instruction { .. } => Some(
+                "CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR are known"
+                    .to_owned(),
+            ),
+            CommitError::Store(error) => error.hint(),
+            _ => None,
+        };
         let error = Self::caused("cannot commit", error).of_kind(kind);
-        if known {
-            error.hint("CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR are known")
-        } else {
-            error
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
+}
+
+/// Where changes are.
+pub enum Changes<'a> {
+    /// There are none: only the config becomes another.
+    None,
+    /// In an overlay's upper directory, or a scratch, which has the same form ([`Store::import_upper`]).
+    Upper {
+        /// The directory.
+        directory: &'a Path,
+        /// The layers below, bottom first.
+        lower: &'a [Digest],
+        /// From ids on the disk to those in the image.
+        map: &'a dyn Fn(u32, IdKind) -> u32,
+    },
+    /// All that is in a directory.
+    Directory(&'a Path),
+    /// In an OCI layer's tar, uncompressed.
+    Tar(&'a mut (dyn Read + Send)),
+}
+
+impl std::fmt::Debug for Changes<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("None"),
+            Self::Upper { directory, .. } => f.debug_tuple("Upper").field(directory).finish(),
+            Self::Directory(directory) => f.debug_tuple("Directory").field(directory).finish(),
+            Self::Tar(_) => f.write_str("Tar"),
         }
     }
 }
@@ -53,15 +109,15 @@ impl From<CommitError> for BackendError {
 /// What an image is made of.
 #[derive(Debug)]
 pub struct CommitRequest<'a> {
-    /// The instance's name: for the history of the tags.
+    /// What the changes were made in, or where they come from: for the history of the tags.
     pub name: &'a str,
-    /// The image that it began as.
-    pub image: Digest,
+    /// The image that it began as; `None` for one that begins with the changes.
+    pub image: Option<Digest>,
     /// The stack of that, bottom first, without mount points.
     pub layers: &'a [Digest],
     /// What ran: for the image's history.
     pub command: &'a [String],
-    /// Names, message, author and instructions.
+    /// Names, message, author, instructions, and what of the changes is wanted.
     pub options: &'a CommitOptions,
 }
 
@@ -69,9 +125,10 @@ impl CommitRequest<'_> {
     /// Looks at everything that can be wrong before a layer is made: a wrong name must cost nothing.
     ///
     /// # Errors
-    /// A name or an instruction that is none; an image that is not here.
+    /// A name, a pattern or an instruction that is none; an image that is not here.
     pub fn check(&self, store: &Store) -> Result<()> {
         self.tags()?;
+        self.selection()?;
         self.config(store).map(drop)
     }
 
@@ -79,24 +136,79 @@ impl CommitRequest<'_> {
         self.options.tags.iter().map(|tag| ImageName::parse(tag).map_err(CommitError::Name)).collect()
     }
 
+    fn selection(&self) -> Result<Selection> {
+        let options = self.options;
+        Ok(Selection::new(&options.include, &options.exclude, &options.masks)?)
+    }
+
     fn config(&self, store: &Store) -> Result<ImageConfiguration> {
-        let image = store.image(&self.image)?.ok_or(CommitError::NoImage(self.image))?;
-        let mut config = image.config;
+        let mut config = match &self.image {
+            Some(image) => store.image(image)?.ok_or(CommitError::NoImage(*image))?.config,
+            None => empty_config()?,
+        };
+        if self.options.layer_only {
+            // What is said of the layers below is not true of it.
+            config.set_rootfs(RootFsBuilder::default().typ("layers").diff_ids(Vec::new()).build()?);
+            config.set_history(None);
+        }
         apply(&mut config, &self.options.changes)?;
         Ok(config)
     }
 }
 
+/// The config of an image for this host that says nothing else.
+fn empty_config() -> Result<ImageConfiguration> {
+    let platform = Platform::host();
+    let rootfs = RootFsBuilder::default().typ("layers").diff_ids(Vec::new()).build()?;
+    let config = ImageConfigurationBuilder::default()
+        .os(Os::from(platform.os.as_str()))
+        .architecture(Arch::from(platform.architecture.as_str()))
+        .rootfs(rootfs)
+        .build()?;
+    Ok(config)
+}
+
 impl Store {
-    /// Makes an image of another and a layer on top of it (`None`: nothing changed but the config), and gives it its names.
+    /// Makes a layer of changes, an image of that and another one, and gives it its names.
+    ///
+    /// If `SOURCE_DATE_EPOCH` is set, no time in the layer or in the image is later: equal content has equal digests then,
+    /// whenever it is committed.
     ///
     /// # Errors
-    /// As [`CommitRequest::check`], and those of the store.
-    pub fn commit(&self, request: &CommitRequest<'_>, layer: Option<Digest>) -> Result<Image> {
+    /// As [`CommitRequest::check`]; [`CommitError::Unchanged`]; and those of the store: [`StoreError::Changing`] for files
+    /// that never stay as they are.
+    pub fn commit(&self, request: &CommitRequest<'_>, changes: Changes<'_>) -> Result<Image> {
+        request.check(self)?;
+        let layer = self.layer_of(changes, &request.selection()?)?.map(|imported| imported.layer);
+        self.commit_layer(request, layer)
+    }
+
+    fn layer_of(&self, changes: Changes<'_>, selection: &Selection) -> Result<Option<ImportedLayer>> {
+        let options = HostOptions { selection: Cow::Borrowed(selection), ..HostOptions::new()? };
+        let layer = match changes {
+            Changes::None => return Ok(None),
+            Changes::Upper { directory, lower, map } => {
+                let upper = Upper::new(Lower::new(self, lower), map);
+                self.import_host(directory, Some(&upper), &options)?
+            }
+            Changes::Directory(directory) => self.import_host(directory, None, &options)?,
+            Changes::Tar(tar) => {
+                let layer = self.import_tar(tar, None, ImportLimits::default())?;
+                self.reshape(layer, selection, options.date)?
+            }
+        };
+        Ok(Some(layer))
+    }
+
+    fn commit_layer(&self, request: &CommitRequest<'_>, layer: Option<Digest>) -> Result<Image> {
         let (tags, mut config) = (request.tags()?, request.config(self)?);
         let options = request.options;
-        let layers: Vec<Digest> = request.layers.iter().copied().chain(layer).collect();
-        let now = jiff::Timestamp::now().to_string();
+        let below = if options.layer_only { &[] } else { request.layers };
+        if options.layer_only && layer.is_none() {
+            return Err(CommitError::Unchanged);
+        }
+        let layers: Vec<Digest> = below.iter().copied().chain(layer).collect();
+        let now = SourceDate::from_environment()?.now().to_string();
         let mut history: Vec<History> = config.history().clone().unwrap_or_default();
         let mut step = HistoryBuilder::default()
             .created(now.clone())

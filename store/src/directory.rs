@@ -3,8 +3,10 @@
 //! Whoever owns such a directory may change it meanwhile. Directories are opened below the root without following any
 //! symbolic link (`openat2`), and files relative to them, so that nothing outside can be read.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
@@ -14,11 +16,15 @@ use std::thread;
 use kiln_contract::{Digest, Hasher};
 use kiln_erofs::{Attributes, Content, Data, Device, NodeId, Time, Tree, Xattrs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
 
 use crate::error::Context as _;
 use crate::import::{ImportedLayer, NewLayer, StagedLayer, collect, join};
 use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{HostDirectory, Job, Queue};
+use crate::selection::Selection;
+use crate::source_date::SourceDate;
+use crate::stamp::{Stamp, pause};
 use crate::tar::write::write_tree;
 use crate::upper::{IdKind, Lower, Upper};
 use crate::{Result, Store, StoreError, overlay};
@@ -39,7 +45,7 @@ impl Store {
     /// # Errors
     /// As there; [`StoreError::TooLarge`] beyond `limits`.
     pub fn import_directory_within(&self, root: &Path, limits: ImportLimits) -> Result<ImportedLayer> {
-        self.import_host(root, None, source_date_epoch(), limits)
+        self.import_host(root, None, &HostOptions { limits, ..HostOptions::new()? })
     }
 
     /// An overlay's upper directory as a layer; only what is in it is read.
@@ -59,33 +65,33 @@ impl Store {
         map: &dyn Fn(u32, IdKind) -> u32,
     ) -> Result<ImportedLayer> {
         let upper_rules = Upper::new(Lower::new(self, lower), map);
-        self.import_host(upper, Some(&upper_rules), source_date_epoch(), ImportLimits::default())
+        self.import_host(upper, Some(&upper_rules), &HostOptions::new()?)
     }
 
+    /// Makes a layer of a directory that others may be changing: what it has when the walk is at its end.
     pub(crate) fn import_host(
         &self,
         root: &Path,
         upper: Option<&Upper<'_>>,
-        latest: Option<i64>,
-        limits: ImportLimits,
+        options: &HostOptions<'_>,
     ) -> Result<ImportedLayer> {
         let damaged = self.known_damage()?;
         let staged = StagedLayer::new(self, &damaged)?;
-        let queue = Queue::new();
-        let (walked, worked) = thread::scope(|scope| {
-            let workers = staged.spawn_workers(scope, &queue);
-            let walked = Walk::new(root, &queue, upper, latest, limits).and_then(Walk::run);
-            if walked.is_err() {
-                queue.abandon();
+        let mut attempt = 1;
+        let mut tree = loop {
+            match walk(&staged, root, upper, options) {
+                // Objects that were staged already are not written once more.
+                Err(StoreError::Changing { attempts: 1, .. }) if attempt < WALKS => {
+                    pause(attempt);
+                    attempt += 1;
+                }
+                Err(StoreError::Changing { path, attempts: 1 }) => {
+                    return Err(StoreError::Changing { path, attempts: WALKS });
+                }
+                walked => break walked?,
             }
-            queue.close();
-            (walked, workers.into_iter().map(join).collect())
-        });
-        let stored = collect(worked)?;
-        let (mut tree, files) = walked?;
-        for (slot, data) in stored {
-            tree.set_content(files[slot as usize], Content::Regular(data));
-        }
+        };
+        options.selection.apply(&mut tree)?;
         if staged.objects().is_full() {
             return Err(staged.disk_full());
         }
@@ -96,8 +102,56 @@ impl Store {
     }
 }
 
-fn source_date_epoch() -> Option<i64> {
-    std::env::var("SOURCE_DATE_EPOCH").ok()?.parse().ok()
+/// How often a directory is walked in which something comes, goes or is replaced meanwhile.
+const WALKS: u32 = 6;
+
+/// What of a directory is to become a layer.
+#[derive(Debug)]
+pub(crate) struct HostOptions<'o> {
+    pub(crate) limits: ImportLimits,
+    pub(crate) date: SourceDate,
+    pub(crate) selection: Cow<'o, Selection>,
+}
+
+impl HostOptions<'_> {
+    /// All of it, with the times that the environment allows.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            limits: ImportLimits::default(),
+            date: SourceDate::from_environment()?,
+            selection: Cow::Owned(Selection::default()),
+        })
+    }
+}
+
+/// Walks over a directory once while others read its files. [`StoreError::Changing`] with one attempt says that its names
+/// were not the same all the time.
+fn walk(
+    staged: &StagedLayer<'_>,
+    root: &Path,
+    upper: Option<&Upper<'_>>,
+    options: &HostOptions<'_>,
+) -> Result<Tree> {
+    let queue = Queue::new();
+    let (walked, worked) = thread::scope(|scope| {
+        let workers = staged.spawn_workers(scope, &queue);
+        let walked = Walk::new(root, &queue, upper, options).and_then(Walk::run);
+        if walked.is_err() {
+            queue.abandon();
+        }
+        queue.close();
+        (walked, workers.into_iter().map(join).collect())
+    });
+    let stored = collect(worked)?;
+    let (mut tree, files) = walked?;
+    for (slot, data) in stored.files {
+        tree.set_content(files[slot as usize], Content::Regular(data));
+    }
+    for (slot, now) in stored.changed {
+        let attributes = attributes(upper, options.date, &now.stat, now.xattrs);
+        tree.set_attributes(files[slot as usize], attributes);
+    }
+    Ok(tree)
 }
 
 /// A walk over a directory that makes its tree.
@@ -106,8 +160,10 @@ struct Walk<'w> {
     root: OwnedFd,
     root_path: &'w Path,
     upper: Option<&'w Upper<'w>>,
-    latest: Option<i64>,
+    options: &'w HostOptions<'w>,
     tree: Tree,
+    /// The directories that were read, and what they were then.
+    directories: Vec<(PathBuf, Stamp)>,
     /// What the tree may still take: a container may have filled its upper directory.
     budget: Budget,
     /// Nodes whose content is known by slot only.
@@ -139,21 +195,20 @@ impl<'w> Walk<'w> {
         root_path: &'w Path,
         queue: &'w Queue,
         upper: Option<&'w Upper<'w>>,
-        latest: Option<i64>,
-        limits: ImportLimits,
+        options: &'w HostOptions<'w>,
     ) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root_path, flags, Mode::empty()).doing("open", root_path)?;
         let (tree, files, linked) = (Tree::default(), Vec::new(), HashMap::new());
-        let budget = Budget::of_layer(limits);
-        Ok(Self { queue, root, root_path, upper, latest, tree, budget, files, linked })
+        let (budget, directories) = (Budget::of_layer(options.limits), Vec::new());
+        Ok(Self { queue, root, root_path, upper, options, tree, directories, budget, files, linked })
     }
 
     fn run(mut self) -> Result<(Tree, Vec<NodeId>)> {
         let stat = rustix::fs::fstat(&self.root).doing("read", self.root_path)?;
-        let xattrs = self.xattrs(&self.root, b".", self.root_path)?;
+        let xattrs = xattrs(&self.root, b".", self.root_path)?;
         let mut opaque_style = self.upper.map_or_else(Vec::new, |upper| upper.opaque(&xattrs).to_vec());
-        let attributes = self.attributes(&stat, xattrs);
+        let attributes = attributes(self.upper, self.options.date, &stat, xattrs);
         self.tree.set_attributes(NodeId::ROOT, attributes);
         let lower = self.upper.map(|_| Vec::new());
         let mut stack = vec![(
@@ -165,28 +220,52 @@ impl<'w> Walk<'w> {
                 // The worker's own error is what counts.
                 break;
             }
-            self.directory(&directory, &opaque, &mut stack)?;
+            self.directory(directory, &opaque, &mut stack)?;
         }
+        self.check_directories()?;
         Ok((self.tree, self.files))
+    }
+
+    /// Looks at all directories once more: something that was renamed from one that was read late to one that was read
+    /// early would be in neither. If none has changed, each had the names that were read in it at this moment.
+    fn check_directories(&self) -> Result<()> {
+        for (below, seen) in &self.directories {
+            let path = self.root_path.join(below);
+            let now = open_below(&self.root, self.root_path, below)
+                .and_then(|directory| Ok(Stamp::of(&rustix::fs::fstat(&directory)?)));
+            match now {
+                Ok(now) if now == *seen => {}
+                Ok(_) => return Err(StoreError::Changing { path, attempts: 1 }),
+                Err(error) => return Err(unless_changing(error, "open", path)),
+            }
+        }
+        Ok(())
     }
 
     fn directory(
         &mut self,
-        directory: &Pending,
+        directory: Pending,
         opaque: &[u8],
         stack: &mut Vec<(Pending, Vec<u8>)>,
     ) -> Result<()> {
         let path = self.root_path.join(&directory.path);
-        let handle = open_below(&self.root, self.root_path, &directory.path).doing("open", &path)?;
+        let handle = open_below(&self.root, self.root_path, &directory.path)
+            .map_err(|error| unless_changing(error, "open", path.clone()))?;
+        let stamp = Stamp::of(&rustix::fs::fstat(&handle).doing("read", &path)?);
+        stamp.settle();
         let names = names_in(&handle).doing("read", &path)?;
         let handle = Arc::new(HostDirectory { handle, path });
         for name in names {
-            let path = handle.path.join(OsStr::from_bytes(&name));
+            let (path, below) =
+                (handle.path.join(OsStr::from_bytes(&name)), directory.path.join(OsStr::from_bytes(&name)));
+            if self.options.selection.leaves_out(&below) {
+                continue;
+            }
             let stat = match rustix::fs::statat(&handle.handle, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
                 Err(rustix::io::Errno::NOENT) => continue,
                 stat => stat.doing("read", &path)?,
             };
-            let xattrs = self.xattrs(&handle.handle, &name, &path)?;
+            let xattrs = xattrs(&handle.handle, &name, &path)?;
             let entry = HostEntry { name: &name, stat: &stat, xattrs };
             if self.upper.is_some_and(|upper| upper.is_whiteout(&entry, opaque)) {
                 self.tree.remove(directory.node, &name);
@@ -201,11 +280,12 @@ impl<'w> Walk<'w> {
                 return Err(StoreError::Entry { path: path.into_os_string().into_vec(), what });
             }
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-                stack.push(self.subdirectory(directory, entry, &path)?);
-            } else {
-                self.file(directory, &handle, entry, &path)?;
+                stack.push(self.subdirectory(&directory, entry, &path)?);
+            } else if self.options.selection.takes(&below) {
+                self.file(&directory, &handle, entry, &path)?;
             }
         }
+        self.directories.push((directory.path, stamp));
         Ok(())
     }
 
@@ -220,7 +300,8 @@ impl<'w> Walk<'w> {
         let redirect =
             self.upper.and_then(|upper| upper.redirect(&entry.xattrs, name, parent.lower.as_deref()));
         let is_opaque = opaque == b"y";
-        let attributes = self.attributes(entry.stat, std::mem::take(&mut entry.xattrs));
+        let attributes =
+            attributes(self.upper, self.options.date, entry.stat, std::mem::take(&mut entry.xattrs));
         let existing = self.tree.child(parent.node, name).filter(|node| {
             parent.has_lower
                 && !is_opaque
@@ -291,8 +372,8 @@ impl<'w> Walk<'w> {
                 }
             }
             FileType::Symlink => {
-                let target =
-                    rustix::fs::readlinkat(&directory.handle, name, Vec::new()).doing("read", path)?;
+                let target = rustix::fs::readlinkat(&directory.handle, name, Vec::new())
+                    .map_err(|error| unless_changing(error.into(), "read", path.to_owned()))?;
                 Content::Symlink(target.into_bytes())
             }
             FileType::CharacterDevice => Content::CharDevice(device(stat)),
@@ -301,14 +382,15 @@ impl<'w> Walk<'w> {
             // A socket means nothing without its process.
             _ => return Ok(()),
         };
-        let attributes = self.attributes(stat, std::mem::take(&mut entry.xattrs));
+        let attributes = attributes(self.upper, self.options.date, stat, std::mem::take(&mut entry.xattrs));
         let node = self.add(parent.node, &entry, path, content, attributes)?;
         if stat.st_nlink > 1 {
             self.linked.insert(identity, node);
         }
         if let Some(slot) = slot {
             self.files.push(node);
-            self.queue.push(Job::HostFile { slot, directory: Arc::clone(directory), name: name.to_owned() });
+            let (directory, seen) = (Arc::clone(directory), Stamp::of(stat));
+            self.queue.push(Job::HostFile { slot, directory, name: name.to_owned(), seen });
         }
         Ok(())
     }
@@ -325,53 +407,74 @@ impl<'w> Walk<'w> {
         self.budget.node(entry.name, &content, &attributes)?;
         self.tree.add(parent, entry.name, content, attributes).map_err(|error| refused(path, &error))
     }
+}
 
-    fn attributes(&self, stat: &Stat, xattrs: Xattrs) -> Attributes {
-        let mut mtime = Time { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 };
-        if let Some(latest) = self.latest
-            && mtime.seconds >= latest
+/// What a layer says of a file of the host.
+fn attributes(upper: Option<&Upper<'_>>, date: SourceDate, stat: &Stat, xattrs: Xattrs) -> Attributes {
+    let mtime = date.clamp(Time { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 });
+    let (mut uid, mut gid) = (stat.st_uid, stat.st_gid);
+    let xattrs = match upper {
+        Some(upper) => {
+            uid = (upper.map)(uid, IdKind::User);
+            gid = (upper.map)(gid, IdKind::Group);
+            upper.own_xattrs(xattrs)
+        }
+        None => xattrs.into_iter().map(|(name, value)| (overlay::own_xattr(&name), value)).collect(),
+    };
+    #[allow(clippy::useless_conversion)] // 16 bits on some platforms.
+    let mode = u32::from(stat.st_mode) & 0o7777;
+    Attributes { mode, uid, gid, mtime, xattrs }
+}
+
+fn xattrs(directory: &OwnedFd, name: &[u8], path: &Path) -> Result<Xattrs> {
+    // There is no `…at` form of these calls on all kernels: a path through the open directory cannot be led astray.
+    let reachable = if cfg!(target_os = "linux") {
+        Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(OsStr::from_bytes(name))
+    } else {
+        path.to_owned()
+    };
+    let read = collect_xattrs(|| xattr::list(&reachable), |name| xattr::get(&reachable, name));
+    read.doing("read the extended attributes of", path)
+}
+
+/// The extended attributes of an open file.
+pub(crate) fn xattrs_of(file: &File) -> std::io::Result<Xattrs> {
+    use xattr::FileExt as _;
+    collect_xattrs(|| file.list_xattr(), |name| file.get_xattr(name))
+}
+
+fn collect_xattrs(
+    list: impl FnOnce() -> std::io::Result<xattr::XAttrs>,
+    get: impl Fn(&OsStr) -> std::io::Result<Option<Vec<u8>>>,
+) -> std::io::Result<Xattrs> {
+    let mut xattrs = Xattrs::new();
+    let names = match list() {
+        Err(error)
+            if matches!(error.kind(), std::io::ErrorKind::Unsupported | std::io::ErrorKind::NotFound) =>
         {
-            mtime = Time { seconds: latest, nanoseconds: 0 };
+            return Ok(xattrs);
         }
-        let (mut uid, mut gid) = (stat.st_uid, stat.st_gid);
-        let xattrs = match self.upper {
-            Some(upper) => {
-                uid = (upper.map)(uid, IdKind::User);
-                gid = (upper.map)(gid, IdKind::Group);
-                upper.own_xattrs(xattrs)
-            }
-            None => xattrs.into_iter().map(|(name, value)| (overlay::own_xattr(&name), value)).collect(),
-        };
-        #[allow(clippy::useless_conversion)] // 16 bits on some platforms.
-        let mode = u32::from(stat.st_mode) & 0o7777;
-        Attributes { mode, uid, gid, mtime, xattrs }
+        names => names?,
+    };
+    for name in names {
+        // The host's own label.
+        if name == "security.selinux" {
+            continue;
+        }
+        if let Some(value) = get(&name)? {
+            xattrs.insert(name.into_vec(), value);
+        }
     }
+    Ok(xattrs)
+}
 
-    fn xattrs(&self, directory: &OwnedFd, name: &[u8], path: &Path) -> Result<Xattrs> {
-        // There is no `…at` form of these calls on all kernels: a path through the open directory cannot be led astray.
-        let reachable = if cfg!(target_os = "linux") {
-            Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(OsStr::from_bytes(name))
-        } else {
-            path.to_owned()
-        };
-        let mut xattrs = Xattrs::new();
-        let names = match xattr::list(&reachable) {
-            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => return Ok(xattrs),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(xattrs),
-            names => names.doing("read the extended attributes of", path)?,
-        };
-        for name in names {
-            // The host's own label.
-            if name == "security.selinux" {
-                continue;
-            }
-            if let Some(value) =
-                xattr::get(&reachable, &name).doing("read the extended attributes of", path)?
-            {
-                xattrs.insert(name.into_vec(), value);
-            }
+/// What it means that something cannot be looked at that was there a moment ago.
+fn unless_changing(source: std::io::Error, doing: &'static str, path: PathBuf) -> StoreError {
+    match rustix::io::Errno::from_io_error(&source) {
+        Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::INVAL) => {
+            StoreError::Changing { path, attempts: 1 }
         }
-        Ok(xattrs)
+        _ => StoreError::Io { doing, path, source },
     }
 }
 

@@ -177,6 +177,27 @@ pub enum StoreError {
     /// A tree cannot be written.
     #[error("cannot write a tree: {0}")]
     WriteTree(#[from] kiln_erofs::WriteError),
+    /// A file or a directory of the host was changed again each time that it was read.
+    #[error("`{}` was being changed each of the {attempts} times that it was read", path.display())]
+    Changing {
+        /// Which.
+        path: PathBuf,
+        /// How often it was read.
+        attempts: u32,
+    },
+    /// A variable of the environment makes no sense.
+    #[error("{variable} is `{value}`: {what}")]
+    Environment {
+        /// Its name.
+        variable: &'static str,
+        /// What it is.
+        value: String,
+        /// What it is to be.
+        what: &'static str,
+    },
+    /// Which paths are to be in a layer makes no sense.
+    #[error(transparent)]
+    Selection(#[from] crate::SelectionError),
 }
 
 impl StoreError {
@@ -188,6 +209,9 @@ impl StoreError {
                 Some("`kiln system prune` removes what nothing uses".to_owned())
             }
             Self::TooLarge { limit: Some(limit), .. } => Some(limit.hint()),
+            Self::Changing { .. } => {
+                Some("stop what writes to it, and try again; or leave it out with --exclude".to_owned())
+            }
             _ => None,
         }
     }

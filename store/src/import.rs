@@ -24,7 +24,7 @@ use crate::error::{Context as _, is_full};
 use crate::format::Layout;
 use crate::layer_reader::{LayerReader, ReadLayer};
 use crate::limits::ImportLimits;
-use crate::object_writer::{ObjectWriter, Queue};
+use crate::object_writer::{ObjectWriter, Queue, StoredFiles};
 use crate::split::{self, SplitWriter};
 use crate::staging::Staging;
 use crate::{Result, Store, StoreError};
@@ -96,9 +96,6 @@ pub(crate) struct Replaced {
     pub(crate) splits: BTreeSet<PathBuf>,
 }
 
-/// The contents of files, by slot.
-pub(crate) type StoredFiles = Vec<(u32, Data)>;
-
 /// A layer on its way in.
 pub(crate) struct StagedLayer<'s> {
     store: &'s Store,
@@ -160,7 +157,7 @@ impl<'s> StagedLayer<'s> {
         }
         let ReadLayer { mut tree, files, segments, entries } = read?;
         let mut digests = vec![Digest::from_bytes([0; 32]); files.len()];
-        for (slot, data) in stored {
+        for (slot, data) in stored.files {
             if let Data::Object { digest, .. } = &data {
                 digests[slot as usize] = *digest;
             }
@@ -251,9 +248,11 @@ pub(crate) fn disk_full(layout: &Layout, files: u64, needed: u64) -> StoreError 
 
 /// The results of all workers, or the first error.
 pub(crate) fn collect(results: Vec<Result<StoredFiles>>) -> Result<StoredFiles> {
-    let mut all = Vec::new();
+    let mut all = StoredFiles::default();
     for result in results {
-        all.extend(result?);
+        let mut some = result?;
+        all.files.append(&mut some.files);
+        all.changed.append(&mut some.changed);
     }
     Ok(all)
 }

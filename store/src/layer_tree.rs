@@ -287,7 +287,7 @@ impl LayerTree {
 }
 
 /// What a directory gets that the tar has no entry for.
-fn implied() -> Attributes {
+pub(crate) fn implied() -> Attributes {
     let xattrs = [(overlay::IMPLIED.to_vec(), Vec::new())].into();
     Attributes { mode: 0o755, xattrs, ..Attributes::default() }
 }

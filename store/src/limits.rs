@@ -242,7 +242,7 @@ mod tests {
         let limits = |max_memory| ImportLimits { max_memory, ..ImportLimits::default() };
         // A hundred nodes fit, and no two hundred.
         let small = limits(100 << 10);
-        let host = |limits| store.import_host(&dir.path().join("a"), None, None, limits);
+        let host = |limits| store.import_directory_within(&dir.path().join("a"), limits);
         assert_eq!(host(small).unwrap().entries, 101);
         let error = host(limits(50 << 10)).unwrap_err().to_string();
         assert!(error.starts_with("the layer is too large") && error.contains("50.0 KiB"), "{error}");

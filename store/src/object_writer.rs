@@ -12,14 +12,15 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kiln_contract::{Digest, Hasher};
-use kiln_erofs::{Data, INLINE_LIMIT};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use kiln_erofs::{Data, INLINE_LIMIT, Xattrs};
+use rustix::fs::{AtFlags, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::chunk::Slice;
+use crate::directory::xattrs_of;
 use crate::error::{Context as _, is_full};
 use crate::format::{Layout, OBJECT_MODE, object_name};
-use crate::import::StoredFiles;
+use crate::stamp::{Stamp, pause};
 use crate::{Result, StoreError};
 
 /// Threads that create files in one directory wait for each other; and ext4 looks for free inodes near the directory,
@@ -27,6 +28,9 @@ use crate::{Result, StoreError};
 /// milliseconds: the first objects lie in the staging directory itself, so that small imports need no other.
 const STAGING_DIRECTORIES: u8 = 4;
 const FLAT_OBJECTS: usize = 64;
+
+/// How often a file is read that is being changed meanwhile.
+const READS: u32 = 6;
 
 /// Work for the threads.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ pub(crate) enum Job {
     /// A file that is still being read.
     Stream { slot: u32, pieces: Receiver<Piece> },
     /// A file of the host that is to be read.
-    HostFile { slot: u32, directory: Arc<HostDirectory>, name: Vec<u8> },
+    HostFile { slot: u32, directory: Arc<HostDirectory>, name: Vec<u8>, seen: Stamp },
 }
 
 /// An open directory, and its path for messages.
@@ -44,6 +48,21 @@ pub(crate) enum Job {
 pub(crate) struct HostDirectory {
     pub(crate) handle: OwnedFd,
     pub(crate) path: PathBuf,
+}
+
+/// What a file of the host was when it was read.
+#[derive(Debug)]
+pub(crate) struct HostFile {
+    pub(crate) stat: Stat,
+    pub(crate) xattrs: Xattrs,
+}
+
+/// The contents of files, by slot.
+#[derive(Debug, Default)]
+pub(crate) struct StoredFiles {
+    pub(crate) files: Vec<(u32, Data)>,
+    /// Files of the host that were changed after the walker had seen them.
+    pub(crate) changed: Vec<(u32, Box<HostFile>)>,
 }
 
 /// A file in memory.
@@ -197,7 +216,7 @@ impl<'s> ObjectWriter<'s> {
     /// Takes jobs until the queue is closed and empty. Returns the content of each file by its slot.
     pub(crate) fn work(&self, queue: &Queue) -> Result<StoredFiles> {
         let _worker = Worker(queue);
-        let mut stored = Vec::new();
+        let mut stored = StoredFiles::default();
         while let Some(job) = queue.pop() {
             if let Err(error) = self.job(job, &mut stored) {
                 queue.failed.store(true, Ordering::Relaxed);
@@ -213,35 +232,81 @@ impl<'s> ObjectWriter<'s> {
             Job::Small(files) => {
                 for file in files {
                     let slices: Vec<&[u8]> = file.slices.iter().map(|slice| &**slice).collect();
-                    stored.push((file.slot, self.put(&slices)?));
+                    stored.files.push((file.slot, self.put(&slices)?));
                 }
             }
             Job::Stream { slot, pieces } => {
                 if let Some(data) = self.stream(slot, &pieces)? {
-                    stored.push((slot, data));
+                    stored.files.push((slot, data));
                 }
             }
-            Job::HostFile { slot, directory, name } => {
-                stored.push((slot, self.host_file(slot, &directory, &name)?));
+            Job::HostFile { slot, directory, name, seen } => {
+                let (data, now) = self.host_file(slot, &directory, &name, &seen)?;
+                stored.files.push((slot, data));
+                stored.changed.extend(now.map(|now| (slot, now)));
             }
         }
         Ok(())
     }
 
-    /// Stages a file of the host.
-    fn host_file(&self, slot: u32, directory: &HostDirectory, name: &[u8]) -> Result<Data> {
+    /// Stages a file of the host that the walker has seen, as it was at one moment. If that was a later one, what the file
+    /// was then is told too.
+    fn host_file(
+        &self,
+        slot: u32,
+        directory: &HostDirectory,
+        name: &[u8],
+        seen: &Stamp,
+    ) -> Result<(Data, Option<Box<HostFile>>)> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let path = || directory.path.join(OsStr::from_bytes(name));
-        let mut file = File::from(
-            rustix::fs::openat(&directory.handle, name, flags, Mode::empty()).doing("open", path())?,
-        );
-        let mut buffer = vec![0; 256 << 10];
-        let mut have = fill(&mut file, &mut buffer).doing("read", path())?;
-        if have <= INLINE_LIMIT {
-            return Ok(Data::Inline(buffer[..have].to_vec()));
+        let changing = |attempts| StoreError::Changing { path: path(), attempts };
+        let mut file = match rustix::fs::openat(&directory.handle, name, flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            // It has another name now, or none, or is another file: only the walker can tell.
+            Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Err(changing(1)),
+            Err(error) => return Err(error).doing("open", path()),
+        };
+        let stat = |file: &File| rustix::fs::fstat(file).doing("read", path());
+        let mut before = Stamp::of(&stat(&file)?);
+        if !before.is_same_file(seen) {
+            return Err(changing(1));
         }
+        for attempt in 1..=READS {
+            before.settle();
+            let xattrs = if before == *seen { None } else { Some(xattrs_of(&file).doing("read", path())?) };
+            let read = self.read(slot, &mut file, path, |file| {
+                let now = stat(file)?;
+                Ok((Stamp::of(&now) == before).then_some(now))
+            })?;
+            if let Some((data, stat)) = read {
+                return Ok((data, xattrs.map(|xattrs| Box::new(HostFile { stat, xattrs }))));
+            }
+            pause(attempt);
+            before = Stamp::of(&stat(&file)?);
+            file.rewind().doing("read", path())?;
+        }
+        Err(changing(READS))
+    }
+
+    /// Stages what is in a file, if `same` says when all of it has been read that it is what it was.
+    fn read(
+        &self,
+        slot: u32,
+        file: &mut File,
+        path: impl Fn() -> PathBuf,
+        same: impl FnOnce(&File) -> Result<Option<Stat>>,
+    ) -> Result<Option<(Data, Stat)>> {
+        let mut buffer = vec![0; 256 << 10];
+        let mut have = fill(file, &mut buffer).doing("read", path())?;
         if have < buffer.len() {
-            return self.put(&[&buffer[..have]]);
+            let Some(stat) = same(file)? else { return Ok(None) };
+            let data = if have <= INLINE_LIMIT {
+                Data::Inline(buffer[..have].to_vec())
+            } else {
+                self.put(&[&buffer[..have]])?
+            };
+            return Ok(Some((data, stat)));
         }
         let mut incoming = self.incoming(slot)?;
         while have > 0 {
@@ -250,9 +315,12 @@ impl<'s> ObjectWriter<'s> {
             } else {
                 incoming.data(&buffer[..have])?;
             }
-            have = fill(&mut file, &mut buffer).doing("read", path())?;
+            have = fill(file, &mut buffer).doing("read", path())?;
         }
-        incoming.end()
+        match same(file)? {
+            Some(stat) => incoming.end().map(|data| Some((data, stat))),
+            None => incoming.discard().map(|()| None),
+        }
     }
 
     /// Stages an object that is in memory, unless the store has it.
@@ -455,6 +523,14 @@ impl Incoming<'_, '_> {
         }
         self.size += length;
         self.hole += length;
+    }
+
+    fn discard(self) -> Result<()> {
+        match self.file {
+            Some(_) => rustix::fs::unlinkat(&self.writer.staging, &self.name, AtFlags::empty())
+                .doing("remove", self.writer.layout.tmp()),
+            None => Ok(()),
+        }
     }
 
     fn end(self) -> Result<Data> {

@@ -35,7 +35,6 @@ pub(crate) fn is_opaque(xattrs: &Xattrs) -> bool {
     xattrs.get(OPAQUE).is_some_and(|value| value == b"y")
 }
 
-#[cfg(test)]
 pub(crate) fn is_implied(xattrs: &Xattrs) -> bool {
     xattrs.contains_key(IMPLIED)
 }

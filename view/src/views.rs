@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home, Scratch};
-use kiln_store::{CommitRequest, IdKind, Store};
+use kiln_store::{Changes, CommitRequest, IdKind, Store};
 use rustix::fs::FlockOperation;
 
 pub use self::enter::{VARIABLE, View, run};
@@ -275,22 +275,19 @@ impl Views {
         let store = self.store()?;
         let request = CommitRequest {
             name: &record.name,
-            image: record.image,
+            image: Some(record.image),
             layers: &record.layers,
             command: &record.command,
             options,
         };
-        request.check(&store)?;
         // What is one user's on this disk is root's in the image, as in images that were made without privileges.
         let map = |id, kind| match (record.owner, kind) {
             (Some((uid, _)), IdKind::User) if id == uid => 0,
             (Some((_, gid)), IdKind::Group) if id == gid => 0,
             _ => id,
         };
-        let imported = store.import_upper(&scratch.upper, &record.layers, &map).map_err(|error| {
-            BackendError::caused(format!("cannot commit the view `{}`", record.name), error)
-        })?;
-        Ok(store.commit(&request, Some(imported.layer))?.id)
+        let changes = Changes::Upper { directory: &scratch.upper, lower: &record.layers, map: &map };
+        Ok(store.commit(&request, changes)?.id)
     }
 
     pub(crate) fn store(&self) -> Result<Store> {

@@ -38,7 +38,9 @@ pub(crate) fn write_below(
     let mut tar = TarWriter { out, written: 0, buffer: Vec::new() };
     let mut first_names: std::collections::HashMap<NodeId, Vec<u8>> = std::collections::HashMap::new();
     let mut path = Vec::new();
-    tar.directory(b"./", tree.node(top))?;
+    if !overlay::is_implied(&tree.node(top).attributes.xattrs) {
+        tar.directory(b"./", tree.node(top))?;
+    }
     tar.opaque(b"", tree.node(top))?;
     let list =
         |dir| tree.children(dir).map(|(name, node)| (name.to_vec(), node)).collect::<Vec<_>>().into_iter();
@@ -68,7 +70,12 @@ pub(crate) fn write_below(
         match node.content {
             Content::Directory => {
                 path.push(b'/');
-                tar.directory(&path, node)?;
+                // Whoever reads the tar makes it as it is here.
+                let comes_by_itself = overlay::is_implied(&node.attributes.xattrs)
+                    && (tree.children(id).next().is_some() || overlay::is_opaque(&node.attributes.xattrs));
+                if !comes_by_itself {
+                    tar.directory(&path, node)?;
+                }
                 tar.opaque(&path, node)?;
                 stack.push((list(id), path.len()));
             }
