@@ -4,6 +4,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -48,8 +49,9 @@ impl FromStr for Driver {
     }
 }
 
-/// The hardware of a machine. The same devices for every machine, so that one template fits every image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The hardware of a machine. The same devices for every machine, so that one template fits every image; but for a network
+/// device, which few have.
+#[derive(Debug, Clone)]
 pub struct VmConfig {
     /// Where the driver may put sockets and logs.
     pub directory: PathBuf,
@@ -67,6 +69,9 @@ pub struct VmConfig {
     pub image: PathBuf,
     /// The writable disk.
     pub disk: PathBuf,
+    /// The host's end of a network device: a TAP device that is open (`IFF_VNET_HDR`, without packet information). The guest's end
+    /// has a hardware address of no meaning until the guest is told its own.
+    pub network: Option<Arc<OwnedFd>>,
 }
 
 /// What a machine boots.

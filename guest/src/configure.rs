@@ -5,7 +5,7 @@ use kiln_link::message::{Configure, Root};
 
 use crate::agent::Machine;
 use crate::failure::{Doing as _, Failure, invalid};
-use crate::network::Network;
+use crate::network::{self, Network};
 use crate::{identity, mounts, root};
 
 /// Makes this machine what `configure` says. In a live fork the root is somebody's already; only what must differ is changed,
@@ -15,6 +15,9 @@ pub(crate) async fn configure(machine: &Machine, wanted: &Configure, opener: &Op
     identity::assume(wanted)?;
     for (name, value) in &wanted.sysctls {
         set_sysctl(name, value)?;
+    }
+    if let Some(device) = &wanted.device {
+        network::assume(device)?;
     }
     let is_somebodys = machine.root().as_ref().is_some_and(|root| !root.is_nobodys);
     match (&wanted.root, is_somebodys) {

@@ -1,10 +1,10 @@
-//! The machine's network: a TUN device, whose flows become streams to the host.
+//! The machine's network: a TUN device, whose flows become streams to the host; and a network device, if it has one.
 
 use std::io;
 use std::sync::Arc;
 
-use kiln_link::{Opener, Stream};
-use kiln_usernet::guest::{Tun, run};
+use kiln_link::{Opener, Stream, message};
+use kiln_usernet::guest::{DeviceConfig, Tun, run, set_up};
 use tokio::sync::watch;
 
 use crate::failure::{Doing as _, Failure, say};
@@ -41,6 +41,17 @@ impl Network {
     pub(crate) fn go_on(&self, opener: &Opener) {
         self.0.send_replace(Arc::new(Life(opener.clone())));
     }
+}
+
+/// The name of a device that the machine has.
+const DEVICE: &str = "eth0";
+
+/// Becomes somebody on the machine's network device.
+pub(crate) fn assume(device: &message::Device) -> Result<(), Failure> {
+    let message::Device { mac, address, gateway, mtu } = *device;
+    let config =
+        DeviceConfig { name: DEVICE.to_owned(), mac, address: address.into(), gateway: gateway.into(), mtu };
+    set_up(&config).doing("use the network device")
 }
 
 /// `127.0.0.1` and `::1` work in every machine.

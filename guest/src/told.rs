@@ -3,6 +3,7 @@
 //!
 //! - `link`: `vsock:<port>`, where the guest listens; a virtio-serial port otherwise
 //! - `image`, `disk`: the path of the device; found by its serial number otherwise
+//! - `network`: `device`, if the machine has a network device
 //! - `off`: `restart`, if a machine ends by that; it powers off otherwise
 
 use rustix::system::RebootCommand;

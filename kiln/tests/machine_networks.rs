@@ -3,8 +3,10 @@
 mod common;
 
 use std::sync::LazyLock;
+use std::time::Duration;
 
-use common::{Ended, Home, IMAGE, until};
+use common::{Ended, Home, IMAGE, finish_within, until};
+use rustix::process::{Pid, Signal, kill_process};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
     kiln_fixtures::require("nft")?;
@@ -118,4 +120,121 @@ fn the_policy_decides_between_machines_and_a_network_for_them_takes_no_bridge() 
     assert!(refused.code == 125 && refused.stderr.contains("has no bridge"), "{refused:?}");
     home.ok(["rm", "-f", "first", "second", "third"]);
     home.ok(["network", "rm", "cells"]);
+}
+
+/// The process that an instance's commands report to.
+fn supervisor(home: &Home, id: &str) -> Option<i32> {
+    let of = |pid: i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = words.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+        let home = home.path();
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let ours = environment.split(|byte| *byte == 0).any(|variable| {
+            variable
+                .strip_prefix(b"KILN_HOME=")
+                .is_some_and(|path| path == home.as_os_str().as_encoded_bytes())
+        });
+        ours && words.get(1).is_some_and(|word| word == "supervise") && words.iter().any(|word| word == id)
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid| of(*pid))
+}
+
+/// What is known of an instance's device: the interface on the host, and rules that name it.
+fn traces_of_device(id: &str) -> (bool, bool) {
+    let said = |program: &str, words: &[&str]| {
+        let output = std::process::Command::new(program).args(words).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let short = &id[..12];
+    (said("ip", &["-o", "link"]).contains(short), said("nft", &["list", "ruleset"]).contains(short))
+}
+
+#[test]
+fn a_machine_with_a_device_of_its_own_is_a_neighbour_like_any_other_and_a_fork_of_it_is_somebody_else() {
+    let Some(home) = &*HOME else { return };
+    if kiln_fixtures::require("ip").is_none() {
+        return;
+    }
+    home.ok(["network", "create", "yard"]);
+    // Its template is another than that of machines without a device.
+    let words = [&["run", "--rm"], &VM[..], &["--network", "tap:yard", IMAGE, "ip", "-o", "link"]].concat();
+    let first = finish_within(home.command(words), Duration::from_secs(300));
+    assert!(first.code == 0 && first.stdout.contains("eth0"), "{first:?}");
+    let on = |more: &[&'static str]| [&VM[..], &["--network", "tap:yard"], more].concat();
+    serving(home, &on(&["-p", "127.0.0.1:0:80"]), "cabin");
+    serving(home, &on(&["--allow", "192.0.2.0/24"]), "cell");
+    serving(home, &["--network", "yard"], "box");
+    for (from, to) in [("cabin", "box"), ("box", "cabin"), ("cabin", "cell"), ("box", "cell")] {
+        reaches(home, from, to, to);
+    }
+    // By its device, and nothing else: what it may not reach there, it does not reach otherwise.
+    does_not_reach(home, "cell", &address(home, "box"));
+    let own = home.ok(["exec", "cabin", "ip", "-o", "-4", "addr", "show", "eth0"]);
+    assert!(own.contains(&format!("{}/32", address(home, "cabin"))), "{own}");
+    let published = home.ok(["port", "cabin"]);
+    let port = published.rsplit(':').next().unwrap().trim().to_owned();
+    until("its port is published", || {
+        let words = format!("printf 'GET /name HTTP/1.0\\r\\n\\r\\n' | busybox nc -w 3 127.0.0.1 {port}");
+        let output = std::process::Command::new("sh").args(["-c", &words]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).ends_with("cabin\n")
+    });
+
+    home.ok(["fork", "cabin", "shed"]);
+    assert_ne!(address(home, "shed"), address(home, "cabin"));
+    reaches(home, "box", &address(home, "shed"), "cabin");
+    reaches(home, "shed", "box", "box");
+    reaches(home, "shed", "cabin", "cabin");
+    let hardware = |name: &str| home.ok(["exec", name, "cat", "/sys/class/net/eth0/address"]);
+    assert_ne!(hardware("shed"), hardware("cabin"));
+    reaches(home, "cabin", "shed", "cabin");
+
+    // A supervisor that is killed takes the device with it, and who looks next takes the rest.
+    let record = home.json(["inspect", "shed"])[0].clone();
+    let id = record["id"].as_str().unwrap().to_owned();
+    assert_eq!(traces_of_device(&id), (true, true));
+    let process = Pid::from_raw(supervisor(home, &id).unwrap()).unwrap();
+    kill_process(process, Signal::KILL).unwrap();
+    until("its device is gone", || !traces_of_device(&id).0);
+    until("its rules are gone", || {
+        home.ok(["ps", "-a"]);
+        !traces_of_device(&id).1
+    });
+    // And again, from its disk.
+    home.ok(["start", "shed"]);
+    until("it is back", || fetch(home, "box", &address(home, "shed")).stdout == "cabin\n");
+    home.ok(["rm", "-f", "cabin", "cell", "box", "shed"]);
+    assert_eq!(traces_of_device(&id), (false, false));
+    home.ok(["network", "rm", "yard"]);
+}
+
+#[test]
+fn a_device_of_its_own_takes_root_and_rules_of_addresses() {
+    let Some(home) = &*HOME else { return };
+    let by_name =
+        [&["run", "--rm"], &VM[..], &["--network", "tap", "--allow", "example.org", IMAGE, "true"]].concat();
+    let refused = home.kiln(by_name);
+    assert!(refused.code == 125 && refused.stderr.contains("known by address"), "{refused:?}");
+    let firecracker =
+        [&["create"], &VM[..], &["--network", "tap", "--hypervisor", "firecracker", IMAGE, "true"]].concat();
+    let refused = home.kiln(firecracker);
+    assert!(refused.code != 0, "{refused:?}");
+    let container = home.kiln(["run", "--rm", "--network", "tap", IMAGE, "true"]);
+    assert!(container.code == 125 && container.stderr.contains("connecting a container"), "{container:?}");
+    let Some(user) = kiln_fixtures::OrdinaryUser::get() else { return };
+    let theirs = Home::with_busybox().unwrap();
+    let words = ["-R", "a+rwX"];
+    assert!(
+        std::process::Command::new("chmod")
+            .args(words)
+            .arg(theirs.path().parent().unwrap())
+            .status()
+            .unwrap()
+            .success()
+    );
+    let mut command = user.command(env!("CARGO_BIN_EXE_kiln").as_ref());
+    command.env("KILN_HOME", theirs.path());
+    command.args(["create"]).args(VM).args(["--network", "tap", IMAGE, "true"]);
+    let refused = common::finish(command);
+    assert!(refused.code != 0 && refused.stderr.contains("takes root's rights"), "{refused:?}");
 }

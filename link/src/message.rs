@@ -65,6 +65,26 @@ pub struct Configure {
     /// Kernel parameters, as `sysctl` names them.
     #[n(8)]
     pub sysctls: Vec<(String, String)>,
+    /// Who it is on its network device, if it has one: IPv4 goes that way then, and names and IPv6 the other.
+    #[n(9)]
+    pub device: Option<Device>,
+}
+
+/// A machine's place on a network that it has a device for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Device {
+    /// The hardware address.
+    #[n(0)]
+    pub mac: [u8; 6],
+    /// The only address.
+    #[n(1)]
+    pub address: [u8; 4],
+    /// The router.
+    #[n(2)]
+    pub gateway: [u8; 4],
+    /// The longest packet, in bytes.
+    #[n(3)]
+    pub mtu: u32,
 }
 
 /// How the root is made.

@@ -165,6 +165,7 @@ impl RuntimeBackend for Machines {
             kiln_vmm::open(Some(driver))?;
         }
         crate::services::policy(spec)?;
+        crate::services::check_device(spec)?;
         let volumes = Volumes::open(self.home());
         let mut spec = spec.clone();
         let anonymous = volumes.claim(&mut spec)?;

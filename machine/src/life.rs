@@ -1,6 +1,8 @@
 //! One life of a machine: from being restored to its end.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_contract::{BackendError, BootConfig, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
@@ -29,6 +31,8 @@ pub struct Paths {
     pub disk: PathBuf,
     /// Its size in bytes.
     pub disk_size: u64,
+    /// The host's end of its network device, if its shape has one.
+    pub network: Option<Arc<OwnedFd>>,
 }
 
 /// A running machine, and the session with its guest.
@@ -138,6 +142,7 @@ fn config(shape: Shape, boot: Option<BootConfig>, paths: &Paths) -> VmConfig {
         boot,
         image: paths.image.clone(),
         disk: paths.disk.clone(),
+        network: paths.network.clone(),
     }
 }
 

@@ -153,7 +153,7 @@ pub(crate) fn template(
 ) -> Result<Saved, BackendError> {
     let kernel = kernel(home, record)?;
     let has_disk = disks.path(&DiskId::from(&record.id)).is_ok();
-    let shape = plan::shape(&record.spec.resources)?;
+    let shape = plan::shape_of(&record.spec)?;
     let templates = Templates::open(home, disks);
     if has_disk || plan::disk_size(&record.spec) < DISK_SIZE {
         templates.get(hypervisor, &kernel, shape, false, progress)
@@ -238,7 +238,7 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let own = Saved::load(&plan::saved(&dir));
     let is_own = own.is_some();
     let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
-        let (kernel, shape) = (kernel(home, &record)?, plan::shape(&record.spec.resources)?);
+        let (kernel, shape) = (kernel(home, &record)?, plan::shape_of(&record.spec)?);
         let base = Saved::nothing(&plan::base(&dir), kernel.name(), &*hypervisor, shape)?;
         let path = disks.path(&disk).or_else(|_| disks.create(&disk, size))?;
         (Beginning::Boot(shape, crate::template::booting(&kernel, dir.path())?), base, path)
@@ -257,7 +257,8 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let held = base.hold()?;
     let disk_size = disks.size(&disk)?;
     let memory = base.memory();
-    let paths = Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size };
+    let paths =
+        Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size, network: None };
     let ground = Ground { record, dir, disks, disk, base, is_own, disk_size };
     Ok(Found { home: home.clone(), hypervisor, beginning, paths, ground, _held: held })
 }
@@ -276,8 +277,9 @@ impl Found {
     }
 }
 
-async fn run(found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
+async fn run(mut found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
     let services = Services::prepare(&found.home, &found.ground.record)?;
+    found.paths.network = services.device();
     let life = found.begin().await?;
     let outcome = live(&found.ground, life, services, supervisor, signals).await;
     door::close(&found.ground.dir);
@@ -294,7 +296,9 @@ async fn live(
     let spec = &ground.record.spec;
     let inbound = life.session().session.take_inbound();
     services.serve(life.opener(), inbound)?;
-    life.configure(plan::configure(&ground.record, (!ground.is_own).then_some(ground.disk_size))?).await?;
+    let disk = (!ground.is_own).then_some(ground.disk_size);
+    let configure = plan::configure(&ground.record, disk, services.place())?;
+    life.configure(configure).await?;
     for used_up in [plan::cold(&ground.dir), ground.dir.path().join(INITRAMFS)] {
         let _ = std::fs::remove_file(used_up);
     }

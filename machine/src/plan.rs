@@ -9,7 +9,7 @@ use kiln_contract::{
     BackendError, Digest, ErrorKind, InstanceRecord, InstanceSpec, MachineSpec, MountKind, MountSpec,
     Resources,
 };
-use kiln_link::message::{Configure, HostFile, Mount, MountSource, Process, Root, TerminalSize};
+use kiln_link::message::{Configure, Device, HostFile, Mount, MountSource, Process, Root, TerminalSize};
 
 use crate::{Shape, system};
 
@@ -36,7 +36,16 @@ pub(crate) fn shape(resources: &Resources) -> Result<Shape, BackendError> {
         .hint("give it more with --memory"));
     }
     let cpus = resources.cpus.map_or(1, |limit| limit.millis.div_ceil(1000).max(1));
-    Ok(Shape { cpus, memory: memory.div_ceil(STEP) * STEP })
+    Ok(Shape { cpus, memory: memory.div_ceil(STEP) * STEP, network: false })
+}
+
+/// All that templates are made for.
+///
+/// # Errors
+/// As [`shape`].
+pub(crate) fn shape_of(spec: &InstanceSpec) -> Result<Shape, BackendError> {
+    let network = kiln_net::tap_network(&spec.network.mode).is_some();
+    Ok(Shape { network, ..shape(&spec.resources)? })
 }
 
 /// The writable disk, in bytes: whole blocks.
@@ -60,7 +69,7 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
         return refuse("devices of the host (--device)");
     }
     let mode = spec.network.mode.as_str();
-    if matches!(mode, "host" | "pasta" | "tap") || mode.starts_with("container:") {
+    if matches!(mode, "host" | "pasta") || mode.starts_with("container:") {
         return refuse(&format!("the network `{mode}`"));
     }
     if network_of(spec).is_none() && spec.network.address.is_some() {
@@ -84,15 +93,20 @@ pub(crate) const HOST_FILES: [&str; 5] = [
 
 /// The network that it shares with others, if it is on one.
 pub(crate) fn network_of(spec: &InstanceSpec) -> Option<&str> {
-    Some(spec.network.mode.as_str()).filter(|mode| !matches!(*mode, "default" | "usernet" | "none"))
+    let mode = spec.network.mode.as_str();
+    kiln_net::tap_network(mode).or(Some(mode)).filter(|name| !matches!(*name, "default" | "usernet" | "none"))
 }
 
 /// What the guest is told of who it is. `disk` is the size of its writable disk in bytes, and `None` for a machine that has a
-/// root already.
+/// root already; `device` is its place on the network that it has a device for.
 ///
 /// # Errors
 /// If the operating system gives no random bytes.
-pub(crate) fn configure(record: &InstanceRecord, disk: Option<u64>) -> Result<Configure, BackendError> {
+pub(crate) fn configure(
+    record: &InstanceRecord,
+    disk: Option<u64>,
+    device: Option<Device>,
+) -> Result<Configure, BackendError> {
     let spec = &record.spec;
     let mut entropy = vec![0; ENTROPY];
     getrandom::fill(&mut entropy).map_err(|error| {
@@ -120,6 +134,7 @@ pub(crate) fn configure(record: &InstanceRecord, disk: Option<u64>) -> Result<Co
         disk_size,
     };
     Ok(Configure {
+        device,
         hostname,
         machine_id,
         clock: now(),

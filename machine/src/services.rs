@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufWriter, Seek as _};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kiln_contract::{
-    BackendError, Home, InstanceDir, InstanceId, InstanceRecord, InstanceSpec, MountKind, MountSpec,
+    BackendError, Driver, Home, InstanceDir, InstanceId, InstanceRecord, InstanceSpec, MountKind, MountSpec,
     NetworkRequest, PublishSpec,
 };
 use kiln_instance::{Instances, Volume, Volumes};
+use kiln_link::message::Device;
 use kiln_link::{Inbound, Opener, Stream, service};
 use kiln_net::usernet::{Gateway, GatewayOptions, Machine, Neighbours, Published, Upstreams};
 use kiln_net::{MachineNetwork, Policy};
@@ -47,6 +49,21 @@ pub(crate) fn policy(spec: &InstanceSpec) -> Result<Policy, BackendError> {
         BackendError::new(kiln_contract::ErrorKind::Invalid, error.to_string())
             .hint("rules are host[:port], *.domain[:port], CIDR[:port] and host-loopback[:port]")
     })
+}
+
+/// Refuses a device of its own that the machine could not have, before anything is made.
+///
+/// # Errors
+/// This user may not make one; its hypervisor takes none; its policy has rules of names.
+pub(crate) fn check_device(spec: &InstanceSpec) -> Result<(), BackendError> {
+    if kiln_net::tap_network(&spec.network.mode).is_none() {
+        return Ok(());
+    }
+    if spec.machine.hypervisor == Some(Driver::Firecracker) {
+        return Err(BackendError::unsupported("a machine of Firecracker's cannot have a network device")
+            .hint("choose --hypervisor qemu, or a network that needs no device"));
+    }
+    MachineNetwork::check_device(&spec.network)
 }
 
 /// What serves one machine. Dropping it frees its ports.
@@ -105,6 +122,18 @@ impl Services {
     /// Its addresses on a network that it shares with others.
     pub(crate) fn addresses(&self) -> Vec<IpAddr> {
         self.network.iter().map(MachineNetwork::address).collect()
+    }
+
+    /// The host's end of its network device.
+    pub(crate) fn device(&self) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.network.as_ref()?.device()?.host))
+    }
+
+    /// Who its guest is on that device.
+    pub(crate) fn place(&self) -> Option<Device> {
+        let device = self.network.as_ref()?.device()?;
+        let (address, gateway) = (device.address.octets(), device.gateway.octets());
+        Some(Device { mac: device.mac, address, gateway, mtu: device.mtu })
     }
 
     /// Serves a guest from now on, in tasks of the runtime that the caller is in.

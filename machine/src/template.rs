@@ -15,13 +15,15 @@
 //! start.
 //!
 //! The key is the digest of everything that a saved state depends on: the hypervisor with its version and accelerator, kernel,
-//! guest, link, number of processors, memory, and the sizes that the devices had. If any of it changes, there is just no
+//! guest, link, number of processors, memory, whether there is a network device, and the sizes that the devices had. If any of it changes, there is just no
 //! template of that key, and one is made: nothing can be stale. What is no longer used is bounded in number; a template that
 //! is removed while machines run from it goes when the last of them does.
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -65,6 +67,16 @@ pub struct Shape {
     pub cpus: u32,
     /// Memory in bytes, a multiple of 2 MiB.
     pub memory: u64,
+    /// It has a network device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub network: bool,
+}
+
+impl Shape {
+    /// A network device that leads nowhere, for who only makes a template.
+    pub(crate) fn unconnected(self) -> Result<Option<Arc<OwnedFd>>, BackendError> {
+        self.network.then(kiln_net::unconnected_tap).transpose()
+    }
 }
 
 /// What the guest has for a writable disk.
@@ -354,6 +366,7 @@ impl<'a> Templates<'a> {
                 Some(disk) => self.disks.create(disk, DISK_SIZE)?,
                 None => sparse(&at("disk"), DISK_SIZE)?,
             },
+            network: shape.unconnected()?,
         };
         let begun = Instant::now();
         let mut vm = hypervisor.create(&config)?;
@@ -393,6 +406,7 @@ impl<'a> Templates<'a> {
             image: image.to_owned(),
             disk: self.disks.clone_disk(&empty, None, disk)?,
             disk_size: DISK_SIZE,
+            network: base.record().shape.unconnected()?,
         };
         stream::runtime()?.block_on(async {
             let mut life = Life::restore(hypervisor, base, &paths).await?;
@@ -531,12 +545,13 @@ pub(crate) fn sparse(path: &Path, size: u64) -> Result<PathBuf, BackendError> {
 
 fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -> Digest {
     let parts = format!(
-        "{FORMAT} {VERSION} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
+        "{FORMAT} {VERSION} {} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
         hypervisor.fingerprint(),
         kernel.digest(),
         guest::DIGEST,
         shape.cpus,
         shape.memory,
+        shape.network,
     );
     Digest::of(parts.as_bytes())
 }

@@ -48,9 +48,10 @@ impl Machines {
             .hint(format!("start it: `kiln start {}`", still.record.spec.name)));
         }
         self.prepare(&still.record)?;
-        let found = find(self.home(), id)?;
+        let mut found = find(self.home(), id)?;
+        found.paths.network = plan::shape_of(&still.record.spec)?.unconnected()?;
         let outcome = stream::runtime()?.block_on(async {
-            let configure = plan::configure(&still.record, Some(found.paths.disk_size))?;
+            let configure = plan::configure(&still.record, Some(found.paths.disk_size), None)?;
             let configure = Configure { mounts: Vec::new(), network: false, ..configure };
             let life = found.begin().await?;
             life.configure(configure).await?;

@@ -35,7 +35,7 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let layers: Vec<Digest> = store.with_mount_points(&[layer]).unwrap();
     let image = store.image_disk(&layers, &Silent).unwrap();
     let qemu = Qemu::find().unwrap();
-    let shape = Shape { cpus: 1, memory: 256 << 20 };
+    let shape = Shape { cpus: 1, memory: 256 << 20, network: false };
     let disks = kiln_disk::open(&home, &kiln_disk::Choice::Auto).unwrap().backend;
     let template = Templates::open(&home, &*disks).get(&qemu, &kernel, shape, false, &Silent).unwrap();
     Some(Bed { _directory: directory, home, qemu, template, image, disks })
@@ -55,6 +55,7 @@ impl Bed {
                 image: self.image.clone(),
                 disk,
                 disk_size: 8 << 30,
+                network: None,
             },
         )
     }

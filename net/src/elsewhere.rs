@@ -1,18 +1,19 @@
 //! Systems without network namespaces: containers run in machines there, and machines have no bridges.
 
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use kiln_contract::{
-    Attachment, BackendError, Home, InstanceId, NetworkBackend, NetworkRequest, PublishSpec,
+    Attachment, BackendError, Home, InstanceId, NetworkBackend, NetworkRequest, NetworkSpec, PublishSpec,
 };
 use kiln_usernet::Open;
 use tokio::sync::watch;
 
 use crate::networks::Locked;
 use crate::usernet::{Machine, Neighbours};
-use crate::{NetError, Network};
+use crate::{NetError, Network, NetworkDevice};
 
 pub(crate) fn can_bridge() -> bool {
     false
@@ -90,6 +91,19 @@ impl MachineNetwork {
         match *self {}
     }
 
+    /// What its device is connected to.
+    pub fn device(&self) -> Option<&NetworkDevice> {
+        match *self {}
+    }
+
+    /// Refuses.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn check_device(_: &NetworkSpec) -> Result<(), BackendError> {
+        no_devices()
+    }
+
     /// Whether nothing outside of the network can be reached from it.
     pub fn is_internal(&self) -> bool {
         match *self {}
@@ -107,4 +121,16 @@ impl MachineNetwork {
     pub fn serve<O: Open>(&mut self, _: &watch::Receiver<Arc<O>>) -> Result<(), BackendError> {
         match *self {}
     }
+}
+
+fn no_devices<T>() -> Result<T, BackendError> {
+    Err(NetError::Unsupported("devices of a machine's own (`tap`) need Linux".into()).into())
+}
+
+/// Refuses.
+///
+/// # Errors
+/// Always.
+pub fn unconnected_tap() -> Result<Arc<OwnedFd>, BackendError> {
+    no_devices()
 }

@@ -100,6 +100,12 @@ pub enum NetError {
         /// The network.
         network: String,
     },
+    /// Packet rules do not know names.
+    #[error("what a machine with a device of its own may reach is known by address, and `{rule}` is none")]
+    NeedsAddresses {
+        /// The rule.
+        rule: String,
+    },
     /// The mode cannot do what was asked for.
     #[error("{what} is not possible with the network `{mode}`")]
     NotInMode {
@@ -116,6 +122,9 @@ pub enum NetError {
         /// The network.
         network: String,
     },
+    /// TAP devices need privileges over the host's network namespace.
+    #[error("a device of a machine's own (`tap`) takes root's rights over the host's network")]
+    TapNotPrivileged,
     /// A program that does the work is not installed.
     #[error("`{program}` is needed for {purpose}, and it was not found in PATH or the usual places")]
     ProgramMissing {
@@ -188,6 +197,8 @@ impl NetError {
             Self::BadName { .. } | Self::BuiltIn { .. } | Self::Invalid(_) => ErrorKind::Invalid,
             Self::NotInMode { .. }
             | Self::NotPrivileged { .. }
+            | Self::TapNotPrivileged
+            | Self::NeedsAddresses { .. }
             | Self::MachinesOnly { .. }
             | Self::ProgramMissing { .. }
             | Self::Unsupported(_) => ErrorKind::Unsupported,
@@ -208,6 +219,10 @@ impl NetError {
             {
                 Some("ports below 1024 are for root: publish a higher one, or lower net.ipv4.ip_unprivileged_port_start".into())
             }
+            Self::NeedsAddresses { .. } => Some(
+                "allow an address or a range such as 192.0.2.0/24:443, or use --network usernet, which knows names".into(),
+            ),
+            Self::TapNotPrivileged => Some("run as root, or use --network usernet, which takes no privilege".into()),
             Self::NotPrivileged { .. } => Some("use --network pasta, run as root, or make a network for machines with --driver usernet".into()),
             Self::ProgramMissing { package, .. } => Some(format!("install the package `{package}`")),
             _ => None,

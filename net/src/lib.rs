@@ -35,6 +35,7 @@
 )]
 
 mod claims;
+mod device;
 mod dns;
 mod error;
 mod network;
@@ -55,12 +56,22 @@ use elsewhere as leaf;
 #[cfg(target_os = "linux")]
 use linux as leaf;
 
+pub use device::NetworkDevice;
 pub use error::NetError;
-pub use leaf::{ContainerNetwork, MachineNetwork, doctor};
+pub use leaf::{ContainerNetwork, MachineNetwork, doctor, unconnected_tap};
 pub use network::{DEFAULT_NETWORK, Lease, Network, NetworkOptions};
 pub use networks::Networks;
 pub use policy::{Denied, Policy, Rule, RuleError};
 pub use traffic::traffic;
+
+/// The network that a machine with a device of its own is on, if that is what this mode says: `tap`, which is on the built-in
+/// bridge, and `tap:NAME`.
+pub fn tap_network(mode: &str) -> Option<&str> {
+    match mode {
+        "tap" => Some(DEFAULT_NETWORK),
+        _ => mode.strip_prefix("tap:").filter(|name| !name.is_empty()),
+    }
+}
 
 /// Whether a container of this network mode has a network namespace of its own: `host` and `container:…` do not.
 pub fn needs_namespace(mode: &str) -> bool {

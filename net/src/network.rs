@@ -57,6 +57,9 @@ pub struct Lease {
     /// It is a machine's, which other machines reach over its link.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub machine: bool,
+    /// It is that of a machine with a device of its own, and these are the rules of what that may reach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<Vec<String>>,
 }
 
 /// What a network is made with.

@@ -125,8 +125,13 @@ mod tests {
             let id = InstanceId::random();
             let address = address(&network, &id, None).unwrap();
             assert_eq!(address, Ipv4Addr::new(10, 1, 1, last));
-            let lease =
-                Lease { address: address.into(), names: Vec::new(), ports: Vec::new(), machine: false };
+            let lease = Lease {
+                address: address.into(),
+                names: Vec::new(),
+                ports: Vec::new(),
+                machine: false,
+                tap: None,
+            };
             network.leases.insert(id, lease);
         }
         let id = InstanceId::random();

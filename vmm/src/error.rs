@@ -73,6 +73,12 @@ pub enum VmmError {
         /// What is wrong with it.
         why: String,
     },
+    /// It cannot be given a network device.
+    #[error("{hypervisor} cannot use a network device that Kiln made")]
+    NoDevice {
+        /// Its name.
+        hypervisor: &'static str,
+    },
     /// A system call failed.
     #[error("cannot {doing}: {source}")]
     Io {
@@ -94,15 +100,19 @@ impl VmmError {
 impl From<VmmError> for BackendError {
     fn from(error: VmmError) -> Self {
         let kind = match &error {
-            VmmError::Missing { .. } | VmmError::NoKvm { .. } | VmmError::TooOld { .. } => {
-                ErrorKind::Unsupported
-            }
+            VmmError::Missing { .. }
+            | VmmError::NoKvm { .. }
+            | VmmError::TooOld { .. }
+            | VmmError::NoDevice { .. } => ErrorKind::Unsupported,
             VmmError::Path { .. } => ErrorKind::Invalid,
             _ => ErrorKind::Failed,
         };
         let hint = match &error {
             VmmError::Missing { get, .. } => Some(get.clone()),
             VmmError::NoKvm { .. } => Some("--hypervisor qemu works without it".to_owned()),
+            VmmError::NoDevice { .. } => {
+                Some("choose --hypervisor qemu, or a network that needs no device".to_owned())
+            }
             VmmError::Path { .. } => Some("set KILN_HOME to another directory".to_owned()),
             _ => None,
         };

@@ -198,7 +198,7 @@ pub(crate) struct FileArgs {
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct NetworkArgs {
-    /// none, host, pasta, container:NAME, or the name of a network; for machines none, usernet or the name of a network
+    /// none, host, pasta, container:NAME, or the name of a network; for machines none, usernet, the name of a network, or tap[:NAME]
     #[arg(long, visible_alias = "net", value_name = "NETWORK", add = ArgValueCompleter::new(complete::networks))]
     pub(crate) network: Option<String>,
     /// Let it reach only this, and what other --allow say (`host[:port]`, `*.domain`, `CIDR[:port]`, `host-loopback`); for machines

@@ -51,6 +51,10 @@ impl ContainerNetwork {
                 no_ports(request)?;
                 Ok((Attachment::default(), Connected::Nothing))
             }
+            _ if crate::tap_network(mode).is_some() => {
+                let what = "connecting a container".into();
+                Err(NetError::NotInMode { what, mode: mode.into() })
+            }
             _ => {
                 let name = if matches!(mode, "default" | "bridge") { DEFAULT_NETWORK } else { mode };
                 if !can_bridge() {

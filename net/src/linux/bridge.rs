@@ -123,6 +123,7 @@ pub(super) fn attach_bound(
         names: names(request),
         ports: bound.iter().map(|port| port.spec.clone()).collect(),
         machine,
+        tap: None,
     };
     if !bound.is_empty() {
         take_ports_from_the_dead(&locked, &mut network, &request.id, bound)?;
@@ -172,7 +173,7 @@ pub(super) fn found_or_made(locked: &Locked, name: &str) -> Result<Network, NetE
 }
 
 /// Its subnet and its gateway.
-fn v4(network: &Network) -> Result<(Ipv4Net, Ipv4Addr), NetError> {
+pub(super) fn v4(network: &Network) -> Result<(Ipv4Net, Ipv4Addr), NetError> {
     match (network.subnet, network.gateway) {
         (Some(IpNet::V4(subnet)), Some(IpAddr::V4(gateway))) => Ok((subnet, gateway)),
         _ => Err(NetError::Invalid(format!("the network `{}` has no IPv4 subnet", network.name))),
@@ -216,7 +217,11 @@ pub(super) fn loopback(namespace: &Namespace) -> Result<(), NetError> {
     })
 }
 
-fn make_bridge(netlink: &mut Netlink, network: &Network, gateway: Ipv4Net) -> Result<(u32, u32), NetError> {
+pub(super) fn make_bridge(
+    netlink: &mut Netlink,
+    network: &Network,
+    gateway: Ipv4Net,
+) -> Result<(u32, u32), NetError> {
     let system = |what: &str| NetError::doing(format!("{what} `{}`", network.interface));
     // Packets must fit the way out: tunnels and clouds often have less than 1500.
     let outward = netlink
@@ -297,18 +302,18 @@ pub(super) fn detach(home: &Home, id: &InstanceId) -> Result<(), NetError> {
     if holder(&networks.peek()?, id).is_some() {
         let held = networks.lock()?;
         let mut all = held.all()?;
-        let mut ports = false;
+        let mut rules_name_it = false;
         for network in &mut all {
             if let Some(lease) = network.leases.remove(id) {
                 held.write(network)?;
-                ports |= !lease.ports.is_empty();
+                rules_name_it |= !lease.ports.is_empty() || lease.tap.is_some();
                 if network.is_bridge() && network.leases.is_empty() {
                     emptied.push(network.interface.clone());
                 }
             }
         }
         // Where this user cannot bridge there is nothing but the lease.
-        if (ports || !emptied.is_empty()) && super::can_bridge() {
+        if (rules_name_it || !emptied.is_empty()) && super::can_bridge() {
             rules = nft::replace(&held, &all)?;
         } else {
             emptied.clear();
@@ -412,8 +417,13 @@ fn pair_name(id: &InstanceId) -> String {
     format!("klv{}", id.short())
 }
 
+/// The device of a machine's own. An instance has either.
+pub(super) fn tap_name(id: &InstanceId) -> String {
+    pair_name(id)
+}
+
 /// A locally administered hardware address that holds the IPv4 address.
-fn mac(address: Ipv4Addr) -> [u8; 6] {
+pub(super) fn mac(address: Ipv4Addr) -> [u8; 6] {
     let [a, b, c, d] = address.octets();
     [0x02, 0x4b, a, b, c, d]
 }

@@ -2,21 +2,22 @@
 //!
 //! On a bridge network a machine is connected as a container is: by an interface in a network namespace. Nothing runs in that
 //! namespace but two sockets, to which everything is handed that comes to the machine's address (`doors` module); it goes with
-//! the monitor. On a network without a bridge there are only machines, whose monitors find each other through the network's file.
+//! the monitor. It may have a device of its own instead (`tap` module). On a network without a bridge there are only machines,
+//! whose monitors find each other through the network's file.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use kiln_contract::{BackendError, Home, InstanceId, NetworkRequest};
+use kiln_contract::{BackendError, Home, InstanceId, NetworkRequest, NetworkSpec};
 use kiln_usernet::Open;
 use tokio::sync::watch;
 
 use super::doors::Reception;
 use super::namespace::Namespace;
-use super::{bridge, can_bridge};
+use super::{bridge, can_bridge, tap};
 use crate::networks::{Locked, Networks};
 use crate::usernet::{Machine, Neighbours};
-use crate::{Lease, NetError, Network};
+use crate::{Lease, NetError, Network, NetworkDevice};
 
 /// A machine's place on a network that a user made, or on the built-in bridge.
 ///
@@ -27,6 +28,7 @@ pub struct MachineNetwork {
     network: Network,
     address: Ipv4Addr,
     reception: Option<Reception>,
+    device: Option<NetworkDevice>,
 }
 
 impl MachineNetwork {
@@ -50,13 +52,21 @@ impl MachineNetwork {
 
     fn join_as(home: &Home, networks: &Networks, request: &NetworkRequest) -> Result<Self, NetError> {
         let name = &request.network.mode;
+        if let Some(name) = crate::tap_network(name) {
+            if !can_bridge() {
+                return Err(NetError::TapNotPrivileged);
+            }
+            let (network, device) = tap::attach(networks, request, name)?;
+            let address = device.address;
+            return Ok(Self { home: home.clone(), network, address, reception: None, device: Some(device) });
+        }
         let network = {
             let locked = networks.lock()?;
             let mut network = bridge::found_or_made(&locked, name)?;
             bridge::no_ports_within(&network, !request.ports.is_empty())?;
             if !network.is_bridge() {
                 let address = lease(&locked, &mut network, request)?;
-                return Ok(Self { home: home.clone(), network, address, reception: None });
+                return Ok(Self { home: home.clone(), network, address, reception: None, device: None });
             }
             network
         };
@@ -67,7 +77,8 @@ impl MachineNetwork {
         // Its monitor serves its ports, and its guest's gateway the names: no rule and no socket is needed for either.
         let (network, address, _) = bridge::attach_bound(networks, request, name, &namespace, &[], true)?;
         let reception = Reception::open(namespace)?;
-        Ok(Self { home: home.clone(), network, address: address.addr(), reception: Some(reception) })
+        let reception = Some(reception);
+        Ok(Self { home: home.clone(), network, address: address.addr(), reception, device: None })
     }
 
     /// Takes away all that joining made, whoever did it. Taking away what is not there is no error.
@@ -81,6 +92,22 @@ impl MachineNetwork {
     /// Its address.
     pub fn address(&self) -> IpAddr {
         self.address.into()
+    }
+
+    /// What its device is connected to, if it has one of its own (`tap`).
+    pub fn device(&self) -> Option<&NetworkDevice> {
+        self.device.as_ref()
+    }
+
+    /// Refuses what [`join`](Self::join) would refuse of a machine with a device of its own, whatever else is on the network.
+    ///
+    /// # Errors
+    /// This user may not make devices; the policy has rules of names.
+    pub fn check_device(network: &NetworkSpec) -> Result<(), BackendError> {
+        if !can_bridge() {
+            return Err(NetError::TapNotPrivileged.into());
+        }
+        Ok(tap::rules(network).map(drop)?)
     }
 
     /// Whether nothing outside of the network can be reached from it.
@@ -109,7 +136,7 @@ impl MachineNetwork {
 fn lease(locked: &Locked, network: &mut Network, request: &NetworkRequest) -> Result<Ipv4Addr, NetError> {
     let address = crate::pool::address(network, &request.id, request.network.address)?;
     let names = bridge::names(request);
-    let lease = Lease { address: address.into(), names, ports: Vec::new(), machine: true };
+    let lease = Lease { address: address.into(), names, ports: Vec::new(), machine: true, tap: None };
     network.leases.insert(request.id.clone(), lease);
     locked.write(network)?;
     Ok(address)

@@ -13,6 +13,8 @@ mod pasta;
 mod program;
 mod proxy;
 mod responder;
+mod tap;
+mod walls;
 mod worker;
 mod zone;
 
@@ -23,6 +25,7 @@ pub(crate) use bridge::take_down;
 pub use doctor::doctor;
 pub use machine::MachineNetwork;
 pub(crate) use namespace::may_configure as can_bridge;
+pub use tap::unconnected as unconnected_tap;
 
 use crate::NetError;
 

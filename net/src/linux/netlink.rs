@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use ipnet::Ipv4Net;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -303,6 +303,30 @@ pub(super) fn up(index: u32) -> Request {
     link.header.flags = LinkFlags::Up;
     link.header.change_mask = LinkFlags::Up;
     (RouteNetlinkMessage::SetLink(link), 0)
+}
+
+/// `ip link set … mtu …`.
+pub(super) fn mtu(index: u32, mtu: u32) -> Request {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    link.attributes.push(LinkAttribute::Mtu(mtu));
+    (RouteNetlinkMessage::SetLink(link), 0)
+}
+
+/// `ip route add ADDRESS dev … scope link src …`, or in the place of one that there is.
+pub(super) fn way_to(address: Ipv4Addr, index: u32, as_whom: Ipv4Addr) -> Request {
+    let mut route = v4_route();
+    route.header.destination_prefix_length = 32;
+    route.header.table = RouteHeader::RT_TABLE_MAIN;
+    route.header.protocol = RouteProtocol::Boot;
+    route.header.scope = RouteScope::Link;
+    route.header.kind = RouteType::Unicast;
+    route.attributes = vec![
+        RouteAttribute::Destination(RouteAddress::Inet(address)),
+        RouteAttribute::Oif(index),
+        RouteAttribute::PrefSource(RouteAddress::Inet(as_whom)),
+    ];
+    (RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
 /// `ip address add …`.

@@ -3,7 +3,8 @@
 //! What the table must be follows from the networks' files alone, so it is written as a whole, in one
 //! transaction, whenever something must go; what is only added (a network, ports) is added to its sets and maps,
 //! which the kernel does fifty times faster. A rule never names a container: sets name bridges and subnets,
-//! maps name ports, and their elements carry the container's id as a comment.
+//! maps name ports, and their elements carry the container's id as a comment. Only machines with a device of their own have
+//! chains of their own (`walls` module).
 //!
 //! Other tables still have their say: a packet that this table accepts can be dropped by another one, such as
 //! Docker's `FORWARD` chain with policy `drop`, because a verdict of `accept` ends one base chain only.
@@ -21,7 +22,8 @@ use rustix::net::{
     AddressFamily as Family, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
 };
 
-use super::program;
+use super::bridge::tap_name;
+use super::{program, walls};
 use crate::networks::Locked;
 use crate::{NetError, Network};
 
@@ -55,6 +57,12 @@ impl Elements {
             elements.all_subnets.push(subnet.to_string());
             elements.bridges.push(interface);
             for (id, lease) in &network.leases {
+                if lease.tap.is_some() {
+                    // Behind a device of its own it is as if on a bridge of its own.
+                    let device = format!("\"{}\"", tap_name(id));
+                    elements.internal.extend(network.internal.then(|| device.clone()));
+                    elements.bridges.push(device);
+                }
                 elements.add_ports(id, lease);
             }
         }
@@ -116,6 +124,7 @@ const CHAINS: &str = r#"
   map ports_at { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
   chain forward {
     type filter hook forward priority filter; policy accept;
+    jump tapped
     iifname . oifname @same accept
     oifname @bridges ct state established,related accept
     iifname @bridges ct state established,related accept
@@ -154,7 +163,7 @@ fn whole(home: &Path, networks: &[Network], exists: bool) -> String {
     }
     let elements = Elements::of(networks);
     if !elements.bridges.is_empty() {
-        let _ = writeln!(script, "table inet {table} {{{CHAINS}}}");
+        let _ = writeln!(script, "table inet {table} {{{CHAINS}{}}}", walls::chains(networks));
         script.push_str(&additions(&table, &elements));
     }
     script
@@ -296,7 +305,7 @@ mod tests {
         network.subnet = Some("10.89.0.0/24".parse().unwrap());
         network.internal = internal;
         let address = "10.89.0.2".parse().unwrap();
-        let lease = Lease { address, names: Vec::new(), ports, machine: false };
+        let lease = Lease { address, names: Vec::new(), ports, machine: false, tap: None };
         network.leases.insert(InstanceId::random(), lease);
         network
     }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use ipnet::IpNet;
 
 /// What is closed, with the name that users are told.
-const CLOSED: &[(&str, &str)] = &[
+pub(super) const CLOSED: &[(&str, &str)] = &[
     ("0.0.0.0/8", "`this host` (0.0.0.0/8)"),
     ("127.0.0.0/8", "the host's loopback"),
     ("169.254.0.0/16", "link-local, where clouds keep their machines' secrets"),

@@ -29,6 +29,8 @@
 //! ```
 
 mod closed;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+mod packets;
 mod rule;
 
 use std::net::IpAddr;
@@ -40,6 +42,8 @@ use crate::dns::DOMAIN;
 
 pub(crate) use closed::canonical;
 use closed::{ELSEWHERE, OWN, closed, is_own};
+#[cfg(target_os = "linux")]
+pub(crate) use packets::{Passage, closed_ranges};
 pub(crate) use rule::Ports;
 use rule::What;
 pub use rule::{Rule, RuleError};

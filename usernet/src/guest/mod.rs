@@ -20,6 +20,7 @@
 //! none and routers may not.
 
 mod config;
+mod device;
 mod flows;
 mod fragments;
 mod inward;
@@ -30,6 +31,7 @@ mod tcp;
 mod tun;
 
 pub use config::{GuestError, Limits, Subnet, TunConfig};
+pub use device::{DeviceConfig, set_up};
 pub use inward::{serve_tcp, serve_udp};
 pub use stack::run;
 pub use tun::Tun;

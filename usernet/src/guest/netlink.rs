@@ -5,7 +5,7 @@
 //! everything in the host's byte order and aligned to 4 bytes.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with};
@@ -18,21 +18,28 @@ const AF_INET6: u8 = 10;
 const NLMSG_ERROR: u16 = 2;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const REQUEST_AND_ACK: u16 = 1 | 4;
 const REPLACE_OR_CREATE: u16 = 0x100 | 0x400;
 const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_MTU: u16 = 4;
 const IFLA_TXQLEN: u16 = 13;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// No duplicate address detection: nobody else is there.
 const IFA_F_NODAD: u8 = 2;
+const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_BOOT: u8 = 3;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
 const RTN_UNICAST: u8 = 1;
+/// More addresses than a device has, so that taking them comes to an end.
+const MANY: usize = 1024;
 /// Packets that may wait for this stack. The usual 500 are few where a thousand connections begin at once.
 const QUEUE: u32 = 4096;
 
@@ -90,14 +97,16 @@ impl Message {
     fn attribute(&mut self, kind: u16, value: &[u8]) -> &mut Self {
         // Values are addresses and numbers: 16 bytes at most.
         let length = 4 + value.len() as u16;
-        self.bytes(&length.to_ne_bytes()).bytes(&kind.to_ne_bytes()).bytes(value)
+        self.bytes(&length.to_ne_bytes()).bytes(&kind.to_ne_bytes()).bytes(value);
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self
     }
 }
 
-struct Netlink(OwnedFd);
+pub(super) struct Netlink(OwnedFd);
 
 impl Netlink {
-    fn open() -> io::Result<Self> {
+    pub(super) fn open() -> io::Result<Self> {
         // No protocol is NETLINK_ROUTE, whose number is 0.
         Ok(Self(socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?))
     }
@@ -111,20 +120,74 @@ impl Netlink {
         prefix: u8,
         gateway: IpAddr,
     ) -> Result<(), GuestError> {
+        self.address(index, address, prefix)
+            .map_err(GuestError::doing(format!("giving {name} the address {address}/{prefix}")))?;
+
+        self.route(index, None, Some(gateway))
+            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))?;
+        Ok(())
+    }
+
+    pub(super) fn address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
         let mut message = Message::new(RTM_NEWADDR, REPLACE_OR_CREATE);
         message.bytes(&[family(address), prefix, IFA_F_NODAD, 0]).word(index);
         message.attribute(IFA_LOCAL, &octets(address)).attribute(IFA_ADDRESS, &octets(address));
         self.request(message)
-            .map_err(GuestError::doing(format!("giving {name} the address {address}/{prefix}")))?;
+    }
 
+    /// A route to one address or to all, over a device, by way of a gateway or none; in the place of one that there is.
+    pub(super) fn route(
+        &mut self,
+        index: u32,
+        to: Option<Ipv4Addr>,
+        gateway: Option<IpAddr>,
+    ) -> io::Result<()> {
+        let family = gateway.map_or(AF_INET, family);
+        let (bits, scope) = (
+            if to.is_some() { 32 } else { 0 },
+            match gateway {
+                Some(_) => RT_SCOPE_UNIVERSE,
+                None => RT_SCOPE_LINK,
+            },
+        );
         let mut message = Message::new(RTM_NEWROUTE, REPLACE_OR_CREATE);
-        let scope_universe = 0;
-        message.bytes(&[family(address), 0, 0, 0]);
-        message.bytes(&[RT_TABLE_MAIN, RTPROT_BOOT, scope_universe, RTN_UNICAST]).word(0);
-        message.attribute(RTA_OIF, &index.to_ne_bytes()).attribute(RTA_GATEWAY, &octets(gateway));
+        message.bytes(&[family, bits, 0, 0]).bytes(&[RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST]).word(0);
+        if let Some(to) = to {
+            message.attribute(RTA_DST, &to.octets());
+        }
+        message.attribute(RTA_OIF, &index.to_ne_bytes());
+        if let Some(gateway) = gateway {
+            message.attribute(RTA_GATEWAY, &octets(gateway));
+        }
         self.request(message)
-            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))?;
-        Ok(())
+    }
+
+    pub(super) fn down(&mut self, index: u32) -> io::Result<()> {
+        let mut message = Message::new(RTM_NEWLINK, 0);
+        message.bytes(&[0, 0, 0, 0]).word(index).word(0).word(IFF_UP);
+        self.request(message)
+    }
+
+    pub(super) fn up(&mut self, index: u32, mac: [u8; 6], mtu: u32) -> io::Result<()> {
+        let mut message = Message::new(RTM_NEWLINK, 0);
+        message.bytes(&[0, 0, 0, 0]).word(index).word(IFF_UP).word(IFF_UP);
+        message.attribute(IFLA_ADDRESS, &mac).attribute(IFLA_MTU, &mtu.to_ne_bytes());
+        self.request(message)
+    }
+
+    /// Takes all addresses of IPv4.
+    pub(super) fn forget_addresses(&mut self, index: u32) -> io::Result<()> {
+        for _ in 0..MANY {
+            // One that names no address is about the first.
+            let mut message = Message::new(RTM_DELADDR, 0);
+            message.bytes(&[AF_INET, 0, 0, 0]).word(index);
+            match self.request(message) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     /// Sends one request and waits until the kernel has carried it out.

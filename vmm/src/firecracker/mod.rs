@@ -123,6 +123,10 @@ impl Firecracker {
 
     /// Starts a process that is no machine yet.
     fn launch(&self, config: &VmConfig) -> Result<Machine, VmmError> {
+        if config.network.is_some() {
+            // It opens a device by its name only, and for as long as it is open nobody else can.
+            return Err(VmmError::NoDevice { hypervisor: "Firecracker" });
+        }
         let at = |name: &str| config.directory.join(name);
         for name in [API, LINK, IMAGE, DISK] {
             match fs::remove_file(at(name)) {

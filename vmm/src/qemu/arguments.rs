@@ -25,6 +25,8 @@ pub(super) struct Inherited {
     pub(super) monitor: i32,
     /// The state to load, if it is not to boot.
     pub(super) state: Option<i32>,
+    /// The host's end of a network device.
+    pub(super) network: Option<i32>,
 }
 
 pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited: Inherited) -> Vec<OsString> {
@@ -63,7 +65,9 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
     match &config.boot {
         Some(boot) => {
             line.pair("-kernel", &boot.kernel).pair("-initrd", &boot.initramfs);
-            line.pair("-append", format!("{} {}", own_words(accelerator), boot.command_line));
+            // Nobody in the machine gives the device another name.
+            let network = if inherited.network.is_some() { " kiln.network=device net.ifnames=0" } else { "" };
+            line.pair("-append", format!("{}{network} {}", own_words(accelerator), boot.command_line));
             line.add("-S");
         }
         None => {
@@ -92,6 +96,10 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
     line.pair("-device", "virtserialport,chardev=link,name=kiln.link");
     line.pair("-device", "virtio-rng-device");
     line.pair("-device", "virtio-balloon-device,free-page-reporting=on");
+    if let Some(network) = inherited.network {
+        line.pair("-netdev", format!("tap,id=network,fd={network}"));
+        line.pair("-device", "virtio-net-device,netdev=network");
+    }
     line.pair("-chardev", format!("socket,id=monitor,fd={}", inherited.monitor));
     line.pair("-mon", "chardev=monitor,mode=control");
     line.0

@@ -87,10 +87,13 @@ impl Qemu {
     fn launch(&self, config: &VmConfig, state: Option<OwnedFd>) -> Result<Machine, VmmError> {
         let pair = || UnixStream::pair().map_err(VmmError::io("make a socket for the hypervisor"));
         let ((link, their_link), (monitor, their_monitor)) = (pair()?, pair()?);
+        let network = config.network.as_ref().map(|network| network.try_clone()).transpose();
+        let network = network.map_err(VmmError::io("use the machine's network device"))?;
         let inherited = Inherited {
             link: their_link.as_raw_fd(),
             monitor: their_monitor.as_raw_fd(),
             state: state.as_ref().map(AsRawFd::as_raw_fd),
+            network: network.as_ref().map(AsRawFd::as_raw_fd),
         };
         let words = config.directory.join(WORDS);
         let log = File::create(&words).map_err(VmmError::io(format!("make {}", words.display())))?;
@@ -104,6 +107,7 @@ impl Qemu {
         let mut theirs = vec![OwnedFd::from(their_link), OwnedFd::from(their_monitor)];
         let began = state.is_some();
         theirs.extend(state);
+        theirs.extend(network);
         let parent = rustix::process::getpid();
         // SAFETY: system calls only, between fork and exec, on descriptors that outlive them.
         unsafe {

@@ -131,6 +131,7 @@ impl Bed {
             boot: boots.then(|| self.boot.clone()),
             image: sparse("image", 64 << 20),
             disk: sparse("disk", 64 << 20),
+            network: None,
         }
     }
 
