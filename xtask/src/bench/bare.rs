@@ -192,7 +192,9 @@ fn make_root(package: &Path, root: &Path) -> Outcome {
         std::fs::copy(file, root.join("modules").join(module)).map_err(fail)?;
         init += &format!("/bin/busybox insmod /modules/{module}\n");
     }
-    init += "until exec 3<>/dev/vport0p1; do :; done 2> /dev/null\necho >&3\nwhile read line <&3; do echo >&3; done\n";
+    // A redirection that fails ends a shell, so another tries the port until the host has answered.
+    init += "until (exec 3<>/dev/vport0p1) 2> /dev/null; do :; done\nexec 3<>/dev/vport0p1\n";
+    init += "echo >&3\nwhile read line <&3; do echo >&3; done\n";
     let path = root.join("init");
     std::fs::write(&path, init).map_err(fail)?;
     use std::os::unix::fs::PermissionsExt as _;
