@@ -12,7 +12,7 @@ use super::sampling::{medians, quietly, settle, timed};
 use super::slirp::Slirp;
 use super::table::Row;
 use crate::kiln::Kiln;
-use crate::shell::{Outcome, capture};
+use crate::shell::Outcome;
 
 /// Bytes of one sample.
 const BYTES: usize = 64 << 20;
@@ -180,9 +180,16 @@ pub(crate) fn shares(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         |command: &[&str]| timed(|| quietly(&mut kiln.command(["exec", "bench"].iter().chain(command))));
     let inward = || {
         timed(|| {
-            let mut command = kiln.command(["exec", "-i", "bench", "dd", "of=/dev/null", "bs=64k"]);
+            let mut command =
+                kiln.command(["exec", "-i", "bench", "sh", "-c", "dd of=/dev/null bs=64k 2>&1"]);
             let file = std::fs::File::open(shared.join("file")).map_err(fail)?;
-            capture(command.stdin(Stdio::from(file))).map(drop)
+            let output = command.stdin(Stdio::from(file)).output().map_err(fail)?;
+            let said = String::from_utf8_lossy(&output.stdout);
+            if said.contains(&BYTES.to_string()) {
+                Ok(())
+            } else {
+                Err(format!("a machine took only: {said}"))
+            }
         })
     };
     let copy = |from: &str, to: &str| timed(|| quietly(&mut kiln.command(["cp", from, to])));
