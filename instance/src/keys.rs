@@ -2,8 +2,8 @@
 
 use kiln_contract::{BackendError, ErrorKind};
 
-/// Looks for a sequence of keys in what a user types.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Looks for a sequence of keys in what a user types. The default is the empty sequence, which nobody types.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DetachKeys {
     sequence: Vec<u8>,
     matched: usize,
@@ -41,11 +41,17 @@ impl DetachKeys {
     /// that has begun are held back until it is clear that it is none.
     pub fn filter(&mut self, typed: &[u8]) -> (Vec<u8>, bool) {
         let mut out = Vec::with_capacity(typed.len());
-        if self.sequence.is_empty() {
-            out.extend_from_slice(typed);
-            return (out, false);
-        }
-        for byte in typed {
+        let mut rest = typed;
+        loop {
+            if self.matched == 0 {
+                // Whole runs in which no sequence can begin: pasted text comes in pieces of many kilobytes.
+                let begins = |byte| self.sequence.first() == Some(byte);
+                let (before, from) = rest.split_at(rest.iter().position(begins).unwrap_or(rest.len()));
+                out.extend_from_slice(before);
+                rest = from;
+            }
+            let Some((byte, after)) = rest.split_first() else { return (out, false) };
+            rest = after;
             self.matched += 1;
             // What was held back, and this key: the longest end of it that still begins the sequence is held back.
             let mut held = self.sequence[..self.matched - 1].to_vec();
@@ -60,7 +66,6 @@ impl DetachKeys {
                 return (out, true);
             }
         }
-        (out, false)
     }
 }
 

@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::process::Stdio;
 use std::sync::LazyLock;
 
-use common::{Ended, Home, IMAGE, until};
+use common::{Ended, Home, IMAGE, finish, until};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(Home::with_kernel);
 
@@ -67,6 +67,13 @@ fn a_machine_keeps_its_disk_and_has_the_verbs_of_containers() {
     let ended = home.kiln(["exec", "verbs", "sh", "-c", "exit 9"]);
     assert_eq!(ended.code, 9, "{ended:?}");
     assert_eq!(home.kiln(["exec", "verbs", "/no/such"]).code, 127);
+    // The keys that detach from a terminal are bytes like others where there is none.
+    fs::write(home.beside("keys"), b"a\x10\x11b\n").unwrap();
+    let keys = Stdio::from(fs::File::open(home.beside("keys")).unwrap());
+    let mut command = home.command(["exec", "-i", "verbs", "od", "-An", "-tx1"]);
+    command.stdin(keys);
+    let ended = finish(command);
+    assert_eq!(ended.stdout.trim(), "61 10 11 62 0a", "{ended:?}");
 
     let there = home.beside("there");
     fs::write(&there, "from the host\n").unwrap();

@@ -67,6 +67,8 @@ pub(crate) fn exec(
     stdio: Stdio,
 ) -> Result<Option<ExitStatus>, BackendError> {
     let keys = DetachKeys::parse(&spec.detach_keys)?;
+    // Only somebody at a terminal types them: what comes from a file may hold the same bytes.
+    let keys = if spec.tty { keys } else { DetachKeys::default() };
     let size = terminal::size_of(&stdio);
     let runtime = stream::runtime()?;
     let ended = runtime.block_on(async {

@@ -44,7 +44,7 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
     let (machine, cpu) = match (cfg!(target_arch = "x86_64"), accelerator) {
         // ACPI is how an ordinary kernel finds virtio-mmio devices.
         (true, Accelerator::Kvm) => ("microvm,acpi=on", "host"),
-        (true, Accelerator::Tcg { .. }) => ("microvm,acpi=on", "max"),
+        (true, Accelerator::Tcg { .. }) => ("microvm,acpi=on", TRANSLATED_PROCESSOR),
         (false, Accelerator::Kvm) => ("virt,gic-version=host", "host"),
         (false, Accelerator::Tcg { .. }) => ("virt,gic-version=3", "max"),
     };
@@ -108,6 +108,10 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
 /// What the kernel must know if its processor is emulated: no instruction is executed ahead of time, so that guarding against
 /// what that would reveal only costs; and the counter is the host's own, however late its ticks come on a busy one.
 pub(super) const TRANSLATED: &str = "mitigations=off tsc=reliable";
+
+/// An emulated x86-64 processor: all that can be emulated, but no claim that bytes are moved fast by repeating an instruction.
+/// Kernels and C libraries that believe it do so, and each repetition is executed: every copy would take several times as long.
+pub(super) const TRANSLATED_PROCESSOR: &str = "max,-erms,-fsrm";
 
 /// What the kernel must know on this kind of machine.
 fn own_words(accelerator: &Accelerator) -> String {

@@ -156,7 +156,9 @@ impl Hypervisor for Qemu {
         let accelerator = self.accelerator.name();
         let processor = match self.accelerator {
             Accelerator::Kvm => processor(),
-            Accelerator::Tcg { .. } => arguments::TRANSLATED.to_owned(),
+            Accelerator::Tcg { .. } => {
+                format!("{} {}", arguments::TRANSLATED_PROCESSOR, arguments::TRANSLATED)
+            }
         };
         format!("qemu {} {file} {accelerator} {processor}", self.program.display())
     }

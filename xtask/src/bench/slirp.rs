@@ -75,12 +75,12 @@ pub(super) fn pack(root: &Path, initramfs: &Path) -> Outcome {
     if packed.success() { Ok(()) } else { Err("cpio failed".to_owned()) }
 }
 
-/// What executes guests here, and what processor they see.
+/// What executes guests here, and what processor they see: the one that Kiln's see.
 pub(super) fn accelerator_options() -> [&'static str; 4] {
     if usable_kvm() {
         ["-accel", "kvm", "-cpu", "host"]
     } else {
-        ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        ["-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm"]
     }
 }
 
