@@ -52,6 +52,13 @@ pub(crate) fn views(current: &OsStr) -> Vec<CompletionCandidate> {
     beginning(current, files(Home::views, ""))
 }
 
+/// Names of views, and of images.
+pub(crate) fn views_and_images(current: &OsStr) -> Vec<CompletionCandidate> {
+    let mut both = views(current);
+    both.extend(images(current));
+    both
+}
+
 /// Names of volumes.
 pub(crate) fn volumes(current: &OsStr) -> Vec<CompletionCandidate> {
     beginning(current, files(Home::volumes, ""))

@@ -33,6 +33,7 @@ mod contents;
 pub mod fuse;
 #[cfg(target_os = "linux")]
 mod overlay;
+mod stack;
 #[cfg(target_os = "linux")]
 pub mod userns;
 #[cfg(target_os = "linux")]
@@ -42,3 +43,4 @@ pub use changes::{changes, root_attributes};
 pub use contents::{ContentsEntry, TreeContents};
 #[cfg(target_os = "linux")]
 pub use overlay::Overlay;
+pub use stack::{Bind, Stack, StackError};

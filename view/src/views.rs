@@ -13,10 +13,13 @@
 //!
 //! [`Views::commit`] makes a layer of a scratch at any time.
 
+mod binds;
 mod enter;
 mod private_root;
 mod record;
+mod startup;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -29,6 +32,8 @@ use rustix::fs::FlockOperation;
 
 pub use self::enter::{VARIABLE, View, run};
 pub use self::record::{Backend, ViewRecord};
+
+use crate::Bind;
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -62,6 +67,10 @@ pub struct NewView {
     pub keep: bool,
     /// What will run in it.
     pub command: Vec<String>,
+    /// What of the host's is to be shown in it.
+    pub binds: Vec<Bind>,
+    /// What is to be remembered of it.
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Views {
@@ -105,22 +114,25 @@ impl Views {
         } else {
             Backend::Fuse
         });
-        let record = ViewRecord {
+        let mut record = ViewRecord {
             format: record::FORMAT,
             name: new.name,
             reference: new.reference,
             image: new.image,
             layers: new.layers,
+            base: None,
+            binds: new.binds,
             at: new.at,
             backend,
             editable: new.editable,
             keep: new.keep,
             created: Timestamp::now(),
             command: new.command,
+            annotations: new.annotations,
             namespace: None,
             owner: None,
         };
-        let prepared = self.prepare(&record).and_then(|()| self.write(&record));
+        let prepared = self.prepare(&mut record).and_then(|()| self.write(&record));
         match prepared {
             Ok(()) => Ok(View::new(self.clone(), record, lock)),
             Err(error) => {
@@ -145,7 +157,14 @@ impl Views {
         Ok(View::new(self.clone(), record, lock))
     }
 
-    fn prepare(&self, record: &ViewRecord) -> Result<()> {
+    fn prepare(&self, record: &mut ViewRecord) -> Result<()> {
+        if !record.binds.is_empty() {
+            let places = record.binds.iter().map(|bind| (bind.dest.as_path(), bind.source.is_dir()));
+            let made = self.store()?.layer_of_mount_points(places);
+            record.base = Some(made.map_err(|error| {
+                BackendError::caused("cannot make a layer with the places of live layers", error)
+            })?);
+        }
         let Some(scratch) = self.scratch(record) else { return Ok(()) };
         let tree = self.tree(&self.store()?, record)?;
         let attributes = crate::root_attributes(&tree)?;
@@ -295,7 +314,8 @@ impl Views {
     }
 
     fn tree(&self, store: &Store, record: &ViewRecord) -> Result<PathBuf> {
-        store.merged_tree(&record.layers).map_err(|error| {
+        let layers: Vec<Digest> = record.base.iter().chain(&record.layers).copied().collect();
+        store.merged_tree(&layers).map_err(|error| {
             BackendError::caused(format!("cannot merge the layers of `{}`", record.reference), error)
         })
     }

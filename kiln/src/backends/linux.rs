@@ -22,5 +22,7 @@ pub(crate) fn prepare() -> Result<(), BackendError> {
 /// The images and layers that views of a home show.
 pub(crate) fn in_views(home: &Home) -> Result<Vec<Digest>, BackendError> {
     let views = Views::open(home).list()?.into_iter();
-    Ok(views.flat_map(|record| [vec![record.image], record.layers].concat()).collect())
+    Ok(views
+        .flat_map(|record| [vec![record.image], record.base.into_iter().collect(), record.layers].concat())
+        .collect())
 }

@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigHandler, Signal};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_remount};
 
+use super::binds::{self, Held};
 use super::{Backend, Result, ViewRecord, Views, namespace_of, private_root, processes_in};
 use crate::fuse::{self, Owners, Served};
 use crate::{Overlay, userns};
@@ -95,6 +96,7 @@ impl View {
         if private {
             private_mounts()?;
         }
+        let held = self.hold(private)?;
         if missing {
             let added = if private { self.views.add_to_root(&self.record) } else { Ok(false) };
             if !added? {
@@ -116,8 +118,20 @@ impl View {
             mount_remount(&self.record.at, flags, c"")
                 .map_err(|error| cannot_show(&self.record.at, error.into()))?;
         }
+        if let Some(held) = held {
+            held.attach(&self.record.at)?;
+        }
         self.record.namespace = namespace_of(Path::new("/proc/self")).filter(|_| private);
         self.views.write(&self.record)
+    }
+
+    /// What of the host's will be shown in the view.
+    fn hold(&self, private: bool) -> Result<Option<Held>> {
+        match (self.record.binds.as_slice(), private) {
+            ([], _) => Ok(None),
+            (_, false) => Err(binds::need_namespace()),
+            (binds, true) => binds::hold(binds).map(Some),
+        }
     }
 
     /// Runs a command in the view and waits for its end ([`run`]).

@@ -1,10 +1,13 @@
 //! What is remembered of a view: `view.json`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
 use kiln_contract::Digest;
 use serde::{Deserialize, Serialize};
+
+use crate::Bind;
 
 /// The version of the record's form that this program writes.
 pub(super) const FORMAT: u32 = 1;
@@ -32,6 +35,12 @@ pub struct ViewRecord {
     pub image: Digest,
     /// The stack that is seen, bottom first.
     pub layers: Vec<Digest>,
+    /// The layer below the stack that has the places of `binds`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Digest>,
+    /// What of the host's is shown in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub binds: Vec<Bind>,
     /// Where it is seen.
     pub at: PathBuf,
     /// How it is shown.
@@ -44,6 +53,9 @@ pub struct ViewRecord {
     pub created: Timestamp,
     /// What runs in it, or ran last.
     pub command: Vec<String>,
+    /// What its maker wants to have remembered of it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
     /// The inode of its mount namespace, while it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<u64>,

@@ -25,6 +25,7 @@ impl Args {
         let views = Views::open(context.home());
         let record = find_view(&views, Some(&self.view))?;
         views.join(&record)?;
-        Ok(ended(run(&self.command, &record.name)?))
+        let command = views.with_startup(&record, &self.command)?;
+        Ok(ended(run(&command, &record.name)?))
     }
 }

@@ -18,10 +18,10 @@ mod untag;
 mod write;
 
 use clap::Subcommand;
-use kiln_contract::{Digest, ErrorKind};
+use kiln_contract::{BackendError, Digest, ErrorKind};
 use kiln_store::{Store, StoreError};
-use kiln_view::TreeContents;
 use kiln_view::views::{VARIABLE, ViewRecord, Views};
+use kiln_view::{Bind, StackError, TreeContents};
 
 use super::{image, system};
 use crate::context::Context;
@@ -93,34 +93,32 @@ impl Command {
     }
 }
 
-/// What `REF[+REF…]` names: a stack, and the image whose configuration it has, which is the first's.
+/// What `REF[+REF…]` names, in files too: a stack, and the image whose configuration it has, which is the first's.
 struct Stack {
     image: Digest,
     layers: Vec<Digest>,
+    /// What of the host's is shown in a view of it.
+    binds: Vec<Bind>,
 }
 
 fn stack(store: &Store, reference: &str) -> Result<Stack> {
-    let mut stack: Option<Stack> = None;
-    for part in reference.split('+') {
-        let image = store.resolve(part).map_err(|error| {
-            let missing = matches!(error, StoreError::NotFound { .. });
-            let error = CliError::from(error);
+    let kiln_view::Stack { image, layers, binds } =
+        kiln_view::Stack::resolve(store, reference).map_err(|error| {
+            let StackError::Store { part, source } = error else {
+                return CliError::from(BackendError::from(error));
+            };
+            let missing = matches!(source, StoreError::NotFound { .. });
+            let error = CliError::from(source);
             if missing && error.hint().is_none() {
                 return error.with_hint(format!("fetch it first: kiln fs pull {part}"));
             }
             error
         })?;
-        match &mut stack {
-            None => stack = Some(Stack { image: image.id, layers: image.layers }),
-            Some(stack) => {
-                // What is there already is not put over what came after it once more.
-                let new: Vec<Digest> =
-                    image.layers.into_iter().filter(|layer| !stack.layers.contains(layer)).collect();
-                stack.layers.extend(new);
-            }
-        }
-    }
-    stack.ok_or_else(|| CliError::usage("there is nothing to be seen"))
+    let image = image.ok_or_else(|| {
+        CliError::usage(format!("`{reference}` names no image"))
+            .with_hint("live layers are shown in a view of something: join them to it by `+`")
+    })?;
+    Ok(Stack { image, layers, binds })
 }
 
 /// What a reference names, to be looked at.

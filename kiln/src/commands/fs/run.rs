@@ -17,10 +17,11 @@ use crate::resolve::random_name;
 /// Run a command that sees an image, or several as one, at a path
 ///
 /// Only the command and what it starts see it. With --edit they may change everything; `kiln fs commit` keeps what was
-/// changed. `$KILN_VIEW` names the view.
+/// changed. `$KILN_VIEW` names the view. REF may be a file, ./tools.yaml: a list of such names, or a live layer, which shows
+/// files of this host in the view. Shell scripts in the view at etc/kiln/startup.d/*.sh are sourced before the command.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "The exit code is the command's own; 125 if Kiln failed, 126 if the command cannot be executed, 127 if it is\nnot there.\n\nExamples:\n  kiln fs run me/tools:1 -- /kiln/bin/make\n  kiln fs run me/base+me/compiler+me/libs --edit --at /opt/env -- sh"
+    after_help = "The exit code is the command's own; 125 if Kiln failed, 126 if the command cannot be executed, 127 if it is\nnot there.\n\nExamples:\n  kiln fs run me/tools:1 -- /kiln/bin/make\n  kiln fs run me/base+me/compiler+me/libs --edit --at /opt/env -- sh\n  kiln fs run ./environment.yaml --annotation ticket=42 -- make"
 )]
 pub(crate) struct Args {
     /// What is to be seen; of several, joined by `+`, later ones lie over earlier ones
@@ -51,6 +52,9 @@ pub(crate) struct ViewArgs {
     /// A name for the view; a random one otherwise
     #[arg(long)]
     name: Option<String>,
+    /// Remember this of it: `kiln fs info` tells it
+    #[arg(long = "annotation", value_name = "KEY=VALUE", value_parser = annotation)]
+    annotations: Vec<(String, String)>,
     /// How it is shown: by the kernel's overlay, or by a FUSE server
     #[arg(long, default_value = "auto")]
     backend: Choice,
@@ -71,8 +75,9 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         match (&self.rerun, &self.reference) {
             (Some(name), _) => {
-                let view = Views::open(context.home()).reopen(name, self.command.clone())?;
-                run_in(view, &self.command)
+                let views = Views::open(context.home());
+                let view = views.reopen(name, self.command.clone())?;
+                run_in(&views, view, &self.command)
             }
             (None, Some(reference)) => run_new(context, reference, &self.view, &self.command),
             (None, None) => Err(CliError::usage("there is nothing to be seen")),
@@ -112,6 +117,8 @@ pub(super) fn run_new(
         editable: args.edit,
         keep: args.keep,
         command: command.to_vec(),
+        binds: stack.binds,
+        annotations: args.annotations.iter().cloned().collect(),
     };
     let mut attempt = 0;
     let view = loop {
@@ -124,11 +131,20 @@ pub(super) fn run_new(
             other => break other?,
         }
     };
-    run_in(view, command)
+    run_in(&views, view, command)
 }
 
-fn run_in(mut view: View, command: &[String]) -> Result<Exit> {
-    let ran = view.enter().and_then(|()| view.run(command));
+/// What `--annotation` takes.
+fn annotation(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("an annotation is KEY=VALUE".to_owned()),
+    }
+}
+
+fn run_in(views: &Views, mut view: View, command: &[String]) -> Result<Exit> {
+    let command = views.with_startup(view.record(), command)?;
+    let ran = view.enter().and_then(|()| view.run(&command));
     if let Err(error) = view.leave() {
         exit::print_error(&error.into());
     }
