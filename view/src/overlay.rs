@@ -140,7 +140,8 @@ fn stack(request: &ViewRequest, form: Form) -> Result<OwnedFd, Failure> {
         Form::Plain => options.extend([
             ("datadir+", path(&request.objects)),
             ("metacopy", b"off".to_vec()),
-            ("redirect_dir", b"nofollow".to_vec()),
+            // What the FUSE server has renamed in the same scratch is found; nothing here makes such marks.
+            ("redirect_dir", b"follow".to_vec()),
         ]),
         Form::Whole | Form::WholeInOne => {}
     }

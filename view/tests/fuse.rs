@@ -385,6 +385,23 @@ fn an_ordinary_user_sees_the_tree_through_fusermount3() {
     finish(again("an_ordinary_user_sees_the_tree_through_fusermount3", &["env"], &user, directory.path()));
 }
 
+#[test]
+fn an_ordinary_user_without_fusermount3_is_told_the_package() {
+    const TEST: &str = "an_ordinary_user_without_fusermount3_is_told_the_package";
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        let files = Files::new(Path::new(&directory));
+        files.write(&Tree::default());
+        let error = fuse::mount(&files.tree, &files.objects, &files.target).unwrap_err();
+        assert_eq!(error.kind(), kiln_contract::ErrorKind::Unsupported);
+        let (said, hints) = (error.to_string(), format!("{error:?}"));
+        assert!(said.contains("cannot run fusermount3") && hints.contains("`fuse3`"), "{hints}");
+        return assert_gone(&files.target);
+    }
+    let (true, Some(user)) = (require_root(), OrdinaryUser::get()) else { return };
+    let directory = tempfile::Builder::new().prefix("kiln-view-").tempdir().unwrap();
+    finish(again(TEST, &["env", "PATH=/none"], &user, directory.path()));
+}
+
 /// Who is not root may not read all of the sample.
 fn shows_the_tree_to_its_owner(directory: &Path) {
     let files = Files::new(directory);

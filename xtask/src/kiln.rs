@@ -49,6 +49,11 @@ impl Kiln {
         self.home.path()
     }
 
+    /// The program itself where its user can reach it, for scripts.
+    pub(crate) fn program(&self) -> PathBuf {
+        self.command::<&str>([]).get_program().into()
+    }
+
     /// `kiln ARGUMENTS` in this home, with nothing on its standard input.
     pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(
         &self,

@@ -1,6 +1,8 @@
 //! What the tests of this room share: a store of their own, and tars made by hand, as wrong as they are wanted.
 #![allow(dead_code, unreachable_pub, reason = "each program of tests uses a part")]
 
+pub mod mounted;
+
 use kiln_contract::{Digest, Home};
 use kiln_store::{ImportLimits, ImportedLayer, Result, Store};
 use tempfile::TempDir;

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kiln_contract::{Digest, Scratch};
+use kiln_contract::{Digest, Scratch, ViewBackend, ViewRequest};
 use kiln_erofs::{Attributes, Content, Data, NodeId, Time, Tree, Xattrs, object_redirect, write_metadata};
 use kiln_fixtures::require_root;
+use kiln_view::Overlay;
 use kiln_view::fuse::{self, Mounted, Owners, Served};
 
 use crate::operations::{Op, Place, Told, snapshot};
@@ -18,11 +19,31 @@ pub(crate) fn owned(mode: u32) -> Attributes {
 /// A tree, and a directory with the same in it.
 pub(crate) struct Ground {
     directory: PathBuf,
+    /// Whether files of the tree have several names.
+    linked: bool,
+}
+
+/// A view by the overlay back end; gone when dropped.
+pub(crate) struct Overlaid {
+    overlay: Overlay,
+    target: PathBuf,
+}
+
+impl Overlaid {
+    pub(crate) fn unmount(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Overlaid {
+    fn drop(&mut self) {
+        self.overlay.unmount(&self.target).unwrap();
+    }
 }
 
 impl Ground {
-    pub(crate) fn new(directory: &Path) -> Self {
-        let ground = Self { directory: directory.to_owned() };
+    fn new(directory: &Path, linked: bool) -> Self {
+        let ground = Self { directory: directory.to_owned(), linked };
         for name in ["objects", "view", "plain", "lower", "upper", "work", "kernel", "kernel-work"] {
             fs::create_dir(ground.at(name)).unwrap();
         }
@@ -73,8 +94,13 @@ impl Ground {
             add(sub, b"f", inline("deep"), with_xattr);
             let inner = add(sub, b"sub", Content::Directory, owned(0o755));
             add(inner, b"f", inline("deeper"), owned(0o644));
-            tree.link(here, b"twin", big).unwrap();
-            tree.link(sub, b"twin", big).unwrap();
+            for directory in [here, sub] {
+                if self.linked {
+                    tree.link(directory, b"twin", big).unwrap();
+                } else {
+                    tree.add(directory, b"twin", self.object(&large), owned(0o644)).unwrap();
+                }
+            }
         }
         tree
     }
@@ -99,6 +125,20 @@ impl Ground {
 
     pub(crate) fn edit(&self) -> Mounted {
         self.serve(Some(&self.scratch()))
+    }
+
+    /// The overlay back end's view of the same tree and scratch.
+    pub(crate) fn overlay(&self) -> Overlaid {
+        let overlay = Overlay::new();
+        let target = self.at("view");
+        let request = ViewRequest {
+            tree: self.at("tree.erofs"),
+            objects: self.at("objects"),
+            target: target.clone(),
+            scratch: Some(self.scratch()),
+        };
+        overlay.mount(&request).unwrap();
+        Overlaid { overlay, target }
     }
 
     /// Takes the kernel's overlay away, whole. A child that another test has just forked may hold files of it for a moment.
@@ -129,6 +169,16 @@ impl Ground {
 
 /// Runs a test as root with a mount namespace of its own.
 pub(crate) fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
+    with_tree(true, body);
+}
+
+/// The same with a tree in which each file has one name: the kernel's overlay makes several files of one when it copies it
+/// up (`overlayfs.rst`, «Non-standard behavior»).
+pub(crate) fn with_unlinked_ground(body: impl FnOnce(&Ground) + Send + 'static) {
+    with_tree(false, body);
+}
+
+fn with_tree(linked: bool, body: impl FnOnce(&Ground) + Send + 'static) {
     if !require_root() {
         return;
     }
@@ -139,7 +189,7 @@ pub(crate) fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
             rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        body(&Ground::new(directory.path()));
+        body(&Ground::new(directory.path(), linked));
     };
     if let Err(error) = std::thread::spawn(test).join() {
         std::panic::resume_unwind(error);

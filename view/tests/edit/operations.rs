@@ -239,7 +239,11 @@ pub(crate) fn snapshot(top: &Path) -> Vec<String> {
         let mut xattrs: Vec<_> = xattr::list(&path)
             .unwrap()
             .filter(|name| name.to_string_lossy().starts_with("user."))
-            .map(|name| (name.clone(), xattr::get(&path, &name).unwrap()))
+            .map(|name| {
+                let value = xattr::get(&path, &name);
+                let value = value.unwrap_or_else(|error| panic!("{line}: {name:?}: {error}"));
+                (name, value)
+            })
             .collect();
         xattrs.sort();
         line += &format!(" {xattrs:?}");

@@ -1,8 +1,9 @@
 //! `cargo xtask demo`: Kiln's main job from end to end, as root and then as an ordinary user, with real parts: images
-//! made by `debootstrap` and `umoci`, pushed by `skopeo` to a real registry on loopback. Then [machines].
+//! made by `debootstrap` and `umoci`, pushed by `skopeo` to a real registry on loopback. Then [machines] and [views].
 
 mod machines;
 mod story;
+mod views;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -61,6 +62,13 @@ pub(crate) fn run() -> Outcome {
 
     story.chapter("Machines");
     machines::run(&mut story, &program, &registry)?;
+
+    if rustix::process::geteuid().is_root() {
+        story.chapter("Views, as root");
+        views::run(&mut story, &program, None, &registry, "as-root")?;
+    }
+    story.chapter(&format!("Views, as the user {}", user.name));
+    views::run(&mut story, &program, Some(&user), &registry, "rootless")?;
 
     println!("\nAll {} steps did what they say, in {:.1} s.", story.steps(), begun.elapsed().as_secs_f64());
     Ok(())
