@@ -423,6 +423,65 @@ fn keys_are_exchanged_again_in_the_middle_of_a_copy() {
 }
 
 #[test]
+fn many_variables_compression_and_names_of_no_encoding_are_no_trouble() {
+    let Some(server) = Server::start() else { return };
+    let mut ssh = server.client("ssh");
+    // One option: of several, ssh takes the first.
+    let variables: Vec<String> = (0..100).map(|number| format!("V{number}=is{number}")).collect();
+    ssh.arg("-C").arg("-o").arg(format!("SetEnv={}", variables.join(" ")));
+    let ended = output(ssh.args(["root@127.0.0.1", "echo $V0 $V99"]));
+    assert_eq!((text(&ended.stdout).as_str(), ended.status.code()), ("is0 is99\n", Some(0)), "{ended:?}");
+    let mut ssh = server.client("ssh");
+    let words = std::os::unix::ffi::OsStrExt::from_bytes(b"echo \xff");
+    let ended = output(ssh.arg("root@127.0.0.1").arg::<&std::ffi::OsStr>(words));
+    assert!(
+        ended.status.code() == Some(255) && text(&ended.stderr).contains("exec request failed"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn one_connection_carries_many_sessions_of_which_some_end_while_much_is_sent_to_them() {
+    let Some(server) = Server::start() else { return };
+    let socket = server.path("master");
+    let control = format!("ControlPath={}", socket.display());
+    let mut master = server.client("ssh");
+    master.args(["-o", &control, "-o", "RekeyLimit=64K", "-M", "-N", "root@127.0.0.1"]);
+    let master = master.stderr(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    while !socket.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the first connection stands");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let content = server.path("content");
+    fs::write(&content, noise(2 << 20)).unwrap();
+    let run = |input: &std::path::Path, words: &str| {
+        let mut ssh = server.client("ssh");
+        ssh.args(["-o", &control, "-o", "ControlMaster=no", "root@127.0.0.1", words]);
+        ssh.stdin(File::open(input).unwrap()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for _ in 0..3 {
+        let children: Vec<_> = (0..12)
+            .map(|number| match number % 3 {
+                0 => (run(&content, "cat"), true),
+                // It ends while the client is still sending.
+                1 => (run(&content, "head -c 1"), false),
+                _ => (run(std::path::Path::new("/dev/null"), "head -c 700000 /dev/zero; exit 3"), false),
+            })
+            .collect();
+        for (child, whole) in children {
+            let ended = wait(child);
+            assert!(matches!(ended.status.code(), Some(0 | 3)), "{:?} {}", ended.status, text(&ended.stderr));
+            assert!(!whole || ended.stdout == fs::read(&content).unwrap(), "the same bytes");
+        }
+    }
+    let mut ssh = server.client("ssh");
+    assert!(output(ssh.args(["-o", &control, "-O", "exit", "root@127.0.0.1"])).status.success());
+    let said = text(&wait(master).stderr);
+    assert_eq!(said, "");
+}
+
+#[test]
 fn ports_are_forwarded_in_both_directions() {
     let Some(server) = Server::start() else { return };
     let echo = TcpListener::bind("127.0.0.1:0").unwrap();

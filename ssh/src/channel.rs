@@ -15,8 +15,10 @@ use crate::wire::Put as _;
 pub(crate) const WINDOW: u32 = 1 << 20;
 /// The longest piece of data in one message.
 pub(crate) const LONGEST_DATA: u32 = 32 << 10;
-/// Requests that may wait on one channel.
-pub(crate) const MOST_REQUESTS: usize = 64;
+/// Requests that may wait on one channel: a client sends one for each variable, without a wait.
+const MOST_REQUESTS: usize = 1024;
+/// Bytes of their words.
+const MOST_WORDS: usize = 256 << 10;
 /// Pieces of data of all channels that may wait to be sent.
 pub(crate) const PIECES: usize = 16;
 
@@ -47,7 +49,7 @@ pub enum Request {
     Subsystem(String),
     /// A signal by its name without `SIG`.
     Signal(String),
-    /// Anything else.
+    /// Anything else, or one of these with words that no command line has: its kind.
     Other(String),
 }
 
@@ -107,12 +109,38 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) data: Vec<u8>,
-    pub(crate) requests: VecDeque<(Request, bool)>,
+    requests: VecDeque<(Request, bool)>,
+    /// Bytes of words in them.
+    words: usize,
     pub(crate) ended: bool,
     told_end: bool,
     pub(crate) closed: bool,
     /// Bytes that the client takes.
     pub(crate) window: u32,
+}
+
+impl Request {
+    /// Bytes of its words.
+    fn words(&self) -> usize {
+        match self {
+            Self::Variable { name, value } => name.len() + value.len(),
+            Self::Resize(_) | Self::Shell => 0,
+            Self::Terminal { name: words, .. }
+            | Self::Command(words)
+            | Self::Subsystem(words)
+            | Self::Signal(words)
+            | Self::Other(words) => words.len(),
+        }
+    }
+}
+
+impl State {
+    /// Notes a request; false if too much waits already.
+    pub(crate) fn ask(&mut self, request: Request, wants_answer: bool) -> bool {
+        self.words += request.words();
+        self.requests.push_back((request, wants_answer));
+        self.requests.len() <= MOST_REQUESTS && self.words <= MOST_WORDS
+    }
 }
 
 impl Shared {
@@ -152,6 +180,7 @@ impl Channel {
             {
                 let mut state = self.shared.state();
                 if let Some((request, answer)) = state.requests.pop_front() {
+                    state.words -= request.words();
                     return Event::Request(request, answer);
                 }
                 if data && !state.data.is_empty() {

@@ -8,8 +8,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::auth::{Attempt, Entrance};
 use crate::channel::{
-    Channel, LONGEST_DATA, MOST_REQUESTS, Opener, Opening, Order, Outlet, PIECES, Request, Shared, Size,
-    WINDOW,
+    Channel, LONGEST_DATA, Opener, Opening, Order, Outlet, PIECES, Request, Shared, Size, WINDOW,
 };
 use crate::keys::{KeyPair, PublicKey};
 use crate::transport::{Step, Transport};
@@ -18,6 +17,8 @@ use crate::{SshError, message};
 
 /// Channels that one connection may have.
 const MOST_CHANNELS: usize = 128;
+/// What channels may want to say before the client is not listened to either, if it does not read.
+const MOST_ORDERS: usize = 1024;
 /// The longest name, value or command, in bytes.
 const LONGEST_TEXT: usize = 48 << 10;
 
@@ -63,12 +64,14 @@ where
         outlet,
         entrance: Entrance::default(),
         user: None,
+        asks: false,
+        enough: false,
         channels: HashMap::new(),
         next: 0,
     };
     let ended = loop {
         tokio::select! {
-            step = server.transport.step() => match step {
+            step = server.transport.step(ordered.len() > MOST_ORDERS) => match step {
                 Ok(Step::Message(payload)) => match server.hear(&payload) {
                     Ok(()) => {}
                     Err(error) => break Err(error),
@@ -115,7 +118,11 @@ struct Server<'a, S, H> {
     authorised: &'a [PublicKey],
     outlet: Outlet,
     entrance: Entrance,
+    /// The client has asked for the service that lets in.
+    asks: bool,
     user: Option<String>,
+    /// The client wants no more sessions: whoever gets hold of its end shall not have one.
+    enough: bool,
     channels: HashMap<u32, Entry>,
     next: u32,
 }
@@ -131,9 +138,10 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
                 }
                 let mut answer = vec![message::SERVICE_ACCEPT];
                 answer.put_string("ssh-userauth");
+                self.asks = true;
                 self.transport.send(&answer);
             }
-            (message::USERAUTH_REQUEST, None) => {
+            (message::USERAUTH_REQUEST, None) if self.asks => {
                 let session = self.transport.session().to_vec();
                 let handler = &mut self.handler;
                 match self.entrance.attempt(payload, &session, self.authorised, |user| handler.knows(user))? {
@@ -180,6 +188,11 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
                 let (address, port) = (fields.text()?, port(fields.number()?)?);
                 self.handler.unlisten(address, port).then(|| vec![message::REQUEST_SUCCESS])
             }
+            // `PROTOCOL` of OpenSSH, 2.2.
+            "no-more-sessions@openssh.com" => {
+                self.enough = true;
+                Some(vec![message::REQUEST_SUCCESS])
+            }
             _ => None,
         };
         if wants_answer {
@@ -196,6 +209,7 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
             return Ok(());
         }
         match kind {
+            "session" if self.enough => return Err(SshError::Protocol("a session after the last one")),
             "session" => {
                 let channel = self.enter(theirs, window, longest);
                 channel.confirm();
@@ -248,11 +262,14 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
         let Some(entry) = self.channels.get_mut(&channel) else {
             return Err(SshError::Protocol("a message for a channel that is not there"));
         };
+        let answers = matches!(number, message::CHANNEL_OPEN_CONFIRMATION | message::CHANNEL_OPEN_FAILURE);
+        if answers != entry.opened.is_some() {
+            return Err(SshError::Protocol("a channel that is not open, or was not asked for"));
+        }
         match number {
             message::CHANNEL_OPEN_CONFIRMATION => {
                 let (theirs, window, longest) = (fields.number()?, fields.number()?, fields.number()?);
-                let opened =
-                    entry.opened.take().ok_or(SshError::Protocol("a channel that was not asked for"))?;
+                let Some(opened) = entry.opened.take() else { return Ok(()) };
                 entry.theirs = theirs;
                 entry.shared.change(|state| state.window = window);
                 let shared = Arc::clone(&entry.shared);
@@ -267,9 +284,6 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
                 });
             }
             message::CHANNEL_OPEN_FAILURE => {
-                if entry.opened.is_none() {
-                    return Err(SshError::Protocol("a channel that was not asked for"));
-                }
                 self.channels.remove(&channel);
             }
             message::CHANNEL_WINDOW_ADJUST => {
@@ -286,8 +300,10 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
                     .granted
                     .checked_sub(bytes)
                     .ok_or(SshError::Protocol("more data than was granted"))?;
-                // No command takes extended data.
-                if entry.closed || number == message::CHANNEL_EXTENDED_DATA {
+                if entry.closed {
+                    // Nothing is granted after the end: the client may have given the channel's number to another.
+                } else if number == message::CHANNEL_EXTENDED_DATA {
+                    // No command takes it.
                     self.taken(channel, bytes);
                 } else {
                     entry.shared.change(|state| state.data.extend_from_slice(data));
@@ -301,14 +317,9 @@ impl<S: AsyncRead + AsyncWrite, H: Handler> Server<'_, S, H> {
                 }
             }
             message::CHANNEL_REQUEST => {
-                let request = request(&mut fields)?;
+                let (request, wants_answer) = request(&mut fields)?;
                 let mut full = false;
-                entry.shared.change(|state| {
-                    full = state.requests.len() >= MOST_REQUESTS;
-                    if !full {
-                        state.requests.push_back(request);
-                    }
-                });
+                entry.shared.change(|state| full = !state.ask(request, wants_answer));
                 if full {
                     return Err(SshError::Protocol("too many requests on one channel"));
                 }
@@ -393,12 +404,12 @@ fn port(number: u32) -> Result<u16, SshError> {
 fn request(fields: &mut Reader<'_>) -> Result<(Request, bool), SshError> {
     let name = fields.text()?.to_owned();
     let wants_answer = fields.boolean()?;
+    // What no command line has is a request that is refused, and no reason to end what else the connection carries.
     let text = |fields: &mut Reader<'_>| {
-        let text = fields.text()?;
-        if text.len() > LONGEST_TEXT || text.contains('\0') {
-            return Err(SshError::Malformed("request"));
-        }
-        Ok(text.to_owned())
+        let bytes = fields.string()?;
+        let text = std::str::from_utf8(bytes).ok();
+        let text = text.filter(|text| text.len() <= LONGEST_TEXT && !text.contains('\0'));
+        Ok::<_, SshError>(text.map(str::to_owned))
     };
     let size = |fields: &mut Reader<'_>| {
         let (columns, rows) = (fields.number()?, fields.number()?);
@@ -407,14 +418,24 @@ fn request(fields: &mut Reader<'_>) -> Result<(Request, bool), SshError> {
         Ok::<_, SshError>(Size { columns, rows })
     };
     let request = match name.as_str() {
-        "pty-req" => Request::Terminal { name: text(fields)?, size: size(fields)? },
-        "window-change" => Request::Resize(size(fields)?),
-        "env" => Request::Variable { name: text(fields)?, value: text(fields)? },
-        "shell" => Request::Shell,
-        "exec" => Request::Command(text(fields)?),
-        "subsystem" => Request::Subsystem(text(fields)?),
-        "signal" => Request::Signal(text(fields)?),
-        _ => Request::Other(name),
+        "pty-req" => {
+            let (name, size) = (text(fields)?, size(fields)?);
+            name.map(|name| Request::Terminal { name, size })
+        }
+        "window-change" => Some(Request::Resize(size(fields)?)),
+        "env" => {
+            let both = (text(fields)?, text(fields)?);
+            if let (Some(name), Some(value)) = both { Some(Request::Variable { name, value }) } else { None }
+        }
+        "shell" => Some(Request::Shell),
+        "exec" => text(fields)?.map(Request::Command),
+        "subsystem" => text(fields)?.map(Request::Subsystem),
+        "signal" => text(fields)?.map(Request::Signal),
+        _ => None,
     };
+    let request = request.unwrap_or(Request::Other(name));
     Ok((request, wants_answer))
 }
+
+#[cfg(test)]
+mod tests;

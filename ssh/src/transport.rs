@@ -36,6 +36,33 @@ enum Exchange {
     Over,
 }
 
+/// Numbers of packets in one direction.
+#[derive(Debug, Default)]
+struct Count {
+    /// Of the next packet: its nonce.
+    next: u32,
+    /// Packets that the present key has seen.
+    under_key: u32,
+}
+
+impl Count {
+    /// The number of one more packet; `None` if the key has seen all numbers: a nonce must not come twice.
+    fn take(&mut self) -> Option<u32> {
+        self.under_key = self.under_key.checked_add(1)?;
+        let number = self.next;
+        self.next = number.wrapping_add(1);
+        Some(number)
+    }
+
+    /// The next packet is under another key.
+    fn renew(&mut self, strict: bool) {
+        self.under_key = 0;
+        if strict {
+            self.next = 0;
+        }
+    }
+}
+
 /// What a step came to.
 #[derive(Debug)]
 pub(crate) enum Step {
@@ -55,8 +82,10 @@ pub(crate) struct Transport<'a, S> {
     output: BytesMut,
     opening: Option<OpeningKey>,
     sealing: Option<SealingKey>,
-    received: u32,
-    sent: u32,
+    received: Count,
+    sent: Count,
+    /// Something could not be sent, for the key has seen too much.
+    worn: bool,
     /// The length of the packet that is coming in, once it is known.
     length: Option<usize>,
     exchange: Exchange,
@@ -96,8 +125,9 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
             output: BytesMut::new(),
             opening: None,
             sealing: None,
-            received: 0,
-            sent: 0,
+            received: Count::default(),
+            sent: Count::default(),
+            worn: false,
             length: None,
             exchange: Exchange::Over,
             strict: false,
@@ -122,7 +152,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
 
     /// The number of the packet that came last.
     pub(crate) fn heard(&self) -> u32 {
-        self.received.wrapping_sub(1)
+        self.received.next.wrapping_sub(1)
     }
 
     /// Whether messages may be given to [`Self::send`] that nobody waits for: not in an exchange, nor while much waits already.
@@ -136,10 +166,16 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
         self.seal(payload);
     }
 
-    /// Waits until something has come in or gone out. May be dropped at any time: nothing is lost.
-    pub(crate) async fn step(&mut self) -> Result<Step, SshError> {
+    /// Waits until something has come in or gone out. If much waits to be sent elsewhere (`behind`) and here too, nothing is
+    /// heard. May be dropped at any time: nothing is lost.
+    pub(crate) async fn step(&mut self, behind: bool) -> Result<Step, SshError> {
         loop {
-            while let Some(payload) = self.open()? {
+            if self.worn {
+                return Err(SshError::Protocol("no new keys after all packets that one may have"));
+            }
+            let most = if behind { ENOUGH_OUTPUT } else { MOST_OUTPUT };
+            let listens = self.output.len() < most;
+            while listens && let Some(payload) = self.open()? {
                 match payload.first() {
                     Some(&message::DISCONNECT) => return Ok(Step::Ended),
                     Some(_) if self.absorb(&payload)? => {}
@@ -148,7 +184,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
                 }
             }
             tokio::select! {
-                count = self.reader.read_buf(&mut self.input), if self.output.len() < MOST_OUTPUT => {
+                count = self.reader.read_buf(&mut self.input), if listens => {
                     match count? {
                         0 if self.input.is_empty() => return Ok(Step::Ended),
                         0 => return Err(SshError::Ended),
@@ -176,8 +212,9 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
     fn absorb(&mut self, payload: &[u8]) -> Result<bool, SshError> {
         let first = self.session.is_none();
         match payload[0] {
-            // In a first exchange that is strict, nothing may come in between.
-            message::IGNORE | message::UNIMPLEMENTED | message::DEBUG if !(first && self.strict) => {}
+            // In a first exchange that is strict, nothing may come in between, up to the client's new keys.
+            message::IGNORE | message::UNIMPLEMENTED | message::DEBUG
+                if !(self.strict && self.opening.is_none()) => {}
             message::KEXINIT => self.hear_offer(payload)?,
             message::KEX_ECDH_INIT => match std::mem::replace(&mut self.exchange, Exchange::Over) {
                 Exchange::Agreed { ours, theirs, agreed } if agreed.wrong_guess => {
@@ -190,9 +227,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
             message::NEWKEYS => match std::mem::replace(&mut self.exchange, Exchange::Over) {
                 Exchange::Switching { opening } => {
                     self.opening = Some(opening);
-                    if self.strict {
-                        self.received = 0;
-                    }
+                    self.received.renew(self.strict);
                 }
                 _ => return Err(SshError::Protocol("new keys before there are any")),
             },
@@ -216,7 +251,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
         if self.session.is_none() {
             self.strict = agreed.strict;
             // Whatever came before would have moved the count.
-            if self.strict && self.received != 1 {
+            if self.strict && self.received.next != 1 {
                 return Err(SshError::Protocol("a message before the key exchange"));
             }
         }
@@ -237,9 +272,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
         self.seal(&exchanged.reply);
         self.seal(&[message::NEWKEYS]);
         self.sealing = Some(SealingKey::new(&exchanged.keys.to_client));
-        if self.strict {
-            self.sent = 0;
-        }
+        self.sent.renew(self.strict);
         self.exchange = Exchange::Switching { opening: OpeningKey::new(&exchanged.keys.from_client) };
         if first && agreed.wants_info {
             let mut info = vec![message::EXT_INFO];
@@ -251,6 +284,10 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
 
     /// Appends a packet to what goes out.
     fn seal(&mut self, payload: &[u8]) {
+        let Some(number) = self.sent.take() else {
+            self.worn = true;
+            return;
+        };
         // The cipher encrypts the length apart from the rest, so that there it is not part of the block.
         let outside = if self.sealing.is_some() { 0 } else { 4 };
         let unpadded = outside + 1 + payload.len();
@@ -268,10 +305,9 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
         self.output.resize(start + 4 + length, 0);
         if let Some(key) = &self.sealing {
             let mut tag = [0; TAG_LEN];
-            key.seal_in_place(self.sent, &mut self.output[start..], &mut tag);
+            key.seal_in_place(number, &mut self.output[start..], &mut tag);
             self.output.extend_from_slice(&tag);
         }
-        self.sent = self.sent.wrapping_add(1);
     }
 
     /// The next packet's payload, if it has come in whole.
@@ -281,7 +317,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
             None => {
                 let Some(head) = self.input.first_chunk::<4>() else { return Ok(None) };
                 let plain = match &self.opening {
-                    Some(key) => key.decrypt_packet_length(self.received, *head),
+                    Some(key) => key.decrypt_packet_length(self.received.next, *head),
                     None => *head,
                 };
                 let length = usize::try_from(u32::from_be_bytes(plain)).unwrap_or(usize::MAX);
@@ -296,19 +332,40 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
             return Ok(None);
         }
         self.length = None;
+        let number = self
+            .received
+            .take()
+            .ok_or(SshError::Protocol("no new keys after all packets that one may have"))?;
         let mut packet = self.input.split_to(4 + length);
         let plain = match &self.opening {
             Some(key) => {
                 let mut tag = [0; TAG_LEN];
                 self.input.copy_to_slice(&mut tag);
-                key.open_in_place(self.received, &mut packet, &tag)
+                key.open_in_place(number, &mut packet, &tag)
                     .map_err(|_| SshError::Crypto("a packet's tag"))?
             }
             None => &packet[4..],
         };
-        self.received = self.received.wrapping_add(1);
         let padding = usize::from(plain[0]);
         let payload = plain.len().checked_sub(1 + padding).ok_or(SshError::Malformed("packet's padding"))?;
         Ok(Some(plain[1..=payload].to_vec()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_sees_no_number_twice_and_the_next_key_begins_anew() {
+        for (strict, next) in [(true, 0), (false, 3)] {
+            let mut count = Count { next: 2, under_key: u32::MAX - 1 };
+            assert_eq!(count.take(), Some(2), "the last");
+            assert_eq!((count.take(), count.take()), (None, None));
+            count.renew(strict);
+            assert_eq!(count.take(), Some(next), "strict: {strict}");
+        }
+        let mut wraps = Count { next: u32::MAX, under_key: 0 };
+        assert_eq!((wraps.take(), wraps.take()), (Some(u32::MAX), Some(0)), "under a key that is younger");
     }
 }

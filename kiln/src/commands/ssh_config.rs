@@ -10,7 +10,7 @@ use crate::backends::Backends;
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CliError, Result};
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::output::Out;
 
 /// Print the configuration with which ssh, scp, sftp, rsync and editors reach a machine
@@ -50,8 +50,16 @@ impl Args {
             }
         };
         let mut out = Out::new();
-        for (index, record) in records.iter().enumerate() {
-            if index > 0 {
+        let mut first = true;
+        for record in &records {
+            // One image with an odd user must not take the configuration of all other machines away.
+            let own = &record.spec.process.user;
+            if self.machine.is_none() && self.login.user.is_none() && !own.is_empty() && !is_login(own) {
+                let warning = format!("{} is left out: {}", record.spec.name, odd(own));
+                exit::print_line("warning", &warning);
+                continue;
+            }
+            if !std::mem::take(&mut first) {
                 out.line("")?;
             }
             out.line(format!("Host {0} {0}.kiln.internal", record.spec.name))?;
@@ -72,6 +80,11 @@ pub(crate) fn options(
     login: &LoginArgs,
 ) -> Result<Vec<(&'static str, String)>> {
     let access = instances.machines().ssh_access(record)?;
+    let user = login.user.as_deref().unwrap_or(&access.user);
+    if !is_login(user) {
+        let why = format!("cannot log in to {}: {}", record.spec.name, odd(user));
+        return Err(CliError::failed(why).with_hint("name another with `--login USER`"));
+    }
     let program = std::env::current_exe()
         .map_err(|error| CliError::file("cannot tell where this program is", error))?;
     let key = match &login.ssh_key {
@@ -95,6 +108,17 @@ pub(crate) fn options(
         )));
     }
     Ok(of(&access, &program, context.home().path(), login.user.as_deref(), key.as_deref()))
+}
+
+/// Whether a user's name may stand in a configuration. That of an image is whatever its maker wrote, and nobody has looked for it
+/// in the image before a machine runs: a line break in it would make the rest options of his own for this host's ssh.
+fn is_login(user: &str) -> bool {
+    let begins = user.starts_with(|first: char| first.is_alphanumeric() || first == '_');
+    begins && user.chars().all(|c| c.is_alphanumeric() || "_.-+@:".contains(c))
+}
+
+fn odd(user: &str) -> String {
+    format!("its user {user:?} is not a name that ssh can be told")
 }
 
 fn public(key: &Path) -> PathBuf {
@@ -125,6 +149,9 @@ fn of(
         ("GlobalKnownHostsFile", "/dev/null".to_owned()),
         ("StrictHostKeyChecking", "yes".to_owned()),
         ("CheckHostIP", "no".to_owned()),
+        // The server has neither; one that a workload has put in its place must not get them from a user's `Host *`.
+        ("ForwardAgent", "no".to_owned()),
+        ("ForwardX11", "no".to_owned()),
         ("ProxyCommand", proxy.join(" ")),
     ]
 }
@@ -144,6 +171,31 @@ fn shell_word(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_users_name_that_would_be_more_than_a_name_is_refused() {
+        for good in ["root", "app", "_apt", "1000", "1000:1000", "www-data", "me@domain", "müller"] {
+            assert!(is_login(good), "{good}");
+        }
+        for bad in [
+            "",
+            "root\n    ProxyCommand touch /tmp/x",
+            "root\rHost *",
+            "root ProxyCommand=x",
+            "\"root",
+            "a\\b",
+            "-oProxyCommand=x",
+            "%h",
+            "${HOME}",
+            "a#b",
+            "a=b",
+            "a\u{2028}b",
+            "$(id)",
+            "`id`",
+        ] {
+            assert!(!is_login(bad), "{bad:?}");
+        }
+    }
 
     #[test]
     fn paths_with_blanks_quotes_and_percents_stay_what_they_are() {

@@ -1,10 +1,11 @@
 //! What is said of a file (§5 of the draft).
 
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, Stat, Timespec, Timestamps, chmodat, chownat, fchmod, fchown, ftruncate, futimens,
-    utimensat,
+    AtFlags, CWD, Mode, OFlags, Stat, Timespec, Timestamps, chmodat, chownat, fchmod, fchown, ftruncate,
+    futimens, utimensat,
 };
 use rustix::process::{Gid, Uid};
 
@@ -128,7 +129,10 @@ impl Change<'_> {
         let path = path(name)?;
         let flags = if follow { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
         if let Some(size) = attributes.size.filter(|_| follow) {
-            std::fs::File::options().write(true).open(path)?.set_len(size)?;
+            // A FIFO without a reader must not hold the server.
+            let wait = OFlags::NONBLOCK | OFlags::NOCTTY;
+            let mut options = std::fs::File::options();
+            options.write(true).custom_flags(wait.bits().cast_signed()).open(path)?.set_len(size)?;
         }
         if let Some(mode) = attributes.permissions().filter(|_| follow) {
             chmodat(CWD, path, mode, AtFlags::empty())?;

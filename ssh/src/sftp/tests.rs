@@ -71,6 +71,21 @@ fn a_length_that_no_packet_has_ends_it() {
     }
 }
 
+#[test]
+fn a_pipe_that_nobody_reads_holds_nothing_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let mut cut = request(SETSTAT);
+    cut.put_string(pipe.as_os_str().as_bytes()).put_number(1).put_long(0);
+    let mut open = request(OPEN);
+    open.put_string(pipe.as_os_str().as_bytes()).put_number(2).put_number(0);
+    let (done, codes) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(talk(&[cut, open]).iter().map(|reply| code(reply)).collect()));
+    let codes: Vec<u32> = codes.recv_timeout(std::time::Duration::from_secs(20)).expect("it does not hang");
+    assert_eq!(codes, [4, 4]);
+}
+
 proptest! {
     #[test]
     fn no_request_makes_it_panic(
