@@ -133,6 +133,8 @@ enum Command {
     #[command(hide = true)]
     SshProxy(commands::ssh_proxy::Args),
     #[command(hide = true)]
+    FetchObject(commands::fetch_object::Args),
+    #[command(hide = true)]
     Man(commands::man::Args),
 }
 
@@ -348,6 +350,7 @@ impl Command {
             Self::Supervise(args) => args.run(context),
             Self::Monitor(args) => args.run(context),
             Self::SshProxy(args) => args.run(context),
+            Self::FetchObject(args) => args.run(context),
             Self::Completion(_) | Self::Man(_) => Ok(Exit::SUCCESS),
         }
     }

@@ -72,6 +72,14 @@ pub enum StoreError {
         /// In what way.
         what: String,
     },
+    /// An object is missing or damaged, and cannot be had again.
+    #[error("the object {digest} cannot be fetched: {why}")]
+    NotFetched {
+        /// Which.
+        digest: Digest,
+        /// Why.
+        why: String,
+    },
     /// Bytes do not have the digest that was promised.
     #[error("{what} has digest {found}, expected {expected}")]
     DigestMismatch {

@@ -64,6 +64,10 @@ use kiln_contract::Digest;
 /// The format that this program writes. Readers refuse a greater one; a smaller one is to be migrated.
 pub const VERSION: u32 = 1;
 
+/// Modification time of objects that were written whole and have their digests, in seconds since 1970. Whoever writes to one
+/// afterwards leaves another time.
+pub const SOUND: i64 = 1;
+
 /// Mode of objects: nobody writes them, and everybody may read what an image holds.
 pub const OBJECT_MODE: u32 = 0o444;
 

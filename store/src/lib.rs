@@ -36,6 +36,7 @@ mod directory;
 mod error;
 mod export;
 mod extents;
+mod fetch;
 pub mod format;
 mod gc;
 mod image;

@@ -13,13 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kiln_contract::{Digest, Hasher};
 use kiln_erofs::{Data, INLINE_LIMIT, Xattrs};
-use rustix::fs::{AtFlags, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Mode, OFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use crate::chunk::Slice;
 use crate::directory::xattrs_of;
 use crate::error::{Context as _, is_full};
-use crate::format::{Layout, OBJECT_MODE, object_name};
+use crate::format::{Layout, OBJECT_MODE, SOUND, object_name};
 use crate::stamp::{Stamp, pause};
 use crate::{Result, StoreError};
 
@@ -452,6 +452,7 @@ impl<'s> ObjectWriter<'s> {
         let staged = self.staged();
         for (digest, place) in staged.iter() {
             let (from, to) = (place.name(digest), object_name(digest));
+            self.mark_sound(&from).doing("set the time of an object in", self.layout.tmp())?;
             let rename = || rustix::fs::renameat(&self.staging, &from, &self.objects, &to);
             let mut renamed = rename();
             if renamed == Err(Errno::NOENT) {
@@ -463,6 +464,12 @@ impl<'s> ObjectWriter<'s> {
             renamed.doing("rename to", self.layout.object(digest))?;
         }
         Ok(())
+    }
+
+    fn mark_sound(&self, name: &str) -> rustix::io::Result<()> {
+        let time = Timespec { tv_sec: SOUND, tv_nsec: 0 };
+        let times = Timestamps { last_access: time, last_modification: time };
+        rustix::fs::utimensat(&self.staging, name, &times, AtFlags::SYMLINK_NOFOLLOW)
     }
 
     /// The path of an object that is staged or in the store.

@@ -226,7 +226,7 @@ impl Store {
         if without.is_empty() { tars } else { without }
     }
 
-    fn import_again(
+    pub(crate) fn import_again(
         &self,
         repair: &dyn Repair,
         needs: &Needs,

@@ -5,8 +5,10 @@ use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use kiln_contract::{BackendError, ErrorKind};
-use kiln_erofs::{Attributes, FileType, Image, ImageError, Inode, object_redirect};
+use kiln_erofs::{Attributes, FileType, Image, ImageError, Inode};
 use memmap2::Mmap;
+
+use crate::objects::{Fetcher, Objects};
 
 /// As many links as Linux follows on the way to one file (path_resolution(7)).
 const LINKS_MOST: usize = 40;
@@ -16,7 +18,7 @@ const LINKS_MOST: usize = 40;
 pub struct TreeContents {
     bytes: Mmap,
     tree: PathBuf,
-    objects: PathBuf,
+    objects: Objects,
 }
 
 /// Something in a tree.
@@ -50,16 +52,20 @@ impl ContentsEntry {
 }
 
 impl TreeContents {
-    /// Opens a tree.
+    /// Opens a tree. `fetcher` brings objects that are missing.
     ///
     /// # Errors
     /// It cannot be read, or is none.
-    pub fn open(tree: &Path, objects: &Path) -> Result<Self, BackendError> {
+    pub fn open(tree: &Path, objects: &Path, fetcher: Option<Fetcher>) -> Result<Self, BackendError> {
         let cannot = |error| BackendError::caused(format!("cannot read the tree {}", tree.display()), error);
         let file = File::open(tree).map_err(cannot)?;
         // SAFETY: trees are immutable once they are in the store; a mapping of one cannot change below us.
         let bytes = unsafe { Mmap::map(&file) }.map_err(cannot)?;
-        let contents = Self { bytes, tree: tree.to_owned(), objects: objects.to_owned() };
+        let directory = File::open(objects).map_err(|error| {
+            BackendError::caused(format!("cannot open the objects in {}", objects.display()), error)
+        })?;
+        let contents =
+            Self { bytes, tree: tree.to_owned(), objects: Objects::new(directory.into(), objects, fetcher) };
         contents.image()?.root().map_err(|error| contents.damaged(error))?;
         Ok(contents)
     }
@@ -100,11 +106,9 @@ impl TreeContents {
                 Ok(Box::new(Cursor::new(bytes)))
             }
             Some(digest) => {
-                let redirect = object_redirect(&digest);
-                let relative = String::from_utf8_lossy(&redirect[1..]).into_owned();
-                let object = self.objects.join(relative);
-                let file = File::open(&object).map_err(|error| {
-                    BackendError::caused(format!("cannot open the object {}", object.display()), error)
+                let what = || format!("cannot read the object {digest}");
+                let file = self.objects.open(&digest, inode.size()).map_err(|error| {
+                    BackendError::caused(what(), error)
                         .hint("`kiln system check --repair` fetches what is missing")
                 })?;
                 Ok(Box::new(file))
@@ -223,7 +227,7 @@ mod tests {
         add(NodeId::ROOT, b"round", link(b"round"));
         let path = directory.path().join("tree");
         write_metadata(&tree, File::create(&path).unwrap()).unwrap();
-        let contents = TreeContents::open(&path, directory.path()).unwrap();
+        let contents = TreeContents::open(&path, directory.path(), None).unwrap();
         let read = |path: &str| {
             let mut text = String::new();
             contents.read(path.as_bytes()).map(|mut file| {

@@ -32,6 +32,8 @@ use nix::unistd::{ForkResult, fork, getpid};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 
+use crate::objects::{Fetcher, Objects};
+
 mod attach;
 mod edit;
 mod objects;
@@ -69,6 +71,9 @@ pub struct Served<'a> {
     pub bound: bool,
     /// Where it writes what it has to say; standard error otherwise.
     pub log: Option<&'a Path>,
+    /// What brings objects that are missing. It is executed by the server, in the namespaces and the root that the caller
+    /// of [`start`] has then.
+    pub fetcher: Option<&'a Fetcher>,
 }
 
 /// A server that has nothing to serve yet. Dropping it ends it.
@@ -101,8 +106,17 @@ struct Process(Option<OwnedFd>);
 /// As [`start`] and [`Server::mount`].
 pub fn mount(tree: &Path, objects: &Path, target: &Path) -> Result<Mounted, BackendError> {
     let owners = Owners::Kept;
-    start(&Served { tree, objects, scratch: None, owners, below_overlay: true, bound: true, log: None })?
-        .mount(target)
+    start(&Served {
+        tree,
+        objects,
+        scratch: None,
+        owners,
+        below_overlay: true,
+        bound: true,
+        log: None,
+        fetcher: None,
+    })?
+    .mount(target)
 }
 
 /// Starts a server.
@@ -114,7 +128,7 @@ pub fn mount(tree: &Path, objects: &Path, target: &Path) -> Result<Mounted, Back
 /// The tree cannot be read or is none, the objects' directory or the scratch cannot be opened, or the scratch is in use or on
 /// a file system that can hold none.
 pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
-    let Served { tree, objects, scratch, owners, below_overlay, bound, log } = *served;
+    let Served { tree, objects, scratch, owners, below_overlay, bound, log, fetcher } = *served;
     let cannot = |what: &str, path: &Path, why: std::io::Error| {
         BackendError::caused(format!("cannot {what} {}", path.display()), why)
     };
@@ -152,7 +166,7 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
                 prepare_child(bound.then_some(parent), &keep);
                 let Some(device) = attach::receive(&theirs)? else { return Ok(()) };
                 drop(theirs);
-                let objects = objects::Objects::new(objects_at, objects);
+                let objects = Objects::new(objects_at, objects, fetcher.cloned());
                 let bytes = Box::leak(Box::new(mapping));
                 match upper {
                     Some(upper) => server::serve_editable(bytes, objects, upper, owners, device),

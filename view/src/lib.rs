@@ -31,6 +31,7 @@ mod changes;
 mod contents;
 #[cfg(target_os = "linux")]
 pub mod fuse;
+mod objects;
 #[cfg(target_os = "linux")]
 mod overlay;
 mod stack;
@@ -41,6 +42,7 @@ pub mod views;
 
 pub use changes::{changes, root_attributes};
 pub use contents::{ContentsEntry, TreeContents};
+pub use objects::Fetcher;
 #[cfg(target_os = "linux")]
 pub use overlay::Overlay;
 pub use stack::{Bind, Stack, StackError};

@@ -30,6 +30,8 @@ use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home
 use kiln_store::{Changes, CommitRequest, IdKind, Store};
 use rustix::fs::FlockOperation;
 
+use crate::Fetcher;
+
 pub use self::enter::{VARIABLE, View, run};
 pub use self::record::{Backend, ViewRecord};
 
@@ -44,6 +46,8 @@ const NAME_MOST: usize = 100;
 #[derive(Debug, Clone)]
 pub struct Views {
     home: Home,
+    /// What brings objects that are missing.
+    fetcher: Option<Fetcher>,
 }
 
 /// What a view is to be.
@@ -76,7 +80,13 @@ pub struct NewView {
 impl Views {
     /// The views of `home`. Nothing is read or made by this.
     pub fn open(home: &Home) -> Self {
-        Self { home: home.clone() }
+        Self { home: home.clone(), fetcher: None }
+    }
+
+    /// The same, with what brings objects that are missing or damaged while a view is used.
+    #[must_use]
+    pub fn fetching(self, fetcher: Fetcher) -> Self {
+        Self { fetcher: Some(fetcher), ..self }
     }
 
     /// Makes a view. Nothing is mounted yet.

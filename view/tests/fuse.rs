@@ -529,6 +529,7 @@ fn edits(directory: &Path) {
             below_overlay: false,
             bound: true,
             log: None,
+            fetcher: None,
         };
         fuse::start(&served).unwrap().mount(&files.target).unwrap()
     };

@@ -8,6 +8,7 @@ pub(crate) mod cp;
 pub(crate) mod create;
 pub(crate) mod diff;
 pub(crate) mod exec;
+pub(crate) mod fetch_object;
 pub(crate) mod fork;
 #[cfg(target_os = "linux")]
 pub(crate) mod fs;

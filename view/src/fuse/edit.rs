@@ -42,8 +42,8 @@ use self::rename::Name;
 use self::union::Union;
 pub(super) use self::upper::Upper;
 use super::Owners;
-use super::objects::Objects;
 use super::server::{FOR_EVER, NOTHING, send_xattr};
+use crate::objects::Objects;
 
 /// One write or read at most: what the kernel sends at once by default (`fs.fuse.max_pages_limit`).
 const WRITE_MOST: u32 = 1024 * 1024;

@@ -1,51 +1,12 @@
-//! Objects, opened for the server.
+//! Open objects of the server.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fuser::Errno;
-use kiln_contract::Digest;
-use kiln_erofs::{Nid, object_redirect};
-use rustix::fs::{Mode, OFlags};
-
-/// The directory of objects. Held open, so that it stays the same wherever the server's namespace goes.
-pub(super) struct Objects {
-    directory: OwnedFd,
-    /// For messages.
-    path: PathBuf,
-}
-
-impl Objects {
-    pub(super) fn new(directory: OwnedFd, path: &Path) -> Self {
-        Self { directory, path: path.to_owned() }
-    }
-
-    /// Opens an object of the size that the tree says. Its digest is not computed: that is what checks are for.
-    pub(super) fn open(&self, digest: &Digest, size: u64) -> Result<File, Errno> {
-        let redirect = object_redirect(digest);
-        let path = OsStr::from_bytes(&redirect[1..]);
-        let report = |why: &dyn std::fmt::Display| {
-            let path = self.path.join(path);
-            tracing::error!(object = %path.display(), "the object cannot be read: {why}");
-            Errno::EIO
-        };
-        let fd = rustix::fs::openat(&self.directory, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| report(&error))?;
-        let file = File::from(fd);
-        let found = file.metadata().map_err(|error| report(&error))?.len();
-        if found != size {
-            return Err(report(&format!("it has {found} bytes instead of {size}")));
-        }
-        Ok(file)
-    }
-}
+use kiln_erofs::Nid;
 
 /// Objects kept open at once. The kernel keeps what it has read, so that only files being read for the first time
 /// matter.
@@ -59,16 +20,17 @@ pub(super) struct RecentObjects {
 }
 
 impl RecentObjects {
-    /// The object of an inode, opened if it is not open.
-    pub(super) fn file(
-        &mut self,
-        nid: Nid,
-        open: impl FnOnce() -> Result<File, Errno>,
-    ) -> Result<Arc<File>, Errno> {
-        if let Some(file) = self.files.get(&nid) {
-            return Ok(Arc::clone(file));
+    /// The object of an inode, if it is open.
+    pub(super) fn get(&self, nid: Nid) -> Option<Arc<File>> {
+        self.files.get(&nid).map(Arc::clone)
+    }
+
+    /// Keeps what was opened for an inode; what another thread opened meanwhile stays.
+    pub(super) fn keep(&mut self, nid: Nid, file: File) -> Arc<File> {
+        if let Some(file) = self.get(nid) {
+            return file;
         }
-        let file = Arc::new(open()?);
+        let file = Arc::new(file);
         if self.order.len() >= KEPT
             && let Some(oldest) = self.order.pop_front()
         {
@@ -76,7 +38,7 @@ impl RecentObjects {
         }
         self.order.push_back(nid);
         self.files.insert(nid, Arc::clone(&file));
-        Ok(file)
+        file
     }
 }
 

@@ -14,11 +14,13 @@ use fuser::{
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
     ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
 };
+use kiln_contract::Digest;
 use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xattr_name};
 
 use super::Owners;
 use super::edit::{Editable, Upper};
-use super::objects::{Objects, RecentObjects, read_at};
+use super::objects::{RecentObjects, read_at};
+use crate::objects::Objects;
 use crate::userns;
 
 /// As long as the kernel can count: nothing in a tree changes.
@@ -64,7 +66,8 @@ pub(super) fn serve_editable(
 
 fn run(filesystem: impl Filesystem, device: OwnedFd) -> std::io::Result<()> {
     let mut config = Config::default();
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+    // At least two: one may wait for an object that is being fetched.
+    let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS);
     config.n_threads = Some(threads);
     config.clone_fd = true;
     Session::from_fd(filesystem, device, SessionACL::All, config)?.run()
@@ -172,7 +175,12 @@ impl Served {
     fn open_for_kernel(&self, ino: INodeNo) -> Result<Option<File>, Errno> {
         let inode = self.inode(ino)?;
         let object = inode.object().map_err(|error| fault(inode.nid(), &error))?;
-        object.map(|digest| self.objects.open(&digest, inode.size())).transpose()
+        object.map(|digest| self.object(&digest, inode.size())).transpose()
+    }
+
+    /// Opens an object. It may have to be read, or fetched: nothing is locked meanwhile.
+    fn object(&self, digest: &Digest, size: u64) -> Result<File, Errno> {
+        self.objects.open(digest, size).map_err(|_| Errno::EIO)
     }
 
     /// Everything of an inode's xattrs that is shown.
@@ -233,14 +241,24 @@ impl Filesystem for Served {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let mut files = self.open_files();
-        if !self.may_pass_through || files.passes == Some(false) {
+        if !self.may_pass_through || self.open_files().passes == Some(false) {
             // Neither this nor the end of its use needs a request: the kernel never asks again.
             return reply.error(Errno::ENOSYS);
         }
+        let passes_already = self.open_files().passed.contains_key(&ino.0);
+        let mut opened = None;
+        if !passes_already {
+            match self.open_for_kernel(ino) {
+                Ok(Some(file)) => opened = Some(file),
+                Ok(None) => return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
+                Err(error) => return reply.error(error),
+            }
+        }
+        let mut files = self.open_files();
         let OpenFiles { passed, passes, .. } = &mut *files;
         if let hash_map::Entry::Vacant(vacant) = passed.entry(ino.0) {
-            let file = match self.open_for_kernel(ino) {
+            // The last who had it may have let go a moment ago.
+            let file = match opened.map_or_else(|| self.open_for_kernel(ino), |file| Ok(Some(file))) {
                 Ok(Some(file)) => file,
                 Ok(None) => return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
                 Err(error) => return reply.error(error),
@@ -293,12 +311,14 @@ impl Filesystem for Served {
                 Err(error) => reply.error(error),
             },
             Ok(Some(digest)) => {
-                let open = || self.objects.open(&digest, inode.size());
-                // Not locked while it is read: others read other objects meanwhile.
-                let file = self.open_files().recent.file(inode.nid(), open);
-                let file = match file {
-                    Ok(file) => file,
-                    Err(error) => return reply.error(error),
+                // Not locked while it is opened and read: others read other objects meanwhile.
+                let recent = self.open_files().recent.get(inode.nid());
+                let file = match recent {
+                    Some(file) => file,
+                    None => match self.object(&digest, inode.size()) {
+                        Ok(file) => self.open_files().recent.keep(inode.nid(), file),
+                        Err(error) => return reply.error(error),
+                    },
                 };
                 let mut reply = Some(reply);
                 let read = read_at(&file, offset, size as usize, |bytes| {

@@ -90,6 +90,7 @@ impl View {
                 below_overlay,
                 bound: !private,
                 log: Some(&log),
+                fetcher: self.views.fetcher.as_ref(),
             };
             Some(fuse::start(&served)?)
         };

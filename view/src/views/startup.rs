@@ -55,7 +55,8 @@ impl Views {
             return Ok(true);
         }
         let store = self.store()?;
-        let contents = TreeContents::open(&self.tree(&store, record)?, &store.objects_dir())?;
+        let contents =
+            TreeContents::open(&self.tree(&store, record)?, &store.objects_dir(), self.fetcher.clone())?;
         match contents.list(format!("{DIRECTORY}/.").as_bytes()) {
             Ok(entries) => Ok(entries.iter().any(|entry| {
                 Path::new(OsStr::from_bytes(&entry.name)).extension() == Some(OsStr::new("sh"))

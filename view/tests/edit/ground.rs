@@ -115,7 +115,16 @@ impl Ground {
         objects: &'a Path,
         scratch: Option<&'a Scratch>,
     ) -> Served<'a> {
-        Served { tree, objects, scratch, owners: Owners::Kept, below_overlay: false, bound: true, log: None }
+        Served {
+            tree,
+            objects,
+            scratch,
+            owners: Owners::Kept,
+            below_overlay: false,
+            bound: true,
+            log: None,
+            fetcher: None,
+        }
     }
 
     pub(crate) fn serve(&self, scratch: Option<&Scratch>) -> Mounted {

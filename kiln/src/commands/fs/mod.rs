@@ -21,7 +21,7 @@ use clap::Subcommand;
 use kiln_contract::{BackendError, Digest, ErrorKind};
 use kiln_store::{Store, StoreError};
 use kiln_view::views::{VARIABLE, ViewRecord, Views};
-use kiln_view::{Bind, StackError, TreeContents};
+use kiln_view::{Bind, Fetcher, StackError, TreeContents};
 
 use super::{image, system};
 use crate::context::Context;
@@ -125,7 +125,15 @@ fn stack(store: &Store, reference: &str) -> Result<Stack> {
 fn contents(context: &Context, reference: &str) -> Result<TreeContents> {
     let store = context.store()?;
     let stack = stack(&store, reference)?;
-    Ok(TreeContents::open(&store.merged_tree(&stack.layers)?, &store.objects_dir())?)
+    Ok(TreeContents::open(&store.merged_tree(&stack.layers)?, &store.objects_dir(), Some(fetcher(context)?))?)
+}
+
+/// What brings objects that are missing or damaged: this program, in a process of its own.
+fn fetcher(context: &Context) -> Result<Fetcher> {
+    let program = kiln_instance::process::program()
+        .map_err(|error| CliError::file("cannot tell which program this is", error))?;
+    let home = context.home().path().to_owned();
+    Ok(Fetcher { program, arguments: vec!["fetch-object".into()], home })
 }
 
 /// A view by its name; without one, that in which this command runs.

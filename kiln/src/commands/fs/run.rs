@@ -7,7 +7,7 @@ use clap_complete::engine::ArgValueCompleter;
 use kiln_contract::ErrorKind;
 use kiln_view::views::{Backend, NewView, View, Views};
 
-use super::{ended, stack};
+use super::{ended, fetcher, stack};
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CliError, Result};
@@ -75,7 +75,7 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         match (&self.rerun, &self.reference) {
             (Some(name), _) => {
-                let views = Views::open(context.home());
+                let views = Views::open(context.home()).fetching(fetcher(context)?);
                 let view = views.reopen(name, self.command.clone())?;
                 run_in(&views, view, &self.command)
             }
@@ -92,7 +92,7 @@ pub(super) fn run_new(
     args: &ViewArgs,
     command: &[String],
 ) -> Result<Exit> {
-    let views = Views::open(context.home());
+    let views = Views::open(context.home()).fetching(fetcher(context)?);
     // What was killed is cleaned up by who comes next; what cannot be is no reason not to go on.
     if let Err(error) = views.prune(false) {
         tracing::warn!(%error, "a view that nobody uses cannot be removed");

@@ -12,13 +12,13 @@ use rustix::fs::{AtFlags, Mode, OFlags, Stat};
 use rustix::io::{Errno, Result};
 
 use super::super::Owners;
-use super::super::objects::Objects;
 use super::super::server::{ROOT, kind, lower_attributes};
 use super::handles::{Handles, Source};
 use super::nodes::{Id, Node, Nodes};
 use super::parents::Parents;
 use super::place::Place;
 use super::upper::{Upper, is_whiteout};
+use crate::objects::Objects;
 
 /// Linux's limit for a name. FUSE would let longer ones through.
 const NAME_MOST: usize = 255;
