@@ -35,6 +35,10 @@ pub(crate) const OF_MACHINES: &[Measure] = &[
     super::machine_network::shares,
 ];
 
+/// Those of views.
+pub(crate) const OF_VIEWS: &[Measure] =
+    &[super::views::starts, super::views::walks, super::views::data, super::views::commits];
+
 /// Those in which the filesystem weighs most.
 pub(crate) const OF_FILESYSTEM: &[Measure] = &[start, pull, commit, at_once_fifty];
 

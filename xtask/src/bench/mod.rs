@@ -14,6 +14,8 @@ mod peers;
 mod sampling;
 mod slirp;
 mod table;
+mod view_trees;
+mod views;
 
 use std::process::Command;
 
@@ -25,13 +27,15 @@ use crate::shell::{Outcome, capture, root};
 use measures::Images;
 
 /// Takes every measure and writes the table. `--quick`: only to see whether all measures can be taken, and nothing is written.
-/// `machines`: only those of machines, which are shown and not written.
+/// `machines` or `views`: only those of machines or of views, which are shown and not written.
 pub(crate) fn run(arguments: &[String]) -> Outcome {
-    if let Some(other) = arguments.iter().find(|word| !["--quick", "machines"].contains(&word.as_str())) {
-        return Err(format!("it takes `--quick` and `machines`, and not {other}"));
+    if let Some(other) =
+        arguments.iter().find(|word| !["--quick", "machines", "views"].contains(&word.as_str()))
+    {
+        return Err(format!("it takes `--quick`, `machines` and `views`, and not {other}"));
     }
     let has = |word: &str| arguments.iter().any(|given| given == word);
-    let (quick, only_machines) = (has("--quick"), has("machines"));
+    let (quick, only_machines, only_views) = (has("--quick"), has("machines"), has("views"));
     setup::for_benches()?;
     if !rustix::process::geteuid().is_root() {
         return Err("the peers (runc, umoci, podman) are measured as root: run it as root".to_owned());
@@ -61,14 +65,19 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
         }
         Ok::<_, String>(rows)
     };
+    if only_views {
+        return take(measures::OF_VIEWS).map(drop);
+    }
     let of_machines = take(measures::OF_MACHINES)?;
     if only_machines {
         return Ok(());
     }
+    let of_views = take(measures::OF_VIEWS)?;
     let rows = take(measures::ALL)?;
     drop(disk);
     let on_host = take(measures::OF_FILESYSTEM)?;
-    let document = table::document(&rows, &of_machines, &disk::of_host(), &on_host, &machine::facts());
+    let on_disk = table::OnDisk { rows: &rows, of_machines: &of_machines, of_views: &of_views };
+    let document = table::document(&on_disk, &disk::of_host(), &on_host, &machine::facts());
     if quick {
         print!("{document}");
         return Ok(());

@@ -27,14 +27,22 @@ impl Row {
 
 const HEAD: &str = "| measure | Kiln | peers | result | goal | met |\n|---|---|---|---|---|---|\n";
 
-/// The whole document: `rows` and `of_machines` from a fresh ext4, `on_host` from the host's own filesystem, which is `host`.
+/// What is measured on a fresh ext4.
+#[derive(Clone, Copy)]
+pub(crate) struct OnDisk<'r> {
+    pub(crate) rows: &'r [Row],
+    pub(crate) of_machines: &'r [Row],
+    pub(crate) of_views: &'r [Row],
+}
+
+/// The whole document; `on_host` is from the host's own filesystem, which is `host`.
 pub(crate) fn document(
-    rows: &[Row],
-    of_machines: &[Row],
+    on_disk: &OnDisk<'_>,
     host: &str,
     on_host: &[Row],
     facts: &[(&str, String)],
 ) -> String {
+    let OnDisk { rows, of_machines, of_views } = *on_disk;
     let lines = |rows: &[Row]| rows.iter().map(|row| row.line() + "\n").collect::<String>();
     let mut text = format!(
         "# Benchmarks\n\n\
@@ -42,12 +50,14 @@ pub(crate) fn document(
          contenders take turns. Run it on yours: the ratios are what should carry over.\n\n\
          All contenders work on a fresh ext4 (with a journal, as distributions make it) in a file:\n\n{HEAD}{}\n\
          Machines (the accelerator is named below):\n\n{HEAD}{}\n\
+         Views:\n\n{HEAD}{}\n\
          On this host's own filesystem, {host}:\n\n{HEAD}{}\n\
          An ext4 without a journal looks at every inode that was deleted in the last minutes before it gives out a new \
          one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was deleted \
          before. Kiln makes some twenty an instance.\n",
         lines(rows),
         lines(of_machines),
+        lines(of_views),
         lines(on_host)
     );
     text += "\n## The machine\n\n";
@@ -70,7 +80,11 @@ pub(crate) fn document(
         - **`usernet`**: both guests have one processor, 512 MiB and Debian's kernel, run the same two commands of busybox, and \
         are timed by the host: from the connection to the last byte.\n\
         - **9P and `cp`**: beside them `kiln exec` with a file or `/dev/zero` at one end and `/dev/null` at the other, which is \
-        a stream of the link and nothing else. A rate of 0.7 is a time of 1.43.\n";
+        a stream of the link and nothing else. A rate of 0.7 is a time of 1.43.\n\
+        - **Views**: from the start of `kiln fs run` to its end, as root; their images are of tars of one layer. Cold is after the \
+        kernel has forgotten names and attributes, and has mounting in it for those that mount; warm is the second time in one \
+        view, timed within. The kernel's overlay and fuse-overlayfs lie over plain directories with the same files. Files are \
+        in the page cache, and servers have not opened them before. `tar` and `sha256sum` write nothing.\n";
     text
 }
 
@@ -94,8 +108,7 @@ mod tests {
             met,
         };
         assert_eq!(row(true).line(), "| m | 12.3 ms | 2.50 s | r | g | yes |");
-        assert!(
-            document(&[row(false)], &[], "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |")
-        );
+        let on_disk = OnDisk { rows: &[row(false)], of_machines: &[], of_views: &[] };
+        assert!(document(&on_disk, "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |"));
     }
 }
