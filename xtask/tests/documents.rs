@@ -218,6 +218,7 @@ documents! {
     the_guide_to_machines_does_what_it_says: "docs/guides/machines.md",
     the_guide_to_sandboxes_does_what_it_says: "docs/guides/agent-sandbox.md",
     the_guide_to_ssh_does_what_it_says: "docs/guides/ssh.md",
+    the_guide_to_a_shared_toolchain_does_what_it_says: "docs/guides/shared-toolchain.md",
     the_troubleshooting_guide_does_what_it_says: "docs/guides/troubleshooting.md",
     the_page_on_the_store_does_what_it_says: "docs/concepts/store.md",
     the_page_on_layers_does_what_it_says: "docs/concepts/layers-and-trees.md",
@@ -226,6 +227,7 @@ documents! {
     the_page_on_machines_does_what_it_says: "docs/concepts/machines.md",
     the_page_on_network_policy_does_what_it_says: "docs/concepts/network-policy.md",
     the_page_on_views_does_what_it_says: "docs/concepts/views.md",
+    the_page_on_why_there_are_views_does_what_it_says: "docs/concepts/why-views.md",
     the_page_on_volumes_of_machines_does_what_it_says: "docs/concepts/volumes-of-machines.md",
 }
 
