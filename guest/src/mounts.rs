@@ -141,9 +141,14 @@ async fn share(wanted: &Mount, number: u16, file: bool, files: &str, opener: &Op
     let (target, flags) = (wanted.target.clone(), read_only(wanted));
     let aside = file.then(|| format!("{files}/share-{}", kernel.as_raw_fd()));
     // The kernel greets the server before the call returns, which takes this thread to carry.
-    tokio::task::spawn_blocking(move || attach(&kernel, &target, flags, aside.as_deref()))
-        .await
-        .doing(&doing)?
+    let attached = move || {
+        let attached = attach(&kernel, &target, flags, aside.as_deref());
+        if let Some(aside) = &aside {
+            clear(aside);
+        }
+        attached
+    };
+    tokio::task::spawn_blocking(attached).await.doing(&doing)?
 }
 
 /// What the kernel may keep of a share: nothing that it reads, so that each side sees at once what the other writes. Before Linux
@@ -189,4 +194,12 @@ fn attach(kernel: &OwnedFd, target: &str, flags: MountFlags, aside: Option<&str>
     })?;
     // Where it may not be written to, neither may its filesystem.
     mount_bind(entry.path(), descriptor(&place).as_str()).doing(doing())
+}
+
+/// Takes away where a share of a single file was mounted first. What is mounted of it elsewhere stays; and in a fork, where all
+/// that lies here leads to nobody, the next share may get the same name.
+fn clear(aside: &str) {
+    // It may not have come so far.
+    let _ = rustix::mount::unmount(aside, UnmountFlags::DETACH);
+    let _ = std::fs::remove_dir(aside);
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use common::Home;
 use kiln_boot::{Kernels, Source};
@@ -35,19 +36,11 @@ static HOST: LazyLock<Option<Home>> = LazyLock::new(|| {
     let image = store.make_image(&ImageConfiguration::default(), &[layer]).unwrap();
     store.tag(&ImageName::parse(IMAGE).unwrap(), &image.manifest_digest, "test").unwrap();
     drop(store);
-    home.ok([
-        "run",
-        "-d",
-        "--vm",
-        "--privileged",
-        "--name",
-        "host",
-        "--memory",
-        "512m",
-        IMAGE,
-        "sleep",
-        "3600",
-    ]);
+    // A busy host takes its time for the template.
+    let start =
+        ["run", "-d", "--vm", "--privileged", "--name", "host", "--memory", "512m", IMAGE, "sleep", "3600"];
+    let started = common::finish_within(home.command(start), Duration::from_secs(300));
+    assert_eq!(started.code, 0, "{started:?}");
     in_host(&home, "chmod 666 /dev/fuse; kiln image import -q /box box");
     Some(home)
 });
@@ -77,7 +70,8 @@ fn make_root(busybox: &Path, root: &Path) {
 #[track_caller]
 fn in_host(home: &Home, script: &str) -> String {
     let script = format!("exec 2>&1; export PATH=/bin KILN_HOME=/var/lib/kiln; {script}");
-    home.kiln(["exec", "host", "sh", "-c", &script]).stdout
+    let within = home.command(["exec", "host", "sh", "-c", &script]);
+    common::finish_within(within, Duration::from_secs(300)).stdout
 }
 
 /// The same as the user `app`, to whom a group was delegated as systemd does it.

@@ -263,6 +263,18 @@ fn a_guest_that_never_gets_ready_is_told_with_its_last_words() {
 }
 
 #[test]
+fn a_guest_that_ends_while_it_is_told_who_it_is_is_told_with_its_last_words() {
+    let Some(home) = &*HOME else { return };
+    // Memory that it may not use is taken from it before anything else: its agent is the largest there is to end.
+    let starve = ["--rm", "--name", "starved", "--sysctl", "vm.min_free_kbytes=260000"];
+    let ended = home.kiln(run(&starve, &["true"]));
+    assert_eq!(ended.code, 125, "{ended:?}");
+    assert!(ended.stderr.contains("ended") || ended.stderr.contains("panicked"), "{ended:?}");
+    assert!(ended.stderr.contains("its console's last lines:"), "{ended:?}");
+    assert_eq!(home.kiln(["inspect", "starved"]).code, 1, "it was for one run");
+}
+
+#[test]
 fn a_damaged_template_is_made_again() {
     let Some(home) = Home::with_kernel() else { return };
     let templates = || -> Vec<_> {
@@ -278,7 +290,15 @@ fn a_damaged_template_is_made_again() {
         fs::write(path, vec![0x5a; length]).unwrap();
     };
     type Damage<'a> = (&'a str, &'a str, &'a dyn Fn(&Path));
-    let damages: [Damage<'_>; 3] = [
+    let bit = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x10;
+        fs::write(path, bytes).unwrap();
+    };
+    let damages: [Damage<'_>; 5] = [
+        ("a bit of the state", "state", &bit),
+        ("half a memory", "memory", &half),
         ("half a state", "state", &half),
         ("a state of nonsense", "state", &nonsense),
         ("half a record", "template.json", &half),
@@ -308,6 +328,9 @@ fn a_full_disk_fails_a_fork_and_nothing_else() {
     let length = filler.metadata().unwrap().len();
     fs::File::options().write(true).open(&filler).unwrap().set_len(length - (16 << 20)).unwrap();
     let before = names(&home, "instances");
+    let ended = home.kiln(["snapshot", "create", "full", "moment", "--memory"]);
+    assert!(ended.code == 1 && ended.stderr.contains("No space left"), "{ended:?}");
+    assert!(!home.ok(["snapshot", "ls", "full"]).contains("moment"), "no half of it is listed");
     let ended = home.kiln(["fork", "full", "copy"]);
     assert!(ended.code == 1 && ended.stderr.contains("No space left"), "{ended:?}");
     assert_eq!(names(&home, "instances"), before);
@@ -317,4 +340,78 @@ fn a_full_disk_fails_a_fork_and_nothing_else() {
     assert_eq!(home.ok(["exec", "copy", "echo", "there"]), "there");
     home.ok(["rm", "-f", "full", "copy"]);
     assert!(processes(&home, &id).is_empty());
+}
+
+#[test]
+fn a_template_of_another_hypervisor_is_not_used_and_the_rest_goes_on() {
+    let Some(home) = Home::with_kernel() else { return };
+    let real = kiln_fixtures::require("qemu-system-x86_64").unwrap();
+    let before = names(&home, "templates").len();
+    // Another program under the same name, as after an upgrade.
+    let directory = home.beside("upgraded");
+    fs::create_dir_all(&directory).unwrap();
+    let program = directory.join("qemu-system-x86_64");
+    common::write(&program, &format!("#!/bin/sh\nexec {} \"$@\"\n", real.display()));
+    fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", directory.display(), std::env::var("PATH").unwrap());
+    let mut command = home.command(run(&["--rm"], &["echo", "runs"]));
+    command.env("PATH", path);
+    let ended = finish_within(command, Duration::from_secs(240));
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "runs\n"), "{ended:?}");
+    assert!(names(&home, "templates").len() > before, "it has templates of its own");
+    assert_eq!(home.ok(run(&["--rm"], &["echo", "still"])), "still");
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_its_machine_is_forked_leaves_no_half_fork() {
+    let Some(home) = &*HOME else { return };
+    let id = deaf(home, "parent");
+    for patience in [0, 20, 60, 150, 400] {
+        let fork = home.command(["fork", "parent", "child"]).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(patience));
+        assert!(kill(home, &id, "monitor"), "after {patience} ms");
+        let forked = fork.wait_with_output().unwrap();
+        gone(home, &id);
+        // It was made before that, and is whole; or there is none.
+        if forked.status.success() {
+            assert_eq!(home.ok(["exec", "child", "echo", "whole"]), "whole", "after {patience} ms");
+            home.ok(["rm", "-f", "child"]);
+        }
+        assert_eq!(home.kiln(["inspect", "child"]).code, 1, "after {patience} ms: {forked:?}");
+        home.ok(["start", "parent"]);
+        assert_eq!(home.ok(["exec", "parent", "echo", "again"]), "again");
+    }
+    home.ok(["rm", "-f", "parent"]);
+}
+
+#[test]
+fn thirty_forks_at_once_are_thirty_machines() {
+    let Some(home) = &*HOME else { return };
+    deaf(home, "tree");
+    let names: Vec<_> = (0..30).map(|number| format!("leaf{number}")).collect();
+    let forks: Vec<_> = names
+        .iter()
+        .map(|name| {
+            home.command(["fork", "tree", name]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for (name, fork) in names.iter().zip(forks) {
+        let ended = fork.wait_with_output().unwrap();
+        assert!(ended.status.success(), "{name}: {ended:?}");
+    }
+    let patience = Duration::from_secs(240);
+    let mut hosts: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let ended = finish_within(home.command(["exec", name, "hostname"]), patience);
+            assert_eq!(ended.code, 0, "{name}: {ended:?}");
+            ended.stdout
+        })
+        .collect();
+    hosts.sort();
+    hosts.dedup();
+    assert_eq!(hosts.len(), names.len());
+    let all = names.iter().map(String::as_str).chain(["tree"]);
+    let ended = finish_within(home.command(["rm", "-f"].into_iter().chain(all)), patience);
+    assert_eq!(ended.code, 0, "{ended:?}");
 }

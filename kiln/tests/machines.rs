@@ -390,6 +390,31 @@ fn directories_of_the_host_are_shared_and_read_only_ones_cannot_be_written_to() 
 }
 
 #[test]
+fn single_files_that_are_shared_stay_what_they_are_in_forks_and_forks_of_forks() {
+    let Some(home) = &*HOME else { return };
+    let (open, sealed) = (home.beside("open-file"), home.beside("sealed-file"));
+    let flags = [format!("{}:/etc/open", open.display()), format!("{}:/etc/sealed:ro", sealed.display())];
+    for file in [&open, &sealed] {
+        fs::write(file, "of the host\n").unwrap();
+    }
+    let flags = ["-d", "--name", "elder", "-v", &flags[0], "-v", &flags[1]];
+    home.ok(run(&flags, &["sleep", "600"]));
+    home.ok(["fork", "elder", "younger"]);
+    home.ok(["fork", "younger", "youngest"]);
+    for name in ["elder", "younger", "youngest"] {
+        let script = format!(
+            "cat /etc/sealed; echo no >> /etc/sealed || echo refused; \
+             mount -o remount,rw /etc/sealed; echo no >> /etc/sealed || echo refused; echo {name} >> /etc/open"
+        );
+        let ended = home.kiln(["exec", name, "sh", "-c", &script]);
+        assert_eq!(ended.stdout, "of the host\nrefused\nrefused\n", "{name}: {ended:?}");
+    }
+    assert_eq!(fs::read_to_string(&sealed).unwrap(), "of the host\n");
+    assert_eq!(fs::read_to_string(&open).unwrap(), "of the host\nelder\nyounger\nyoungest\n");
+    home.ok(["rm", "-f", "elder", "younger", "youngest"]);
+}
+
+#[test]
 fn files_of_a_share_are_piped_sent_and_mapped_for_writing() {
     let Some(home) = &*HOME else { return };
     let (shared, program) = (home.beside("piped"), home.beside("mapped"));

@@ -9,6 +9,7 @@ mod backend;
 mod carry;
 mod commit;
 mod console;
+mod console_log;
 mod door;
 mod exec;
 mod guest;

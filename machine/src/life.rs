@@ -151,7 +151,14 @@ pub(crate) async fn greet<S>(stream: S) -> Result<HostLink<S>, BackendError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    match tokio::time::timeout(TO_BOOT, HostLink::greet(stream)).await {
+    greet_within(stream, TO_BOOT).await
+}
+
+async fn greet_within<S>(stream: S, patience: Duration) -> Result<HostLink<S>, BackendError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    match tokio::time::timeout(patience, HostLink::greet(stream)).await {
         Ok(Ok(link)) => Ok(link),
         Ok(Err(LinkError::Closed)) => {
             Err(BackendError::new(ErrorKind::Failed, "the guest ended before it was ready"))
@@ -159,7 +166,7 @@ where
         Ok(Err(error)) => Err(BackendError::caused("the guest did not get ready", error)),
         Err(_) => Err(BackendError::caused(
             "the guest did not get ready",
-            LinkError::TimedOut { what: "say hello", after: TO_BOOT },
+            LinkError::TimedOut { what: "say hello", after: patience },
         )),
     }
 }
@@ -223,4 +230,32 @@ pub(crate) fn refused(failure: &Failure) -> BackendError {
         FailureKind::Failed => ErrorKind::Failed,
     };
     BackendError::new(kind, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncWriteExt as _, duplex};
+
+    #[tokio::test]
+    async fn a_guest_that_never_says_hello_is_not_waited_for_for_ever() {
+        let greet = async |says: &[u8], stays: bool| {
+            let (ours, mut theirs) = duplex(1 << 16);
+            theirs.write_all(says).await.unwrap();
+            let theirs = stays.then_some(theirs);
+            let error = greet_within(ours, Duration::from_millis(200)).await.err().unwrap();
+            drop(theirs);
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            format!("{error}: {}", cause.unwrap_or_default())
+        };
+        for (says, stays, told) in [
+            (&b""[..], true, "did not say hello within"),
+            (b"", false, "ended before it was ready"),
+            // What the kernel or a program writes to the port before the guest has it.
+            (&[0xff; 4096], true, "did not get ready"),
+        ] {
+            let error = greet(says, stays).await;
+            assert!(error.contains(told), "{error}");
+        }
+    }
 }

@@ -294,11 +294,15 @@ async fn live(
     signals: &Signals,
 ) -> Result<u8, BackendError> {
     let spec = &ground.record.spec;
+    let log = ground.dir.path().join("console.log");
+    let console = LastWords::from_here(&log);
     let inbound = life.session().session.take_inbound();
     services.serve(life.opener(), inbound)?;
     let disk = (!ground.is_own).then_some(ground.disk_size);
     let configure = plan::configure(&ground.record, disk, services.place())?;
-    life.configure(configure).await?;
+    let configured = life.configure(configure).await;
+    // A machine that is gone has not refused anything.
+    configured.map_err(|error| life.vm().last_words().map_or(error, |ended| console.explain(ended)))?;
     for used_up in [plan::cold(&ground.dir), ground.dir.path().join(INITRAMFS)] {
         let _ = std::fs::remove_file(used_up);
     }
@@ -329,7 +333,6 @@ async fn live(
         life: Mutex::new(life),
         told_to_end: Notify::new(),
     });
-    let console = LastWords::from_here(&ground.dir.path().join("console.log"));
     let (events, resized) = mpsc::channel(1);
     let carried = async {
         if spec.machine.system {
@@ -346,6 +349,7 @@ async fn live(
         code = carried => code,
         failed = pass_on(signals, &keeper, events, &watched, spec.machine.system) => Err(failed),
         failed = answer(&listener, ground, &keeper) => Err(failed),
+        never = crate::console_log::bound(&log) => match never {},
         () = keeper.told_to_end.notified() => {
             // What is suspended writes nothing.
             keeper.life.lock().await.vm().resume().map(|()| KILLED)

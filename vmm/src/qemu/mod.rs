@@ -344,7 +344,8 @@ impl Vm for Machine {
         // It closes its sockets a little before it ends.
         for _ in 0..50 {
             if !matches!(self.process.try_wait(), Ok(None)) {
-                let words = self.words();
+                let said = self.words();
+                let words = if said.is_empty() { "it gave no reason".to_owned() } else { said };
                 return Some(VmmError::Ended { program: self.program.clone(), words }.into());
             }
             std::thread::sleep(Duration::from_millis(2));
