@@ -16,6 +16,7 @@
 //! templates/<key>/       machines saved when their guest was ready
 //! volumes/<name>/        named volumes: data/ and volume.json
 //! views/<name>/          a view: view.json, lock, upper/, work/
+//! router/                the service of the router's views: socket, lock, log
 //! kernels/<name>/        kernels that machines boot: kernel.json, the kernel and its modules
 //! kernels/default        a symbolic link to the one that is booted if none is named
 //! ssh/id_ed25519         the private key that may log in to machines; the public one beside it
@@ -99,6 +100,11 @@ impl Home {
     /// Views with a record, a directory each.
     pub fn views(&self) -> PathBuf {
         self.0.join("views")
+    }
+
+    /// What the service of the router's views has: its socket, its lock and its log.
+    pub fn router(&self) -> PathBuf {
+        self.0.join("router")
     }
 
     /// Kernels that machines boot, a directory each.

@@ -1,4 +1,4 @@
-//! `kiln fs`: views from their making to their end, as root and as an ordinary user, by both back ends.
+//! `kiln fs`: views from their making to their end, as root and as an ordinary user, by all back ends.
 
 mod common;
 
@@ -10,7 +10,20 @@ use common::place::Place;
 use common::{IMAGE, until};
 use serde_json::Value;
 
-const BACKENDS: [&str; 2] = ["overlay", "fuse"];
+const BACKENDS: [&str; 3] = ["overlay", "fuse", "router"];
+
+/// Where a view is seen. All processes see the router's directory, so that an ordinary user's must be one of his.
+fn at(place: &Place, backend: &str) -> String {
+    match &place.user {
+        Some((user, _)) if backend == "router" => {
+            let at = place.beside("at");
+            fs::create_dir_all(&at).unwrap();
+            std::os::unix::fs::chown(&at, Some(user.uid), Some(user.gid)).unwrap();
+            at.display().to_string()
+        }
+        _ => place.at(),
+    }
+}
 
 #[test]
 fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
@@ -78,11 +91,7 @@ fn what_was_edited_is_told_committed_and_rolled_back() {
                 "set -e; cd /kiln; echo new > new; rm etc/group; mv home moved; echo more >> etc/passwd; chmod 500 var
                  cp -p bin/busybox true; ./true; {kiln} fs diff; {kiln} fs commit -t {tag} -m changed >/dev/null"
             );
-            let at = if place.user.is_some() {
-                "/kiln".to_owned()
-            } else {
-                place.beside("root-at").display().to_string()
-            };
+            let at = at(&place, backend);
             let script = script.replace("cd /kiln", &format!("cd {at}"));
             let told = place.ok(&[
                 "fs",
@@ -147,11 +156,7 @@ fn several_images_are_seen_as_one() {
 fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
     for place in Place::all() {
         for backend in BACKENDS {
-            let at = if place.user.is_some() {
-                "/kiln".to_owned()
-            } else {
-                place.beside("at").display().to_string()
-            };
+            let at = at(&place, backend);
             let make = [
                 "fs",
                 "run",
@@ -214,11 +219,7 @@ fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
 fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
     for place in Place::all() {
         for backend in BACKENDS {
-            let at = if place.user.is_some() {
-                "/kiln".to_owned()
-            } else {
-                place.beside("at").display().to_string()
-            };
+            let at = at(&place, backend);
             let (go, done) = (place.beside("go"), place.beside("done"));
             let script = format!(
                 "echo old > {at}/text; (setsid sh -c 'until test -e {}; do sleep 0.05; done; cat {at}/text {at}/etc/group >/dev/null && echo late >> {at}/text && cp {at}/text {}' >/dev/null 2>&1 &)",
@@ -273,6 +274,44 @@ fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
                 fs::remove_file(place.beside(name)).unwrap();
             }
         }
+    }
+}
+
+#[test]
+fn a_process_that_runs_already_gets_a_view_by_the_router() {
+    for place in Place::all() {
+        let at = at(&place, "router");
+        fs::create_dir_all(&at).unwrap();
+        let stopped = place.kiln(&["fs", "service", "status"]);
+        assert!(stopped.code == 1 && stopped.stderr.contains("does not run"), "{stopped:?}");
+        let go = place.beside("go");
+        let script =
+            format!("until test -e {}; do sleep 0.05; done; cat {at}/var/www/index.html", go.display());
+        let mut shell = match &place.user {
+            Some((user, _)) => user.command(Path::new("/bin/sh")),
+            None => Command::new("/bin/sh"),
+        };
+        let shell = shell.args(["-c", &script]).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let pid = shell.id().to_string();
+        assert_eq!(place.ok(&["fs", "mount", &pid, IMAGE, "--at", &at, "--name", "shown"]), "shown");
+        let again = place.kiln(&["fs", "mount", &pid, IMAGE, "--at", &at]);
+        assert!(again.code == 1 && again.stderr.contains(&format!("kiln fs unmount {pid}")), "{again:?}");
+        let status: Value =
+            serde_json::from_str(&place.ok(&["fs", "service", "status", "--format", "json"])).unwrap();
+        assert_eq!(status[0]["name"], "shown");
+        assert_eq!(status[0]["processes"][0].to_string(), pid);
+        // The service is stopped, and the next shows the same again.
+        place.ok(&["fs", "service", "stop"]);
+        until("the service has ended", || place.kiln(&["fs", "service", "status"]).code == 1);
+        assert_eq!(place.views(), "shown");
+        place.ok(&["fs", "service", "start", "--idle", "1"]);
+        fs::write(&go, "").unwrap();
+        let said = shell.wait_with_output().unwrap().stdout;
+        assert_eq!(String::from_utf8_lossy(&said), "hello from kiln\n");
+        until("the view is gone with the process", || place.views().is_empty());
+        until("the service has ended", || place.kiln(&["fs", "service", "status"]).code == 1);
+        let none = place.kiln(&["fs", "unmount", &pid]);
+        assert!(none.code != 0 && none.stderr.contains("does not run"), "{none:?}");
     }
 }
 

@@ -18,6 +18,7 @@
 //! Nothing in a tree ever changes: the kernel is told to keep names, attributes, listings, symlinks and data for ever.
 //! With a scratch, only what is in that is remembered.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -34,10 +35,12 @@ use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use crate::objects::{Fetcher, Objects};
 
-mod attach;
+pub(crate) mod attach;
 mod edit;
 mod objects;
 mod server;
+pub(crate) mod shared;
+pub(crate) mod space;
 
 /// Whose the files of a tree are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -163,7 +166,8 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
                     // Whoever reads the caller's standard error is not to wait for this process too.
                     rustix::stdio::dup2_stderr(log)?;
                 }
-                prepare_child(bound.then_some(parent), &keep);
+                bind_to(bound.then_some(parent));
+                leave_caller(c"kiln-view", &keep);
                 let Some(device) = attach::receive(&theirs)? else { return Ok(()) };
                 drop(theirs);
                 let objects = Objects::new(objects_at, objects, fetcher.cloned());
@@ -251,9 +255,9 @@ impl Drop for Process {
     }
 }
 
-/// Makes a forked copy of the caller into a process of its own.
-fn prepare_child(bound_to: Option<nix::unistd::Pid>, keep: &[BorrowedFd<'_>]) {
-    if let Some(parent) = bound_to {
+/// Has the kernel end this process with the one that forked it, if that is named.
+fn bind_to(parent: Option<nix::unistd::Pid>) {
+    if let Some(parent) = parent {
         // The signal is for the death of the parent from now on: if that was before, this process has another parent
         // already.
         let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
@@ -262,9 +266,13 @@ fn prepare_child(bound_to: Option<nix::unistd::Pid>, keep: &[BorrowedFd<'_>]) {
             unsafe { libc::_exit(1) }
         }
     }
+}
+
+/// Makes a forked copy of the caller into a process of its own.
+pub(crate) fn leave_caller(name: &CStr, keep: &[BorrowedFd<'_>]) {
     let _ = nix::unistd::setsid();
     let _ = nix::unistd::chdir("/");
-    let _ = nix::sys::prctl::set_name(c"kiln-view");
+    let _ = nix::sys::prctl::set_name(name);
     close_all_but(keep);
     // Every file that the container has open is one here.
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);

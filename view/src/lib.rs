@@ -34,6 +34,7 @@ pub mod fuse;
 mod objects;
 #[cfg(target_os = "linux")]
 mod overlay;
+pub mod router;
 mod stack;
 #[cfg(target_os = "linux")]
 pub mod userns;

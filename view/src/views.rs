@@ -15,8 +15,10 @@
 
 mod binds;
 mod enter;
+mod monitor;
 mod private_root;
 mod record;
+mod routed;
 mod startup;
 
 use std::collections::BTreeMap;
@@ -31,9 +33,11 @@ use kiln_store::{Changes, CommitRequest, IdKind, Store};
 use rustix::fs::FlockOperation;
 
 use crate::Fetcher;
+use crate::router::{self, Launch};
 
 pub use self::enter::{VARIABLE, View, run};
-pub use self::record::{Backend, ViewRecord};
+pub use self::record::{Backend, ShownTo, ViewRecord};
+pub(crate) use self::routed::ServedLock;
 
 use crate::Bind;
 
@@ -48,6 +52,7 @@ pub struct Views {
     home: Home,
     /// What brings objects that are missing.
     fetcher: Option<Fetcher>,
+    launch: Launch,
 }
 
 /// What a view is to be.
@@ -80,13 +85,29 @@ pub struct NewView {
 impl Views {
     /// The views of `home`. Nothing is read or made by this.
     pub fn open(home: &Home) -> Self {
-        Self { home: home.clone(), fetcher: None }
+        Self { home: home.clone(), fetcher: None, launch: router::this_program }
     }
 
     /// The same, with what brings objects that are missing or damaged while a view is used.
     #[must_use]
     pub fn fetching(self, fetcher: Fetcher) -> Self {
         Self { fetcher: Some(fetcher), ..self }
+    }
+
+    /// Starts the router's service in another way than as `kiln fs service`.
+    #[must_use]
+    pub fn served_by(mut self, launch: Launch) -> Self {
+        self.launch = launch;
+        self
+    }
+
+    /// The home whose views these are.
+    pub fn home(&self) -> &Home {
+        &self.home
+    }
+
+    pub(crate) fn fetcher(&self) -> Option<&Fetcher> {
+        self.fetcher.as_ref()
     }
 
     /// Makes a view. Nothing is mounted yet.
@@ -141,6 +162,7 @@ impl Views {
             annotations: new.annotations,
             namespace: None,
             owner: None,
+            shown_to: None,
         };
         let prepared = self.prepare(&mut record).and_then(|()| self.write(&record));
         match prepared {
@@ -158,7 +180,7 @@ impl Views {
     /// There is none of that name, or it is in use.
     pub fn reopen(&self, name: &str, command: Vec<String>) -> Result<View> {
         let mut record = self.find(name)?;
-        let lock = self.lock(name)?.filter(|_| !in_use(&record));
+        let lock = self.lock(name)?.filter(|_| !self.in_use(&record));
         let lock = lock.ok_or_else(|| {
             BackendError::new(ErrorKind::State, format!("the view `{name}` is in use"))
                 .hint(format!("run something in it with: kiln fs join {name} -- COMMAND"))
@@ -240,7 +262,15 @@ impl Views {
 
     /// Whether somebody is in a view.
     pub fn is_active(&self, record: &ViewRecord) -> bool {
-        in_use(record) || !matches!(self.lock(&record.name), Ok(Some(_)))
+        self.in_use(record) || !matches!(self.lock(&record.name), Ok(Some(_)))
+    }
+
+    /// Whether a process is in the mount namespace of a view, or the router shows it to one.
+    fn in_use(&self, record: &ViewRecord) -> bool {
+        record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some())
+            || record.shown_to.as_ref().is_some_and(|shown_to| {
+                shown_to.living().next().is_some() || self.lock_served(&record.name).is_err()
+            })
     }
 
     /// Removes a view in which nobody is, with what was changed in it.
@@ -249,7 +279,7 @@ impl Views {
     /// There is none of that name, it is in use, or something of it cannot be removed.
     pub fn remove(&self, name: &str) -> Result<()> {
         let record = self.find(name)?;
-        let Some(_lock) = self.lock(name)?.filter(|_| !in_use(&record)) else {
+        let Some(_lock) = self.lock(name)?.filter(|_| !self.in_use(&record)) else {
             return Err(BackendError::new(ErrorKind::State, format!("the view `{name}` is in use")));
         };
         self.delete(name)
@@ -262,7 +292,7 @@ impl Views {
     pub fn prune(&self, all: bool) -> Result<Vec<String>> {
         let mut removed = Vec::new();
         for record in self.list()?.into_iter().filter(|record| all || !record.keep) {
-            if let Some(_lock) = self.lock(&record.name)?.filter(|_| !in_use(&record)) {
+            if let Some(_lock) = self.lock(&record.name)?.filter(|_| !self.in_use(&record)) {
                 self.delete(&record.name)?;
                 removed.push(record.name);
             }
@@ -323,7 +353,7 @@ impl Views {
         Store::open(&self.home).map_err(|error| BackendError::caused("cannot open the store", error))
     }
 
-    fn tree(&self, store: &Store, record: &ViewRecord) -> Result<PathBuf> {
+    pub(crate) fn tree(&self, store: &Store, record: &ViewRecord) -> Result<PathBuf> {
         let layers: Vec<Digest> = record.base.iter().chain(&record.layers).copied().collect();
         store.merged_tree(&layers).map_err(|error| {
             BackendError::caused(format!("cannot merge the layers of `{}`", record.reference), error)
@@ -339,13 +369,13 @@ impl Views {
         self.directory(name).join("log")
     }
 
-    fn scratch(&self, record: &ViewRecord) -> Option<Scratch> {
+    pub(crate) fn scratch(&self, record: &ViewRecord) -> Option<Scratch> {
         let directory = self.directory(&record.name);
         let (upper, work) = (directory.join("upper"), directory.join("work"));
         record.editable.then_some(Scratch { upper, work, volatile: !record.keep })
     }
 
-    fn write(&self, record: &ViewRecord) -> Result<()> {
+    pub(crate) fn write(&self, record: &ViewRecord) -> Result<()> {
         let directory = self.directory(&record.name);
         let write = || -> io::Result<()> {
             let mut file = tempfile::NamedTempFile::new_in(&directory)?;
@@ -374,11 +404,6 @@ impl Views {
         remove_all(&directory)
             .map_err(|error| BackendError::caused(format!("cannot remove {}", directory.display()), error))
     }
-}
-
-/// Whether a process is in the mount namespace of a view.
-fn in_use(record: &ViewRecord) -> bool {
-    record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some())
 }
 
 /// The processes in a mount namespace, but for this one.

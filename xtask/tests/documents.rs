@@ -228,6 +228,7 @@ documents! {
     the_page_on_network_policy_does_what_it_says: "docs/concepts/network-policy.md",
     the_page_on_views_does_what_it_says: "docs/concepts/views.md",
     the_page_on_why_there_are_views_does_what_it_says: "docs/concepts/why-views.md",
+    the_page_on_the_router_does_what_it_says: "docs/concepts/router.md",
     the_page_on_volumes_of_machines_does_what_it_says: "docs/concepts/volumes-of-machines.md",
 }
 

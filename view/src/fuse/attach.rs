@@ -20,8 +20,23 @@ use crate::userns;
 /// What `fusermount3` looks for to know where to send the device.
 const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
 
+/// By which the mounts of routers are known in the table of mounts.
+pub(crate) const SHARED_SOURCE: &str = "kiln-router";
+
 /// Mounts a new FUSE connection, over which no requests were answered yet.
 pub(super) fn attach(target: &Path, read_only: bool) -> Result<OwnedFd, BackendError> {
+    let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+    attach_as(target, "kiln", flags)
+}
+
+/// The same, for the mount of a router: everybody sees it, so that it makes nobody somebody else and opens no device of the
+/// host.
+pub(super) fn attach_shared(target: &Path) -> Result<OwnedFd, BackendError> {
+    attach_as(target, SHARED_SOURCE, MsFlags::MS_NOSUID | MsFlags::MS_NODEV)
+}
+
+fn attach_as(target: &Path, source: &str, flags: MsFlags) -> Result<OwnedFd, BackendError> {
+    let read_only = flags.contains(MsFlags::MS_RDONLY);
     let cannot = |why: std::io::Error| {
         BackendError::caused(format!("cannot mount a tree over FUSE at {}", target.display()), why)
     };
@@ -29,7 +44,7 @@ pub(super) fn attach(target: &Path, read_only: bool) -> Result<OwnedFd, BackendE
         Ok(device) => device,
         // The set-uid helper may open it where this user may not; in a user namespace it is no set-uid program.
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied && !userns::entered() => {
-            return through_fusermount(target, read_only);
+            return through_fusermount(target, source, read_only);
         }
         Err(error) => {
             return Err(BackendError::caused("cannot open /dev/fuse", error)
@@ -44,16 +59,15 @@ pub(super) fn attach(target: &Path, read_only: bool) -> Result<OwnedFd, BackendE
         geteuid(),
         getegid()
     );
-    let flags = if read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
-    match mount(Some("kiln"), target, Some("fuse.kiln"), flags, Some(options.as_str())) {
+    match mount(Some(source), target, Some("fuse.kiln"), flags, Some(options.as_str())) {
         Ok(()) => Ok(device.into()),
-        Err(nix::errno::Errno::EPERM) => through_fusermount(target, read_only),
+        Err(nix::errno::Errno::EPERM) => through_fusermount(target, source, read_only),
         Err(error) => Err(cannot(error.into())),
     }
 }
 
 /// Takes a mount away, by the way that is open to this process.
-pub(super) fn detach(target: &Path) -> Result<(), BackendError> {
+pub(crate) fn detach(target: &Path) -> Result<(), BackendError> {
     let cannot = |why: std::io::Error| {
         BackendError::caused(format!("cannot unmount the tree at {}", target.display()), why)
     };
@@ -71,16 +85,16 @@ pub(super) fn detach(target: &Path) -> Result<(), BackendError> {
 }
 
 /// The set-uid helper opens the device, mounts it, and sends it over a socket (fusermount3(1)).
-fn through_fusermount(target: &Path, read_only: bool) -> Result<OwnedFd, BackendError> {
+fn through_fusermount(target: &Path, source: &str, read_only: bool) -> Result<OwnedFd, BackendError> {
     let what = || format!("cannot mount a tree over FUSE at {}", target.display());
     let failed = |error: nix::errno::Errno| BackendError::caused(what(), error);
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(failed)?;
     let theirs_number = inheritable(&theirs).map_err(failed)?;
-    let options = "default_permissions,fsname=kiln,subtype=kiln";
+    let options = format!("default_permissions,fsname={source},subtype=kiln");
     let output = Command::new("fusermount3")
         .arg("-o")
-        .arg(if read_only { format!("ro,{options}") } else { options.to_owned() })
+        .arg(if read_only { format!("ro,{options}") } else { options })
         .arg("--")
         .arg(target)
         .env(SOCKET_VARIABLE, OsString::from(theirs_number.to_string()))

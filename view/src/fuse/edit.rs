@@ -13,6 +13,7 @@
 mod change;
 mod copy_up;
 mod handles;
+mod leaving;
 mod nodes;
 mod parents;
 mod place;
@@ -24,11 +25,11 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
@@ -43,6 +44,7 @@ use self::union::Union;
 pub(super) use self::upper::Upper;
 use super::Owners;
 use super::server::{FOR_EVER, NOTHING, send_xattr};
+use super::space::Space;
 use crate::objects::Objects;
 
 /// One write or read at most: what the kernel sends at once by default (`fs.fuse.max_pages_limit`).
@@ -51,6 +53,7 @@ const WRITE_MOST: u32 = 1024 * 1024;
 pub(super) struct Editable {
     union: Mutex<Union>,
     handles: Arc<Handles>,
+    space: Space,
 }
 
 impl Editable {
@@ -59,10 +62,40 @@ impl Editable {
         objects: Objects,
         upper: Upper,
         owners: Owners,
+        space: Space,
     ) -> std::io::Result<Self> {
         let handles = Arc::new(Handles::default());
         let union = Union::new(image, objects, upper, owners, Arc::clone(&handles))?;
-        Ok(Self { union: Mutex::new(union), handles })
+        Ok(Self { union: Mutex::new(union), handles, space })
+    }
+
+    /// What the kernel is asked for. What it lacks only makes it ask more often.
+    pub(super) fn ask_for(config: &mut KernelConfig) {
+        for wanted in [
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            // A file that is opened to be written anew is not copied.
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+        ] {
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(WRITE_MOST);
+    }
+
+    /// As the kernel is told.
+    fn told(&self, attributes: FileAttr) -> FileAttr {
+        FileAttr { ino: self.space.number(attributes.ino.0), ..attributes }
+    }
+
+    /// How long the kernel may remember what a name in a directory stands for.
+    fn remembered(&self, union: &mut Union, parent: u64, name: &[u8]) -> &'static Duration {
+        if union.leaving.may_be_remembered(parent, name) {
+            self.space.remembered(parent)
+        } else {
+            &Duration::ZERO
+        }
     }
 
     fn union(&self) -> MutexGuard<'_, Union> {
@@ -75,7 +108,8 @@ impl Editable {
         match union.make(parent.0, name.as_bytes(), new, maker) {
             Ok((id, attributes, _)) => {
                 union.nodes.count(id);
-                reply.entry(&FOR_EVER, &attributes, Generation(0));
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
             }
             Err(error) => reply.error(told(error)),
         }
@@ -96,29 +130,20 @@ fn answer(result: Result<()>, reply: ReplyEmpty) {
 
 impl Filesystem for Editable {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        for wanted in [
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            // A file that is opened to be written anew is not copied.
-            InitFlags::FUSE_ATOMIC_O_TRUNC,
-        ] {
-            // What the kernel lacks only makes it ask more often.
-            let _ = config.add_capabilities(wanted);
-        }
-        let _ = config.set_max_write(WRITE_MOST);
+        Self::ask_for(config);
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let mut union = self.union();
+        let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
         match union.find(parent.0, name.as_bytes()) {
             Ok(Some(found)) => {
                 union.nodes.count(found.id);
-                reply.entry(&FOR_EVER, &found.attributes, Generation(0));
+                let attributes = self.told(found.attributes);
+                reply.entry_with_ttls(&FOR_EVER, remembered, &attributes, Generation(0));
             }
-            Ok(None) => reply.entry(&FOR_EVER, &NOTHING, Generation(0)),
+            Ok(None) => reply.entry(remembered, &NOTHING, Generation(0)),
             Err(error) => reply.error(told(error)),
         }
     }
@@ -129,7 +154,7 @@ impl Filesystem for Editable {
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.union().attributes(ino.0) {
-            Ok(attributes) => reply.attr(&FOR_EVER, &attributes),
+            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
             Err(error) => reply.error(told(error)),
         }
     }
@@ -157,7 +182,7 @@ impl Filesystem for Editable {
         let changes = Attributes { mode, uid, gid, size, times };
         let open = fh.and_then(|fh| self.handles.get(fh.0).ok());
         match self.union().set_attributes(ino.0, &changes, open.as_deref()) {
-            Ok(attributes) => reply.attr(&FOR_EVER, &attributes),
+            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
             Err(error) => reply.error(told(error)),
         }
     }
@@ -212,12 +237,28 @@ impl Filesystem for Editable {
         let from = Name { parent: parent.0, name: name.as_bytes() };
         let to = Name { parent: new_parent.0, name: new_name.as_bytes() };
         let mut union = self.union();
+        let to_root = |to: &Name<'_>, from: &Name<'_>| {
+            self.space.is_everybodys(to.parent) && !self.space.is_everybodys(from.parent)
+        };
+        let leaving = match flags {
+            _ if to_root(&to, &from) => Some((from.parent, from.name)),
+            RenameFlags::RENAME_EXCHANGE if to_root(&from, &to) => Some((to.parent, to.name)),
+            _ => None,
+        };
+        if let Some((parent, name)) = leaving
+            && !union.leaving.may_go(parent, name)
+        {
+            return reply.error(Errno::ESTALE);
+        }
         let renamed = match flags {
             RenameFlags::RENAME_EXCHANGE => union.exchange(from, to),
             RenameFlags::RENAME_NOREPLACE => union.rename(from, to, false),
             flags if flags.is_empty() => union.rename(from, to, true),
             _ => Err(Failure::INVAL),
         };
+        if let Some((parent, name)) = leaving {
+            union.leaving.went(parent, name);
+        }
         answer(renamed, reply);
     }
 
@@ -226,7 +267,8 @@ impl Filesystem for Editable {
         match union.link(ino.0, parent.0, name.as_bytes()) {
             Ok(attributes) => {
                 union.nodes.count(ino.0);
-                reply.entry(&FOR_EVER, &attributes, Generation(0));
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
             }
             Err(error) => reply.error(told(error)),
         }
@@ -271,7 +313,8 @@ impl Filesystem for Editable {
                 union.nodes.count(id);
                 let handle = FileHandle(self.handles.open(handles::Source::File(file), None));
                 let flags = FopenFlags::FOPEN_KEEP_CACHE;
-                reply.created(&FOR_EVER, &attributes, Generation(0), handle, flags);
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.created(remembered, &self.told(attributes), Generation(0), handle, flags);
             }
             Ok((_, _, None)) => reply.error(Errno::EIO),
             Err(error) => reply.error(told(error)),
@@ -366,9 +409,14 @@ impl Filesystem for Editable {
         }
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let handle = self.handles.open_listing(Vec::new());
-        reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let handle = self.space.listing(ino.0, self.handles.open_listing(Vec::new()));
+        let kept = if self.space.is_everybodys(ino.0) {
+            FopenFlags::empty()
+        } else {
+            FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR
+        };
+        reply.opened(FileHandle(handle), kept);
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -382,14 +430,15 @@ impl Filesystem for Editable {
             Err(error) => return reply.error(told(error)),
         };
         for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
-            if reply.add(ino, index as u64 + 1, fuser::FileType::Directory, name) {
+            let own = self.space.number(ino.0);
+            if reply.add(own, index as u64 + 1, fuser::FileType::Directory, name) {
                 return reply.ok();
             }
         }
         let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
         for (index, entry) in listing.iter().enumerate().skip(from) {
             let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
-            if reply.add(INodeNo(entry.id), next, entry.kind, name) {
+            if reply.add(self.space.number(entry.id), next, entry.kind, name) {
                 break;
             }
         }
@@ -411,11 +460,12 @@ impl Filesystem for Editable {
             self.handles.listing(fh.0)
         };
         let (listing, own) = match listing.and_then(|listing| Ok((listing, union.attributes(ino.0)?))) {
-            Ok(both) => both,
+            Ok((listing, own)) => (listing, self.told(own)),
             Err(error) => return reply.error(told(error)),
         };
+        let remembered = self.space.remembered(ino.0);
         for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
-            if reply.add(ino, index as u64 + 1, name, &FOR_EVER, &own, Generation(0)) {
+            if reply.add(own.ino, index as u64 + 1, name, remembered, &own, Generation(0)) {
                 return reply.ok();
             }
         }
@@ -434,7 +484,9 @@ impl Filesystem for Editable {
                 Err(error) => return reply.error(told(error)),
             };
             let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
-            if reply.add(INodeNo(found.id), next, name, &FOR_EVER, &found.attributes, Generation(0)) {
+            let attributes = self.told(found.attributes);
+            let remembered = self.remembered(&mut union, ino.0, &entry.name);
+            if reply.add(attributes.ino, next, name, remembered, &attributes, Generation(0)) {
                 break;
             }
             union.nodes.count(found.id);

@@ -20,6 +20,7 @@ use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xa
 use super::Owners;
 use super::edit::{Editable, Upper};
 use super::objects::{RecentObjects, read_at};
+use super::space::Space;
 use crate::objects::Objects;
 use crate::userns;
 
@@ -47,7 +48,8 @@ pub(super) fn serve(
         false => OverlayNames::None,
     };
     let may_pass_through = userns::is_root_of_host();
-    run(Served { image, objects, names, owners, may_pass_through, open: Mutex::default() }, device)
+    let space = Space::Whole;
+    run(Served { image, objects, names, owners, space, may_pass_through, open: Mutex::default() }, device)
 }
 
 /// Answers requests for a tree below a scratch.
@@ -61,16 +63,19 @@ pub(super) fn serve_editable(
     let image = Image::open(bytes).map_err(std::io::Error::other)?;
     // The kernel has applied that of whoever makes something.
     rustix::process::umask(rustix::fs::Mode::empty());
-    run(Editable::new(image, objects, upper, owners)?, device)
+    run(Editable::new(image, objects, upper, owners, Space::Whole)?, device)
 }
 
 fn run(filesystem: impl Filesystem, device: OwnedFd) -> std::io::Result<()> {
     let mut config = Config::default();
-    // At least two: one may wait for an object that is being fetched.
-    let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS);
-    config.n_threads = Some(threads);
+    config.n_threads = Some(threads());
     config.clone_fd = true;
     Session::from_fd(filesystem, device, SessionACL::All, config)?.run()
+}
+
+/// At least two: one may wait for an object that is being fetched.
+pub(super) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS)
 }
 
 /// Which xattrs an overlay over this file system takes for its own.
@@ -109,11 +114,12 @@ struct OpenFiles {
     passes: Option<bool>,
 }
 
-struct Served {
+pub(super) struct Served {
     image: Image<'static>,
     objects: Objects,
     names: OverlayNames,
     owners: Owners,
+    space: Space,
     /// Whether the kernel lets this process hand objects to it. If not, it is told not to ask when files are opened: an
     /// object that is missing then shows when it is read.
     may_pass_through: bool,
@@ -127,12 +133,29 @@ fn fault(nid: Nid, error: &ImageError) -> Errno {
 }
 
 impl Served {
+    /// For a connection that serves more than this tree.
+    pub(super) fn among_others(
+        image: Image<'static>,
+        objects: Objects,
+        owners: Owners,
+        space: Space,
+    ) -> Self {
+        // What the kernel reads by itself it must be given when the file is opened, and then it asks at every opening.
+        let (names, may_pass_through) = (OverlayNames::None, false);
+        Self { image, objects, names, owners, space, may_pass_through, open: Mutex::default() }
+    }
+
+    /// The size of a file.
+    pub(super) fn size(&self, ino: INodeNo) -> Result<u64, Errno> {
+        self.inode(ino).map(|inode| inode.size())
+    }
+
     fn nid(&self, ino: INodeNo) -> Nid {
         if ino.0 == ROOT { self.image.root_nid() } else { ino.0 }
     }
 
     fn number(&self, nid: Nid) -> INodeNo {
-        INodeNo(if nid == self.image.root_nid() { ROOT } else { nid })
+        self.space.number(if nid == self.image.root_nid() { ROOT } else { nid })
     }
 
     fn inode(&self, ino: INodeNo) -> Result<Inode<'static>, Errno> {
@@ -213,11 +236,14 @@ impl Filesystem for Served {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.find(parent, name) {
-            Ok(Some(attributes)) => reply.entry(&FOR_EVER, &attributes, Generation(0)),
+            Ok(Some(attributes)) => {
+                let remembered = self.space.remembered(parent.0);
+                reply.entry_with_ttls(&FOR_EVER, remembered, &attributes, Generation(0));
+            }
             Ok(None) => {
                 // Number zero: there is none, and the kernel may remember that too.
                 let none = FileAttr { ino: INodeNo(0), ..NOTHING };
-                reply.entry(&FOR_EVER, &none, Generation(0));
+                reply.entry(self.space.remembered(parent.0), &none, Generation(0));
             }
             Err(error) => reply.error(error),
         }
@@ -225,7 +251,7 @@ impl Filesystem for Served {
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.inode(ino) {
-            Ok(inode) => reply.attr(&FOR_EVER, &self.attributes(&inode)),
+            Ok(inode) => reply.attr(self.space.remembered(ino.0), &self.attributes(&inode)),
             Err(error) => reply.error(error),
         }
     }
@@ -411,7 +437,8 @@ impl Filesystem for Served {
             match item {
                 Ok((next, entry, inode)) => {
                     let (name, attributes) = (OsStr::from_bytes(entry.name), self.attributes(&inode));
-                    if reply.add(attributes.ino, next, name, &FOR_EVER, &attributes, Generation(0)) {
+                    let remembered = self.space.remembered(ino.0);
+                    if reply.add(attributes.ino, next, name, remembered, &attributes, Generation(0)) {
                         break;
                     }
                 }

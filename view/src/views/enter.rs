@@ -1,5 +1,6 @@
 //! A process moves into a view.
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -7,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use kiln_contract::{BackendError, ErrorKind, ViewBackend as _, ViewRequest};
@@ -26,17 +27,19 @@ pub const VARIABLE: &str = "KILN_VIEW";
 /// A view that this process has made or taken.
 #[derive(Debug)]
 pub struct View {
-    views: Views,
-    record: ViewRecord,
+    pub(super) views: Views,
+    pub(super) record: ViewRecord,
     /// Held as long as this process is its owner.
     _lock: File,
     server: Option<fuse::Mounted>,
     overlay: Option<Overlay>,
+    /// Of a view of the router: whether what was run in it has left something there.
+    pub(super) others: Cell<bool>,
 }
 
 impl View {
     pub(super) fn new(views: Views, record: ViewRecord, lock: File) -> Self {
-        Self { views, record, _lock: lock, server: None, overlay: None }
+        Self { views, record, _lock: lock, server: None, overlay: None, others: Cell::new(false) }
     }
 
     /// What is remembered of it.
@@ -44,11 +47,15 @@ impl View {
         &self.record
     }
 
-    /// Moves this process, which must have one thread only, to where the view is seen, and mounts it there.
+    /// Moves this process, which must have one thread only, to where the view is seen, and mounts it there. The router
+    /// shows a view to what [`View::run`] runs, and not to this process.
     ///
     /// # Errors
     /// The directory for it is missing, the store's trees cannot be read, or the host forbids namespaces or mounts.
     pub fn enter(&mut self) -> Result<()> {
+        if self.record.backend == Backend::Router {
+            return self.enter_routed();
+        }
         let store = self.views.store()?;
         let (tree, objects) = (self.views.tree(&store, &self.record)?, store.objects_dir());
         drop(store);
@@ -140,7 +147,10 @@ impl View {
     /// # Errors
     /// [`ErrorKind::CommandNotFound`], [`ErrorKind::CommandNotExecutable`], or it cannot be waited for.
     pub fn run(&self, command: &[String]) -> Result<ExitStatus> {
-        run(command, &self.record.name)
+        match self.record.backend {
+            Backend::Router => self.run_routed(command),
+            _ => run(command, &self.record.name),
+        }
     }
 
     /// Leaves the view: it is taken away with what was changed in it, unless it is to be kept, or somebody is in it still.
@@ -149,6 +159,9 @@ impl View {
     /// # Errors
     /// Something of it cannot be removed.
     pub fn leave(mut self) -> Result<bool> {
+        if self.record.backend == Backend::Router {
+            return self.leave_routed();
+        }
         let others = self.record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some());
         if others {
             if let Some(server) = self.server.take() {
@@ -194,10 +207,7 @@ impl Views {
     /// # Errors
     /// Nobody is in it, or its namespaces may not be entered.
     pub fn join(&self, record: &ViewRecord) -> Result<()> {
-        let nobody = || {
-            BackendError::new(ErrorKind::State, format!("nobody is in the view `{}`", record.name))
-                .hint(format!("enter it again with: kiln fs run --rerun {} -- COMMAND", record.name))
-        };
+        let nobody = || nobody_in(&record.name);
         if record.namespace.is_some() && record.namespace == namespace_of(Path::new("/proc/self")) {
             return Ok(());
         }
@@ -230,26 +240,22 @@ impl Views {
 /// # Errors
 /// As [`View::run`].
 pub fn run(command: &[String], view: &str) -> Result<ExitStatus> {
+    run_and_wait(command, view, Child::wait)
+}
+
+/// The same, waiting in another way.
+pub(super) fn run_and_wait(
+    command: &[String],
+    view: &str,
+    wait: impl FnOnce(&mut Child) -> io::Result<ExitStatus>,
+) -> Result<ExitStatus> {
     let Some((program, arguments)) = command.split_first() else {
         return Err(BackendError::new(ErrorKind::Invalid, "there is no command to run"));
     };
-    let ignore = SigHandler::SigIgn;
-    let pass_on = SigHandler::Handler(pass_on);
-    let table = [
-        (Signal::SIGINT, ignore),
-        (Signal::SIGQUIT, ignore),
-        (Signal::SIGTERM, pass_on),
-        (Signal::SIGHUP, pass_on),
-    ];
-    let mut before = Vec::new();
-    for (signal, handler) in table {
-        // SAFETY: the handler does nothing but kill(2).
-        let old = unsafe { nix::sys::signal::signal(signal, handler) };
-        before.push((signal, old.unwrap_or(SigHandler::SigDfl)));
-    }
+    let passed_on = PassedOn::to(0);
     let mut child = Command::new(program);
     child.args(arguments).env(VARIABLE, OsStr::new(view));
-    let for_child = before.clone();
+    let for_child = passed_on.before.clone();
     // SAFETY: between fork and exec only sigaction(2) is called.
     unsafe {
         child.pre_exec(move || {
@@ -259,24 +265,54 @@ pub fn run(command: &[String], view: &str) -> Result<ExitStatus> {
             Ok(())
         });
     }
-    let ended = child.spawn().map_err(|error| {
+    let mut child = child.spawn().map_err(|error| {
         let kind = match error.kind() {
             io::ErrorKind::NotFound => ErrorKind::CommandNotFound,
             io::ErrorKind::PermissionDenied => ErrorKind::CommandNotExecutable,
             _ => ErrorKind::Failed,
         };
         BackendError::caused(format!("cannot execute `{program}`"), error).of_kind(kind)
-    });
-    let ended = ended.and_then(|mut child| {
-        CHILD.store(child.id().cast_signed(), Ordering::Relaxed);
-        child.wait().map_err(|error| BackendError::caused(format!("cannot wait for `{program}`"), error))
-    });
-    CHILD.store(0, Ordering::Relaxed);
-    for (signal, handler) in before {
-        // SAFETY: what was there before.
-        let _ = unsafe { nix::sys::signal::signal(signal, handler) };
+    })?;
+    CHILD.store(child.id().cast_signed(), Ordering::Relaxed);
+    wait(&mut child).map_err(|error| BackendError::caused(format!("cannot wait for `{program}`"), error))
+}
+
+/// Signals go to another process until this is dropped: those of a terminal that gets them itself are ignored, the others
+/// are passed on.
+pub(super) struct PassedOn {
+    before: Vec<(Signal, SigHandler)>,
+}
+
+impl PassedOn {
+    /// To a child; 0 is nobody yet.
+    pub(super) fn to(child: i32) -> Self {
+        CHILD.store(child, Ordering::Relaxed);
+        let ignore = SigHandler::SigIgn;
+        let pass_on = SigHandler::Handler(pass_on);
+        let table = [
+            (Signal::SIGINT, ignore),
+            (Signal::SIGQUIT, ignore),
+            (Signal::SIGTERM, pass_on),
+            (Signal::SIGHUP, pass_on),
+        ];
+        let mut before = Vec::new();
+        for (signal, handler) in table {
+            // SAFETY: the handler does nothing but kill(2).
+            let old = unsafe { nix::sys::signal::signal(signal, handler) };
+            before.push((signal, old.unwrap_or(SigHandler::SigDfl)));
+        }
+        Self { before }
     }
-    ended
+}
+
+impl Drop for PassedOn {
+    fn drop(&mut self) {
+        CHILD.store(0, Ordering::Relaxed);
+        for (signal, handler) in &self.before {
+            // SAFETY: what was there before.
+            let _ = unsafe { nix::sys::signal::signal(*signal, *handler) };
+        }
+    }
 }
 
 /// The command that runs in the view, for [`pass_on`].
@@ -291,8 +327,8 @@ extern "C" fn pass_on(signal: libc::c_int) {
 }
 
 /// Whether the directory is there where the view is to be seen. Root makes it.
-fn is_there(at: &Path, may_make: bool) -> Result<bool> {
-    match fs::metadata(at) {
+pub(super) fn is_there(at: &Path, may_make: bool) -> Result<bool> {
+    match crate::router::stale::metadata(at) {
         Ok(metadata) if metadata.is_dir() => Ok(true),
         Ok(_) => Err(cannot_show(at, rustix::io::Errno::NOTDIR.into())),
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(cannot_show(at, error)),
@@ -304,7 +340,12 @@ fn is_there(at: &Path, may_make: bool) -> Result<bool> {
     }
 }
 
-fn cannot_show(at: &Path, why: io::Error) -> BackendError {
+pub(super) fn nobody_in(view: &str) -> BackendError {
+    BackendError::new(ErrorKind::State, format!("nobody is in the view `{view}`"))
+        .hint(format!("enter it again with: kiln fs run --rerun {view} -- COMMAND"))
+}
+
+pub(super) fn cannot_show(at: &Path, why: io::Error) -> BackendError {
     BackendError::caused(format!("cannot show a view at {}", at.display()), why)
 }
 

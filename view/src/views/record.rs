@@ -8,6 +8,7 @@ use kiln_contract::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::Bind;
+use crate::router::{Host, Process};
 
 /// The version of the record's form that this program writes.
 pub(super) const FORMAT: u32 = 1;
@@ -20,6 +21,30 @@ pub enum Backend {
     Overlay,
     /// By a FUSE server.
     Fuse,
+    /// By the router, which shows each process another view at the same path.
+    Router,
+}
+
+/// The processes to which the router shows a view. Those that descend from them see it too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownTo {
+    /// The boot in which they are.
+    boot: String,
+    /// They.
+    processes: Vec<Process>,
+}
+
+impl ShownTo {
+    /// Processes of this boot.
+    pub(crate) fn now(processes: Vec<Process>) -> Self {
+        Self { boot: Host::boot(), processes }
+    }
+
+    /// Those that are left.
+    pub fn living(&self) -> impl Iterator<Item = Process> + '_ {
+        let of_this_boot = self.boot == Host::boot();
+        self.processes.iter().copied().filter(move |process| of_this_boot && process.lives())
+    }
 }
 
 /// A view.
@@ -62,6 +87,9 @@ pub struct ViewRecord {
     /// The user whose all its files are, if they are one's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<(u32, u32)>,
+    /// To whom the router shows it, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shown_to: Option<ShownTo>,
 }
 
 #[cfg(test)]

@@ -4,11 +4,14 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kiln_contract::{Digest, Scratch, ViewBackend, ViewRequest};
+use kiln_contract::{BackendError, Digest, Home, Scratch, ViewBackend, ViewRequest};
 use kiln_erofs::{Attributes, Content, Data, NodeId, Time, Tree, Xattrs, object_redirect, write_metadata};
 use kiln_fixtures::require_root;
+use kiln_store::Store;
 use kiln_view::Overlay;
 use kiln_view::fuse::{self, Mounted, Owners, Served};
+use kiln_view::router::Client;
+use kiln_view::views::{self, NewView, Views};
 
 use crate::operations::{Op, Place, Told, snapshot};
 
@@ -16,11 +19,69 @@ pub(crate) fn owned(mode: u32) -> Attributes {
     Attributes { mode, uid: 0, gid: 0, mtime: Time { seconds: 1000, nanoseconds: 7 }, xattrs: Xattrs::new() }
 }
 
+/// What serves an editable view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backend {
+    Fuse,
+    Router,
+}
+
+pub(crate) const BACKENDS: [Backend; 2] = [Backend::Fuse, Backend::Router];
+
+/// An editable view that is mounted. Dropping it kills its server.
+pub(crate) enum Edited {
+    Fuse(Mounted),
+    Router(Home),
+}
+
+impl Edited {
+    pub(crate) fn unmount(self) -> Result<(), BackendError> {
+        match self {
+            Self::Fuse(mounted) => mounted.unmount(),
+            Self::Router(home) => {
+                Self::client(&home)?.unmount_view(VIEW)?;
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn kill(self) {
+        match self {
+            Self::Fuse(mounted) => drop(mounted),
+            Self::Router(home) => {
+                let pid = Self::client(&home).unwrap().status().unwrap().pid;
+                let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+                rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()).unwrap();
+            }
+        }
+    }
+
+    fn client(home: &Home) -> Result<Client, BackendError> {
+        Ok(Client::connect(home)?.expect("the service runs"))
+    }
+}
+
+/// Set for the process that is the router's service.
+pub(crate) const SERVICE: &str = "KILN_TEST_SERVICE";
+
+/// This test program as the router's service.
+fn launch(home: &Home, _: std::time::Duration) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "the_routers_service_itself", "--nocapture", "--test-threads=1"]);
+    command.env(SERVICE, home.path());
+    command
+}
+
+/// The name of the router's view.
+const VIEW: &str = "edited";
+
 /// A tree, and a directory with the same in it.
 pub(crate) struct Ground {
     directory: PathBuf,
     /// Whether files of the tree have several names.
     linked: bool,
+    backend: Backend,
 }
 
 /// A view by the overlay back end; gone when dropped.
@@ -42,8 +103,8 @@ impl Drop for Overlaid {
 }
 
 impl Ground {
-    fn new(directory: &Path, linked: bool) -> Self {
-        let ground = Self { directory: directory.to_owned(), linked };
+    fn new(directory: &Path, linked: bool, backend: Backend) -> Self {
+        let ground = Self { directory: directory.to_owned(), linked, backend };
         for name in ["objects", "view", "plain", "lower", "upper", "work", "kernel", "kernel-work"] {
             fs::create_dir(ground.at(name)).unwrap();
         }
@@ -59,7 +120,39 @@ impl Ground {
             assert!(copied.success());
         }
         mounted.unmount().unwrap();
+        if backend == Backend::Router {
+            ground.make_routed();
+        }
         ground
+    }
+
+    fn home(&self) -> Home {
+        Home::at(self.at("home"))
+    }
+
+    /// Makes a view of the same files for the router, with the scratch of the ground.
+    fn make_routed(&self) {
+        let store = Store::open(&self.home()).unwrap();
+        let layer = store.import_upper(&self.at("lower"), &[], &|id, _| id).unwrap().layer;
+        let new = NewView {
+            name: VIEW.to_owned(),
+            reference: "the ground".to_owned(),
+            image: Digest::of(b"no image"),
+            layers: vec![layer],
+            at: self.at("view"),
+            backend: Some(views::Backend::Router),
+            editable: true,
+            keep: true,
+            command: Vec::new(),
+            binds: Vec::new(),
+            annotations: std::collections::BTreeMap::new(),
+        };
+        drop(Views::open(&self.home()).served_by(launch).create(new).unwrap());
+        for name in ["upper", "work"] {
+            let of_view = self.home().views().join(VIEW).join(name);
+            fs::remove_dir(&of_view).unwrap();
+            std::os::unix::fs::symlink(self.at(name), of_view).unwrap();
+        }
     }
 
     pub(crate) fn at(&self, name: &str) -> PathBuf {
@@ -132,8 +225,17 @@ impl Ground {
         fuse::start(&self.served(&tree, &objects, scratch)).unwrap().mount(&self.at("view")).unwrap()
     }
 
-    pub(crate) fn edit(&self) -> Mounted {
-        self.serve(Some(&self.scratch()))
+    pub(crate) fn edit(&self) -> Edited {
+        if self.backend == Backend::Fuse {
+            return Edited::Fuse(self.serve(Some(&self.scratch())));
+        }
+        let views = Views::open(&self.home()).served_by(launch);
+        // A service that was killed shows again what it had shown.
+        views.router().unwrap();
+        if views.find(VIEW).unwrap().shown_to.is_none() {
+            views.reopen(VIEW, Vec::new()).unwrap().show_to(std::process::id()).unwrap();
+        }
+        Edited::Router(self.home())
     }
 
     /// The overlay back end's view of the same tree and scratch.
@@ -178,16 +280,21 @@ impl Ground {
 
 /// Runs a test as root with a mount namespace of its own.
 pub(crate) fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
-    with_tree(true, body);
+    with_tree(true, Backend::Fuse, body);
+}
+
+/// The same, with a back end.
+pub(crate) fn with_ground_of(backend: Backend, body: impl FnOnce(&Ground) + Send + 'static) {
+    with_tree(true, backend, body);
 }
 
 /// The same with a tree in which each file has one name: the kernel's overlay makes several files of one when it copies it
 /// up (`overlayfs.rst`, «Non-standard behavior»).
 pub(crate) fn with_unlinked_ground(body: impl FnOnce(&Ground) + Send + 'static) {
-    with_tree(false, body);
+    with_tree(false, Backend::Fuse, body);
 }
 
-fn with_tree(linked: bool, body: impl FnOnce(&Ground) + Send + 'static) {
+fn with_tree(linked: bool, backend: Backend, body: impl FnOnce(&Ground) + Send + 'static) {
     if !require_root() {
         return;
     }
@@ -198,7 +305,7 @@ fn with_tree(linked: bool, body: impl FnOnce(&Ground) + Send + 'static) {
             rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).unwrap();
         let directory = tempfile::tempdir().unwrap();
-        body(&Ground::new(directory.path(), linked));
+        body(&Ground::new(directory.path(), linked, backend));
     };
     if let Err(error) = std::thread::spawn(test).join() {
         std::panic::resume_unwind(error);

@@ -14,17 +14,28 @@ mod table;
 use std::fs::{self, File};
 use std::process::Command;
 
-use ground::{Ground, assert_same_tree, same, with_ground};
+use ground::{BACKENDS, Backend, Ground, assert_same_tree, same, with_ground, with_ground_of};
 use kiln_contract::Scratch;
 use kiln_view::fuse;
 use operations::{Op, Place, snapshot};
 use random::Random;
 use table::{b, s, table};
 
+/// Does nothing as a test: this is where the grounds of the router begin.
+#[test]
+fn the_routers_service_itself() {
+    let Ok(home) = std::env::var(ground::SERVICE) else { return };
+    let views = kiln_view::views::Views::open(&kiln_contract::Home::at(home));
+    kiln_view::router::serve(&views, kiln_view::router::IDLE, || {}).unwrap();
+}
+
 #[test]
 fn every_operation_of_the_table_does_what_it_does_in_a_plain_directory() {
-    for (name, operations) in table() {
-        with_ground(move |ground| {
+    for ((name, operations), backend) in
+        table().into_iter().flat_map(|case| BACKENDS.map(|on| (case.clone(), on)))
+    {
+        with_ground_of(backend, move |ground| {
+            let name = &format!("{name}, on {backend:?}");
             let mounted = ground.edit();
             let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
             for op in &operations {
@@ -86,8 +97,8 @@ fn steps() -> usize {
 }
 
 /// Random operations in a view and in a plain directory. From time to time the server is killed, and another one goes on.
-fn by_chance(seed: u64, steps: usize, next: fn(&mut Random) -> Op) {
-    with_ground(move |ground| {
+fn by_chance(seed: u64, backend: Backend, steps: usize, next: fn(&mut Random) -> Op) {
+    with_ground_of(backend, move |ground| {
         let mut random = Random(seed);
         let mut mounted = ground.edit();
         let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
@@ -98,10 +109,11 @@ fn by_chance(seed: u64, steps: usize, next: fn(&mut Random) -> Op) {
                 view.close_all();
                 plain.close_all();
                 assert_same_tree(ground, "view", &format!("seed {seed}, step {step}"));
-                // Dropped without being unmounted: killed.
-                drop(mounted);
-                let lazily = rustix::mount::UnmountFlags::DETACH;
-                rustix::mount::unmount(ground.at("view"), lazily).unwrap();
+                mounted.kill();
+                if backend == Backend::Fuse {
+                    let lazily = rustix::mount::UnmountFlags::DETACH;
+                    rustix::mount::unmount(ground.at("view"), lazily).unwrap();
+                }
                 mounted = ground.edit();
                 assert_same_tree(ground, "view", &format!("seed {seed}, killed after step {step}"));
             }
@@ -115,12 +127,14 @@ fn by_chance(seed: u64, steps: usize, next: fn(&mut Random) -> Op) {
 
 #[test]
 fn data_changed_by_chance_are_those_of_a_plain_directory() {
-    seeds(4).into_iter().for_each(|seed| by_chance(seed, steps(), Random::on_data));
+    seeds(4).into_iter().for_each(|seed| by_chance(seed, Backend::Fuse, steps(), Random::on_data));
+    seeds(2).into_iter().for_each(|seed| by_chance(seed, Backend::Router, steps() * 2 / 3, Random::on_data));
 }
 
 #[test]
 fn names_changed_by_chance_are_those_of_a_plain_directory() {
-    seeds(8).into_iter().for_each(|seed| by_chance(seed, steps(), Random::on_names));
+    seeds(8).into_iter().for_each(|seed| by_chance(seed, Backend::Fuse, steps(), Random::on_names));
+    seeds(4).into_iter().for_each(|seed| by_chance(seed, Backend::Router, steps() * 2 / 3, Random::on_names));
 }
 
 fn listed(ground: &Ground) -> Vec<String> {
@@ -288,7 +302,7 @@ fn what_was_written_before_the_server_was_killed_is_there() {
             for _ in 0..20 + 13 * round {
                 acknowledged.recv().unwrap();
             }
-            drop(mounted);
+            mounted.kill();
             writer.join().unwrap();
             let last = acknowledged.try_iter().last();
             rustix::mount::unmount(ground.at("view"), rustix::mount::UnmountFlags::DETACH).unwrap();

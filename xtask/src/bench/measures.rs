@@ -25,7 +25,8 @@ pub(crate) struct Images {
 pub(crate) type Measure = fn(&Path, &Images) -> Outcome<Vec<Row>>;
 
 /// All of them, in the order of the table.
-pub(crate) const ALL: &[Measure] = &[start, pull, shared_files, commit, memory, at_once_fifty];
+pub(crate) const ALL: &[Measure] =
+    &[start, pull, shared_files, commit, memory, at_once_fifty, super::router::resolution];
 
 /// Those of machines.
 pub(crate) const OF_MACHINES: &[Measure] = &[

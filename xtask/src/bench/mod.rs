@@ -11,6 +11,7 @@ mod machine_life;
 mod machine_network;
 mod measures;
 mod peers;
+mod router;
 mod sampling;
 mod slirp;
 mod table;

@@ -1,7 +1,7 @@
 //! `kiln fs join`.
 
 use clap_complete::engine::ArgValueCompleter;
-use kiln_view::views::{Views, run};
+use kiln_view::views::Views;
 
 use super::{ended, find_view};
 use crate::complete;
@@ -24,8 +24,7 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let views = Views::open(context.home());
         let record = find_view(&views, Some(&self.view))?;
-        views.join(&record)?;
         let command = views.with_startup(&record, &self.command)?;
-        Ok(ended(run(&command, &record.name)?))
+        Ok(ended(views.join_and_run(&record, &command)?))
     }
 }

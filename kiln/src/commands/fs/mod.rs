@@ -8,10 +8,12 @@ mod join;
 mod layers;
 mod log;
 mod ls;
+mod mount;
 mod read;
 mod render;
 mod run;
 mod runtimes;
+mod service;
 mod shell;
 mod tags;
 mod untag;
@@ -55,6 +57,11 @@ pub(crate) enum Command {
     /// Work with the views that there are
     #[command(subcommand, arg_required_else_help = true)]
     Runtimes(runtimes::Command),
+    Mount(mount::MountArgs),
+    Unmount(mount::UnmountArgs),
+    /// Work with the service that shows the router's views
+    #[command(subcommand, arg_required_else_help = true)]
+    Service(service::Command),
 }
 
 impl Command {
@@ -89,6 +96,9 @@ impl Command {
             Self::Push(args) => args.run(context),
             Self::Pull(args) => args.run(context),
             Self::Runtimes(command) => command.run(context),
+            Self::Mount(args) => args.run(context),
+            Self::Unmount(args) => args.run(context),
+            Self::Service(command) => command.run(context),
         }
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct Args {
     reference: Option<String>,
     #[command(flatten)]
     view: ViewArgs,
+    #[command(flatten)]
+    backend: BackendArgs,
     /// Enter a kept view again, with what was changed in it
     #[arg(long, value_name = "NAME", conflicts_with_all = ["reference", "name", "edit", "keep", "at", "backend"])]
     rerun: Option<String>,
@@ -55,7 +57,12 @@ pub(crate) struct ViewArgs {
     /// Remember this of it: `kiln fs info` tells it
     #[arg(long = "annotation", value_name = "KEY=VALUE", value_parser = annotation)]
     annotations: Vec<(String, String)>,
-    /// How it is shown: by the kernel's overlay, or by a FUSE server
+}
+
+/// By what it is to be shown.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct BackendArgs {
+    /// How it is shown: by the kernel's overlay, by a FUSE server, or by one FUSE mount for all views
     #[arg(long, default_value = "auto")]
     backend: Choice,
 }
@@ -69,6 +76,8 @@ enum Choice {
     Overlay,
     /// A FUSE server
     Fuse,
+    /// One FUSE mount in which each process tree sees its own
+    Router,
 }
 
 impl Args {
@@ -79,7 +88,7 @@ impl Args {
                 let view = views.reopen(name, self.command.clone())?;
                 run_in(&views, view, &self.command)
             }
-            (None, Some(reference)) => run_new(context, reference, &self.view, &self.command),
+            (None, Some(reference)) => run_new(context, reference, &self.view, &self.backend, &self.command),
             (None, None) => Err(CliError::usage("there is nothing to be seen")),
         }
     }
@@ -90,8 +99,26 @@ pub(super) fn run_new(
     context: &Context,
     reference: &str,
     args: &ViewArgs,
+    backend: &BackendArgs,
     command: &[String],
 ) -> Result<Exit> {
+    let backend = match backend.backend {
+        Choice::Auto => None,
+        Choice::Overlay => Some(Backend::Overlay),
+        Choice::Fuse => Some(Backend::Fuse),
+        Choice::Router => Some(Backend::Router),
+    };
+    run_in(&Views::open(context.home()), create(context, reference, args, backend, command)?, command)
+}
+
+/// Makes a view that nobody is in yet.
+pub(super) fn create(
+    context: &Context,
+    reference: &str,
+    args: &ViewArgs,
+    backend: Option<Backend>,
+    command: &[String],
+) -> Result<View> {
     let views = Views::open(context.home()).fetching(fetcher(context)?);
     // What was killed is cleaned up by who comes next; what cannot be is no reason not to go on.
     if let Err(error) = views.prune(false) {
@@ -102,11 +129,6 @@ pub(super) fn run_new(
     drop(store);
     let at = std::path::absolute(&args.at)
         .map_err(|error| CliError::file(format!("cannot use --at {}", args.at.display()), error))?;
-    let backend = match args.backend {
-        Choice::Auto => None,
-        Choice::Overlay => Some(Backend::Overlay),
-        Choice::Fuse => Some(Backend::Fuse),
-    };
     let new = NewView {
         name: String::new(),
         reference: reference.to_owned(),
@@ -121,17 +143,16 @@ pub(super) fn run_new(
         annotations: args.annotations.iter().cloned().collect(),
     };
     let mut attempt = 0;
-    let view = loop {
+    loop {
         let name = args.name.clone().unwrap_or_else(|| random_name(attempt));
         match views.create(NewView { name, ..new.clone() }) {
             // A random name that is taken: another one.
             Err(error) if error.kind() == ErrorKind::Conflict && args.name.is_none() && attempt < 8 => {
                 attempt += 1;
             }
-            other => break other?,
+            other => break Ok(other?),
         }
-    };
-    run_in(&views, view, command)
+    }
 }
 
 /// What `--annotation` takes.

@@ -98,6 +98,7 @@ impl Ls {
                     match record.backend {
                         Backend::Overlay => "overlay",
                         Backend::Fuse => "fuse",
+                        Backend::Router => "router",
                     }
                     .to_owned(),
                     ago(record.created, now),

@@ -2,7 +2,7 @@
 
 use clap_complete::engine::ArgValueCompleter;
 
-use super::run::{ViewArgs, run_new};
+use super::run::{BackendArgs, ViewArgs, run_new};
 use crate::complete;
 use crate::context::Context;
 use crate::error::Result;
@@ -16,11 +16,19 @@ pub(crate) struct Args {
     reference: String,
     #[command(flatten)]
     view: ViewArgs,
+    #[command(flatten)]
+    backend: BackendArgs,
 }
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let shell = std::env::var("SHELL").ok().filter(|shell| !shell.is_empty());
-        run_new(context, &self.reference, &self.view, &[shell.unwrap_or_else(|| "/bin/sh".to_owned())])
+        run_new(
+            context,
+            &self.reference,
+            &self.view,
+            &self.backend,
+            &[shell.unwrap_or_else(|| "/bin/sh".to_owned())],
+        )
     }
 }

@@ -13,12 +13,10 @@ use std::os::fd::OwnedFd;
 use kiln_erofs::Nid;
 
 use super::super::server::ROOT;
+use super::super::space::SCRATCH;
 
 /// A number by which the kernel knows something.
 pub(super) type Id = u64;
-
-/// Set in the numbers of what is only in the scratch. No tree has that many inodes: it would have 2^67 bytes.
-const SCRATCH: Id = 1 << 62;
 
 /// Something that is in the scratch.
 #[derive(Debug)]

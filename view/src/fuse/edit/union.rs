@@ -14,6 +14,7 @@ use rustix::io::{Errno, Result};
 use super::super::Owners;
 use super::super::server::{ROOT, kind, lower_attributes};
 use super::handles::{Handles, Source};
+use super::leaving::Leaving;
 use super::nodes::{Id, Node, Nodes};
 use super::parents::Parents;
 use super::place::Place;
@@ -31,6 +32,7 @@ pub(super) struct Union {
     pub(super) objects: Objects,
     pub(super) upper: Upper,
     pub(super) nodes: Nodes,
+    pub(super) leaving: Leaving,
     pub(super) owners: Owners,
     pub(super) handles: std::sync::Arc<Handles>,
     /// Made when it is first needed.
@@ -78,7 +80,7 @@ impl Union {
             upper.read_mark(&Place::lost(rustix::io::fcntl_dupfd_cloexec(upper.root(), 0)?), "opaque")?;
         let lower = (opaque.as_deref() != Some(b"y")).then(|| image.root_nid());
         nodes.insert(Some(ROOT), Node::new(inode, true, lower, None));
-        Ok(Self { image, objects, upper, nodes, owners, handles, parents: None })
+        Ok(Self { image, objects, upper, nodes, leaving: Leaving::default(), owners, handles, parents: None })
     }
 
     /// The number of an inode of the tree.
