@@ -180,7 +180,7 @@ fn is_whiteout(metadata: &Metadata) -> bool {
 
 /// A mark of overlayfs. Only those are believed that this process's mounts make: the others are whatever a program in one
 /// has set.
-fn mark(directory: &Path, name: &str) -> Option<Vec<u8>> {
+pub(crate) fn mark(directory: &Path, name: &str) -> Option<Vec<u8>> {
     let prefix = if has_trusted_marks() { "trusted" } else { "user" };
     xattr::get(directory, OsStr::from_bytes(format!("{prefix}.overlay.{name}").as_bytes())).ok().flatten()
 }

@@ -150,6 +150,8 @@ fn stack(request: &ViewRequest, form: Form) -> Result<OwnedFd, Failure> {
     }
     if let Some(scratch) = &request.scratch {
         options.extend([("upperdir", path(&scratch.upper)), ("workdir", path(&scratch.work))]);
+        // With an index, an upper directory whose files are open in a mount that was replaced could not be mounted again.
+        options.push(("index", b"off".to_vec()));
         if scratch.volatile {
             options.push(("volatile", Vec::new()));
         }

@@ -7,17 +7,21 @@
 //!    as long as the process that made the view lives.
 //! 2. [`View::enter`] moves that process to a mount namespace of its own (of an ordinary user, in a user namespace), and
 //!    mounts. What it starts sees the view; nobody else does. A FUSE server stays outside of the namespace: it ends with
-//!    the last mount, which ends with the last process in the namespace. Nobody has to watch anything.
-//! 3. [`View::leave`] takes away the record and the scratch, unless they are to be kept, or somebody is in the view still.
-//!    What a killed process left [`Views::prune`] finds: no lock is held, and no process is in the namespace.
+//!    the last mount, which ends with the last process in the namespace.
+//! 3. [`View::leave`] takes away the record and the scratch, unless they are to be kept. If somebody is in the view still, or
+//!    who made it is killed, the view's [keeper](keeper) does that after its last process. What a keeper left that was killed
+//!    too, [`Views::prune`] finds: no lock is held, and no process is in the namespace.
 //!
 //! [`Views::commit`] makes a layer of a scratch at any time.
 
+mod alter;
 mod binds;
 mod enter;
+mod keeper;
 mod monitor;
 mod private_root;
 mod record;
+mod remount;
 mod routed;
 mod startup;
 
@@ -32,14 +36,13 @@ use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home
 use kiln_store::{Changes, CommitRequest, IdKind, Store};
 use rustix::fs::FlockOperation;
 
-use crate::Fetcher;
 use crate::router::{self, Launch};
+use crate::{Bind, Fetcher};
 
+pub use self::alter::Alteration;
 pub use self::enter::{VARIABLE, View, run};
 pub use self::record::{Backend, ShownTo, ViewRecord};
 pub(crate) use self::routed::ServedLock;
-
-use crate::Bind;
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -156,15 +159,19 @@ impl Views {
             at: new.at,
             backend,
             editable: new.editable,
+            frozen: false,
+            generation: 0,
             keep: new.keep,
             created: Timestamp::now(),
             command: new.command,
             annotations: new.annotations,
             namespace: None,
+            boot: None,
             owner: None,
             shown_to: None,
         };
-        let prepared = self.prepare(&mut record).and_then(|()| self.write(&record));
+        let prepared = self.prepare_base(&mut record).and_then(|()| self.prepare_scratch(&record));
+        let prepared = prepared.and_then(|()| self.write(&record));
         match prepared {
             Ok(()) => Ok(View::new(self.clone(), record, lock)),
             Err(error) => {
@@ -186,10 +193,29 @@ impl Views {
                 .hint(format!("run something in it with: kiln fs join {name} -- COMMAND"))
         })?;
         record.command = command;
+        self.sweep_work(&record)?;
         Ok(View::new(self.clone(), record, lock))
     }
 
-    fn prepare(&self, record: &mut ViewRecord) -> Result<()> {
+    /// Removes the work directories of mounts that were replaced.
+    fn sweep_work(&self, record: &ViewRecord) -> Result<()> {
+        let Some(scratch) = self.scratch(record) else { return Ok(()) };
+        let directory = self.directory(&record.name);
+        let sweep = || -> io::Result<()> {
+            for entry in fs::read_dir(&directory)? {
+                let path = entry?.path();
+                let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+                if name.starts_with(b"work") && path != scratch.work {
+                    remove_all(&path)?;
+                }
+            }
+            Ok(())
+        };
+        sweep().map_err(|error| BackendError::caused(format!("cannot sweep {}", directory.display()), error))
+    }
+
+    fn prepare_base(&self, record: &mut ViewRecord) -> Result<()> {
+        record.base = None;
         if !record.binds.is_empty() {
             let places = record.binds.iter().map(|bind| (bind.dest.as_path(), bind.source.is_dir()));
             let made = self.store()?.layer_of_mount_points(places);
@@ -197,13 +223,22 @@ impl Views {
                 BackendError::caused("cannot make a layer with the places of live layers", error)
             })?);
         }
+        Ok(())
+    }
+
+    /// Makes what is not there yet of a scratch.
+    fn prepare_scratch(&self, record: &ViewRecord) -> Result<()> {
         let Some(scratch) = self.scratch(record) else { return Ok(()) };
+        let kept = scratch.upper.exists();
         let tree = self.tree(&self.store()?, record)?;
         let attributes = crate::root_attributes(&tree)?;
         let failed =
             |error| BackendError::caused(format!("cannot make the scratch of `{}`", record.name), error);
         for path in [&scratch.upper, &scratch.work] {
-            fs::create_dir(path).map_err(failed)?;
+            fs::create_dir_all(path).map_err(failed)?;
+        }
+        if kept {
+            return Ok(());
         }
         // What an editable view shows as its root is the scratch's.
         if crate::userns::is_root_of_host() {
@@ -262,12 +297,12 @@ impl Views {
 
     /// Whether somebody is in a view.
     pub fn is_active(&self, record: &ViewRecord) -> bool {
-        self.in_use(record) || !matches!(self.lock(&record.name), Ok(Some(_)))
+        !matches!(self.lock(&record.name), Ok(Some(_))) || self.in_use(record)
     }
 
     /// Whether a process is in the mount namespace of a view, or the router shows it to one.
     fn in_use(&self, record: &ViewRecord) -> bool {
-        record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some())
+        namespace_now(record).is_some_and(|namespace| processes_in(namespace).next().is_some())
             || record.shown_to.as_ref().is_some_and(|shown_to| {
                 shown_to.living().next().is_some() || self.lock_served(&record.name).is_err()
             })
@@ -371,7 +406,11 @@ impl Views {
 
     pub(crate) fn scratch(&self, record: &ViewRecord) -> Option<Scratch> {
         let directory = self.directory(&record.name);
-        let (upper, work) = (directory.join("upper"), directory.join("work"));
+        let work = match record.generation {
+            0 => directory.join("work"),
+            generation => directory.join(format!("work-{generation}")),
+        };
+        let upper = directory.join("upper");
         record.editable.then_some(Scratch { upper, work, volatile: !record.keep })
     }
 
@@ -399,11 +438,31 @@ impl Views {
         }
     }
 
+    /// Nobody is in a view any more: it goes, or stays if it is to be kept.
+    fn end(&self, mut record: ViewRecord) -> Result<()> {
+        if record.keep {
+            (record.namespace, record.boot) = (None, None);
+            self.write(&record)
+        } else {
+            self.delete(&record.name)
+        }
+    }
+
     fn delete(&self, name: &str) -> Result<()> {
         let directory = self.directory(name);
         remove_all(&directory)
             .map_err(|error| BackendError::caused(format!("cannot remove {}", directory.display()), error))
     }
+}
+
+/// The mount namespace of a view, if it may be there still: after a boot, its number is another one's.
+fn namespace_now(record: &ViewRecord) -> Option<u64> {
+    record.namespace.filter(|_| record.boot.is_none() || record.boot == boot())
+}
+
+/// Which boot of the host this is.
+fn boot() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| id.trim_end().to_owned())
 }
 
 /// The processes in a mount namespace, but for this one.

@@ -7,17 +7,20 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use kiln_contract::{BackendError, ErrorKind, ViewBackend as _, ViewRequest};
+use kiln_contract::{BackendError, ErrorKind, Scratch, ViewBackend as _, ViewRequest};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigHandler, Signal};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount_change, mount_remount};
 
 use super::binds::{self, Held};
-use super::{Backend, Result, ViewRecord, Views, namespace_of, private_root, processes_in};
+use super::keeper::Keeper;
+use super::{
+    Backend, Result, ViewRecord, Views, boot, namespace_now, namespace_of, private_root, processes_in,
+};
 use crate::fuse::{self, Owners, Served};
 use crate::{Overlay, userns};
 
@@ -29,8 +32,9 @@ pub const VARIABLE: &str = "KILN_VIEW";
 pub struct View {
     pub(super) views: Views,
     pub(super) record: ViewRecord,
-    /// Held as long as this process is its owner.
-    _lock: File,
+    /// Held as long as this process is its owner, and by the keeper.
+    lock: File,
+    keeper: Option<Keeper>,
     server: Option<fuse::Mounted>,
     overlay: Option<Overlay>,
     /// Of a view of the router: whether what was run in it has left something there.
@@ -39,7 +43,7 @@ pub struct View {
 
 impl View {
     pub(super) fn new(views: Views, record: ViewRecord, lock: File) -> Self {
-        Self { views, record, _lock: lock, server: None, overlay: None, others: Cell::new(false) }
+        Self { views, record, lock, keeper: None, server: None, overlay: None, others: Cell::new(false) }
     }
 
     /// What is remembered of it.
@@ -56,15 +60,12 @@ impl View {
         if self.record.backend == Backend::Router {
             return self.enter_routed();
         }
-        let store = self.views.store()?;
-        let (tree, objects) = (self.views.tree(&store, &self.record)?, store.objects_dir());
-        drop(store);
         let target = self.record.at.clone();
         let missing = !is_there(&target, rustix::process::geteuid().is_root())?;
         let mut private = true;
-        let owners = if rustix::process::geteuid().is_root() {
-            Owners::Kept
-        } else {
+        // Before this process is in any namespace: the keeper is to be in none.
+        self.keeper = Some(Keeper::start(&self.views, &self.record.name, &self.lock)?);
+        if !rustix::process::geteuid().is_root() {
             let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
             match userns::enter_as_self() {
                 // The set-uid helper of FUSE mounts it where all of this user's processes see it.
@@ -77,30 +78,10 @@ impl View {
                 other => other?,
             }
             self.record.owner = Some((uid, gid));
-            Owners::One { uid, gid }
-        };
-        let scratch = self.views.scratch(&self.record);
-        // An overlay of one lower layer and nothing else is not an overlay for the kernel.
-        let below_overlay =
-            self.record.backend == Backend::Overlay && (scratch.is_some() || userns::is_root_of_host());
+        }
         // Before this process leaves its mount namespace: the server must not be what keeps the new one.
-        let server = if below_overlay && userns::is_root_of_host() {
-            None
-        } else {
-            let scratch = scratch.as_ref().filter(|_| !below_overlay);
-            let log = self.views.log(&self.record.name);
-            let served = Served {
-                tree: &tree,
-                objects: &objects,
-                scratch,
-                owners,
-                below_overlay,
-                bound: !private,
-                log: Some(&log),
-                fetcher: self.views.fetcher.as_ref(),
-            };
-            Some(fuse::start(&served)?)
-        };
+        let Serving { tree, objects, scratch, server, below_overlay } =
+            self.views.serve(&self.record, private)?;
         if private {
             private_mounts()?;
         }
@@ -122,15 +103,22 @@ impl View {
         }
         if private {
             // An image shows files; it makes nobody somebody else, and opens no device of the host.
-            let flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV;
-            mount_remount(&self.record.at, flags, c"")
+            let frozen = if self.record.frozen { MountFlags::RDONLY } else { MountFlags::empty() };
+            mount_remount(&self.record.at, mount_flags() | frozen, c"")
                 .map_err(|error| cannot_show(&self.record.at, error.into()))?;
         }
         if let Some(held) = held {
             held.attach(&self.record.at)?;
         }
         self.record.namespace = namespace_of(Path::new("/proc/self")).filter(|_| private);
-        self.views.write(&self.record)
+        self.record.boot = boot();
+        self.views.write(&self.record)?;
+        if let Some(keeper) = self.keeper.as_ref().filter(|_| private)
+            && let Err(error) = keeper.watch(&self.record.at)
+        {
+            tracing::warn!(%error, "the view's end will not be noticed: `kiln fs runtimes prune` removes what is left");
+        }
+        Ok(())
     }
 
     /// What of the host's will be shown in the view.
@@ -162,7 +150,9 @@ impl View {
         if self.record.backend == Backend::Router {
             return self.leave_routed();
         }
-        let others = self.record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some());
+        // It may have been changed meanwhile.
+        let record = self.views.find(&self.record.name)?;
+        let others = record.namespace.is_some_and(|namespace| processes_in(namespace).next().is_some());
         if others {
             if let Some(server) = self.server.take() {
                 server.leave();
@@ -173,18 +163,57 @@ impl View {
             return Ok(true);
         }
         if let Some(overlay) = self.overlay.take() {
-            overlay.unmount(&self.record.at)?;
+            overlay.unmount(&record.at)?;
         }
         if let Some(server) = self.server.take() {
             server.unmount()?;
         }
-        if self.record.keep {
-            self.record.namespace = None;
-            self.views.write(&self.record)?;
-        } else {
-            self.views.delete(&self.record.name)?;
+        self.views.end(record)?;
+        if let Some(keeper) = self.keeper.take() {
+            keeper.dismiss();
         }
+        // The keeper's end takes its time, and its lock is this one.
+        let _ = rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock);
         Ok(false)
+    }
+}
+
+/// How everything is mounted: an image shows files; it makes nobody somebody else, and opens no device of the host.
+pub(super) fn mount_flags() -> MountFlags {
+    MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV
+}
+
+/// What is to be mounted, and the server of it, if it has one.
+pub(super) struct Serving {
+    pub(super) tree: PathBuf,
+    pub(super) objects: PathBuf,
+    pub(super) scratch: Option<Scratch>,
+    pub(super) server: Option<fuse::Server>,
+    /// Whether an overlay is to be laid over what the server serves, or the kernel mounts.
+    pub(super) below_overlay: bool,
+}
+
+/// The namespaces of a view.
+pub(super) struct Inside {
+    /// If it is another one than this process's.
+    user: Option<OwnedFd>,
+    mount: OwnedFd,
+}
+
+impl Inside {
+    /// Moves this process, which must have one thread only, to the user namespace.
+    pub(super) fn enter_user(&self) -> io::Result<()> {
+        let Some(user) = &self.user else { return Ok(()) };
+        Ok(setns(user, CloneFlags::CLONE_NEWUSER)?)
+    }
+
+    /// Then to the mount namespace.
+    pub(super) fn enter_mounts(&self) -> io::Result<()> {
+        let working = std::env::current_dir().ok();
+        setns(&self.mount, CloneFlags::CLONE_NEWNS)?;
+        // Moving leaves the working directory behind; in the view it may be another one.
+        let _ = working.map(std::env::set_current_dir);
+        Ok(())
     }
 }
 
@@ -207,11 +236,22 @@ impl Views {
     /// # Errors
     /// Nobody is in it, or its namespaces may not be entered.
     pub fn join(&self, record: &ViewRecord) -> Result<()> {
-        let nobody = || nobody_in(&record.name);
-        if record.namespace.is_some() && record.namespace == namespace_of(Path::new("/proc/self")) {
+        let namespace = namespace_now(record);
+        if namespace.is_some() && namespace == namespace_of(Path::new("/proc/self")) {
             return Ok(());
         }
-        let pid = record.namespace.and_then(|namespace| processes_in(namespace).next()).ok_or_else(nobody)?;
+        let inside = self.inside(record)?;
+        inside
+            .enter_user()
+            .and_then(|()| inside.enter_mounts())
+            .map_err(|error| BackendError::caused(format!("cannot join the view `{}`", record.name), error))
+    }
+
+    /// The namespaces of a view in which somebody is.
+    pub(super) fn inside(&self, record: &ViewRecord) -> Result<Inside> {
+        let nobody = || nobody_in(&record.name);
+        let pid = namespace_now(record).and_then(|namespace| processes_in(namespace).next());
+        let pid = pid.ok_or_else(nobody)?;
         let failed =
             |error: io::Error| BackendError::caused(format!("cannot join the view `{}`", record.name), error);
         let open = |kind: &str| -> Result<OwnedFd> {
@@ -220,15 +260,37 @@ impl Views {
         let number =
             |process: &str| fs::metadata(format!("/proc/{process}/ns/user")).map(|file| file.ino()).ok();
         let other_user = number("self") != number(&pid.to_string());
-        let (user, mount) = (open("user")?, open("mnt")?);
-        let working = std::env::current_dir().ok();
-        if other_user {
-            setns(&user, CloneFlags::CLONE_NEWUSER).map_err(|error| failed(error.into()))?;
-        }
-        setns(&mount, CloneFlags::CLONE_NEWNS).map_err(|error| failed(error.into()))?;
-        // Moving leaves the working directory behind; in the view it may be another one.
-        let _ = working.map(std::env::set_current_dir);
-        Ok(())
+        let user = if other_user { Some(open("user")?) } else { None };
+        Ok(Inside { user, mount: open("mnt")? })
+    }
+
+    /// Starts the server of a view, if it needs one, which is not yet to be mounted.
+    pub(super) fn serve(&self, record: &ViewRecord, private: bool) -> Result<Serving> {
+        let store = self.store()?;
+        let (tree, objects) = (self.tree(&store, record)?, store.objects_dir());
+        drop(store);
+        let scratch = self.scratch(record);
+        let owners = record.owner.map_or(Owners::Kept, |(uid, gid)| Owners::One { uid, gid });
+        // An overlay of one lower layer and nothing else is not an overlay for the kernel.
+        let below_overlay =
+            record.backend == Backend::Overlay && (scratch.is_some() || userns::is_root_of_host());
+        let server = if below_overlay && userns::is_root_of_host() {
+            None
+        } else {
+            let log = self.log(&record.name);
+            let served = Served {
+                tree: &tree,
+                objects: &objects,
+                scratch: scratch.as_ref().filter(|_| !below_overlay),
+                owners,
+                below_overlay,
+                bound: !private,
+                log: Some(&log),
+                fetcher: self.fetcher.as_ref(),
+            };
+            Some(fuse::start(&served)?)
+        };
+        Ok(Serving { tree, objects, scratch, server, below_overlay })
     }
 }
 

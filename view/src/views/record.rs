@@ -72,6 +72,12 @@ pub struct ViewRecord {
     pub backend: Backend,
     /// Whether it has a scratch.
     pub editable: bool,
+    /// Whether its scratch takes no changes at present.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub frozen: bool,
+    /// How often it was mounted anew; each has a work directory of its own.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub generation: u32,
     /// Whether it stays when its last process is gone.
     pub keep: bool,
     /// When it was made.
@@ -84,12 +90,25 @@ pub struct ViewRecord {
     /// The inode of its mount namespace, while it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<u64>,
+    /// The boot (`/proc/sys/kernel/random/boot_id`) in which that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<String>,
     /// The user whose all its files are, if they are one's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<(u32, u32)>,
     /// To whom the router shows it, while it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shown_to: Option<ShownTo>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_first(generation: &u32) -> bool {
+    *generation == 0
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! `kiln fs …`.
 
+mod add;
 mod clean;
 mod commit;
 mod diff;
+mod edit;
 mod info;
 mod join;
 mod layers;
@@ -11,6 +13,7 @@ mod ls;
 mod mount;
 mod read;
 mod render;
+mod reset;
 mod run;
 mod runtimes;
 mod service;
@@ -36,7 +39,11 @@ pub(crate) enum Command {
     Run(Box<run::Args>),
     Shell(Box<shell::Args>),
     Join(join::Args),
+    Edit(edit::Args),
     Commit(commit::Args),
+    Reset(reset::Args),
+    Add(add::Add),
+    Switch(add::Switch),
     Diff(diff::Args),
     Info(info::Args),
     Ls(ls::Args),
@@ -78,7 +85,11 @@ impl Command {
             Self::Run(args) => args.run(context),
             Self::Shell(args) => args.run(context),
             Self::Join(args) => args.run(context),
+            Self::Edit(args) => args.run(context),
             Self::Commit(args) => args.run(context),
+            Self::Reset(args) => args.run(context),
+            Self::Add(args) => args.run(context),
+            Self::Switch(args) => args.run(context),
             Self::Diff(args) => args.run(context),
             Self::Info(args) => args.run(context),
             Self::Ls(args) => args.run(context),
