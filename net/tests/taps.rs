@@ -190,6 +190,8 @@ fn world() -> Container {
     for (address, port) in [(WORLD, 80), (WORLD, 81), (METADATA, 80), (METADATA, 81)] {
         world.inside(|| serve_at(address, port));
     }
+    // The kernel tells of a cable when it has the time.
+    wait_for("the cable", || ip("-o link show out").contains("state UP"));
     world
 }
 

@@ -58,6 +58,7 @@ const TESTS: &[Needed] = &[
     needed("ip", "iproute2", "looks at networks"),
     needed("nft", "nftables", "looks at firewall rules"),
     needed("setfattr", "attr", "extended attributes of test files"),
+    needed("getfattr", "attr", "extended attributes of test files"),
     needed("setcap", "libcap2-bin", "capabilities of test files"),
     needed("strace", "strace", "counts system calls"),
     needed("jq", "jq", "reads JSON as users do"),

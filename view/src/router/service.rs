@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -31,6 +31,8 @@ type Result<T> = std::result::Result<T, BackendError>;
 /// How often, and how far apart, it is looked whether a service that was started answers: for half a minute.
 const ATTEMPTS: u32 = 10_000;
 const STEP: Duration = Duration::from_millis(3);
+/// How often a service is started that ends at once.
+const LAUNCHES: u32 = 3;
 
 /// How long who is connected may take to notice that the service ends.
 const PARTING: Duration = Duration::from_secs(1);
@@ -84,36 +86,47 @@ pub fn start(home: &Home, idle: Duration, launch: Launch) -> Result<()> {
             Ok(())
         });
     }
+    // One that is about to end holds its lock until it has taken everything away, and is in the way of the next so long.
+    let mut ended = None;
+    for _ in 0..LAUNCHES {
+        match launched(home, &mut command)? {
+            Launched::Answers => return Ok(()),
+            Launched::Ended(status) => ended = Some(status),
+        }
+    }
+    let status = ended.map(|status| format!(" ({status})")).unwrap_or_default();
+    let what = format!("the service of views has ended at once{status}");
+    Err(BackendError::new(ErrorKind::Failed, what)
+        .hint(format!("it says why at the end of {}", path.display())))
+}
+
+/// What became of a service that was started.
+enum Launched {
+    /// It, or another one that was quicker, answers.
+    Answers,
+    /// It ended, and no other one runs.
+    Ended(ExitStatus),
+}
+
+fn launched(home: &Home, command: &mut Command) -> Result<Launched> {
+    let failed = |error: io::Error| BackendError::caused("cannot start the service of views", error);
     let mut service = command.spawn().map_err(failed)?;
+    let mut status = None;
     for _ in 0..ATTEMPTS {
         if Client::connect(home)?.is_some() {
-            return Ok(());
+            return Ok(Launched::Answers);
         }
-        if let Some(status) = service.try_wait().map_err(failed)? {
-            // Another one was quicker.
-            if matches!(try_lock(home), Ok(None)) {
-                return wait_for_other(home);
-            }
-            let what = format!("the service of views has ended at once ({status})");
-            return Err(BackendError::new(ErrorKind::Failed, what)
-                .hint(format!("it says why at the end of {}", path.display())));
+        status = status.or(service.try_wait().map_err(failed)?);
+        // Whoever holds the lock answers soon, or ends.
+        if let Some(status) = status
+            && try_lock(home)?.is_some()
+        {
+            return Ok(Launched::Ended(status));
         }
         std::thread::sleep(STEP);
     }
     Err(BackendError::new(ErrorKind::Failed, "the service of views does not answer")
-        .hint(format!("it may say why at the end of {}", path.display())))
-}
-
-/// The lock is taken before anything is mounted, and the socket comes last.
-fn wait_for_other(home: &Home) -> Result<()> {
-    for _ in 0..ATTEMPTS {
-        if Client::connect(home)?.is_some() || !matches!(try_lock(home), Ok(None)) {
-            return Ok(());
-        }
-        std::thread::sleep(STEP);
-    }
-    Err(BackendError::new(ErrorKind::State, "another service of views holds the lock and does not answer")
-        .hint(format!("look at {}", home.router().join("log").display())))
+        .hint(format!("it may say why at the end of {}", home.router().join("log").display())))
 }
 
 fn make_directory(home: &Home) -> Result<()> {
@@ -262,17 +275,26 @@ impl Service {
         });
     }
 
+    /// Does what may block, and is a use of the service: it does not end meanwhile, and waits anew after it.
+    async fn using<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&Routes) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Status> {
+        self.busy.fetch_add(1, Ordering::AcqRel);
+        self.asked.send_replace(());
+        let done = self.blocking(what).await;
+        self.busy.fetch_sub(1, Ordering::AcqRel);
+        self.asked.send_replace(());
+        done
+    }
+
     /// Does what may block.
     async fn blocking<T: Send + 'static>(
         &self,
         what: impl FnOnce(&Routes) -> Result<T> + Send + 'static,
     ) -> std::result::Result<T, Status> {
         let routes = Arc::clone(&self.routes);
-        self.busy.fetch_add(1, Ordering::AcqRel);
-        self.asked.send_replace(());
         let done = tokio::task::spawn_blocking(move || what(&routes)).await;
-        self.busy.fetch_sub(1, Ordering::AcqRel);
-        self.asked.send_replace(());
         done.map_err(|error| Status::internal(error.to_string()))?.map_err(|error| to_status(&error))
     }
 }
@@ -307,7 +329,7 @@ impl Router for Service {
     ) -> std::result::Result<Response<MountReply>, Status> {
         let MountRequest { view, pid } = request.into_inner();
         let name = view.clone();
-        if self.blocking(move |routes| routes.mount(&view, pid)).await? {
+        if self.using(move |routes| routes.mount(&view, pid)).await? {
             self.watch(name);
         }
         Ok(Response::new(MountReply {}))
@@ -318,7 +340,7 @@ impl Router for Service {
         request: Request<RemountRequest>,
     ) -> std::result::Result<Response<RemountReply>, Status> {
         let RemountRequest { view } = request.into_inner();
-        self.blocking(move |routes| routes.remount(&view)).await?;
+        self.using(move |routes| routes.remount(&view)).await?;
         Ok(Response::new(RemountReply {}))
     }
 
@@ -328,7 +350,7 @@ impl Router for Service {
     ) -> std::result::Result<Response<UnmountReply>, Status> {
         let what =
             request.into_inner().what.ok_or_else(|| Status::invalid_argument("a view or a process"))?;
-        let unmounted = self.blocking(move |routes| match what {
+        let unmounted = self.using(move |routes| match what {
             unmount_request::What::View(name) => routes.unmount_view(&name),
             unmount_request::What::Pid(pid) => routes.unmount_process(pid),
         });
@@ -336,6 +358,7 @@ impl Router for Service {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> std::result::Result<Response<StatusReply>, Status> {
+        // Whoever only looks does not keep it from ending.
         let views = self.blocking(|routes| Ok(routes.list())).await?;
         Ok(Response::new(StatusReply { pid: std::process::id(), views }))
     }
