@@ -243,7 +243,9 @@ fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
             assert_eq!(place.ok(&["fs", "runtimes", "prune"]), "", "{backend}: a daemon is in it");
             assert_eq!(place.views().lines().count(), 1);
             fs::write(&go, "").unwrap();
-            until("the daemon is done", || fs::read_to_string(&done).is_ok_and(|text| text == "old\nlate\n"));
+            until(&format!("{backend}: the daemon is done"), || {
+                fs::read_to_string(&done).is_ok_and(|text| text == "old\nlate\n")
+            });
             until("nothing is left", || {
                 place.ok(&["fs", "runtimes", "prune"]);
                 place.views().is_empty()
