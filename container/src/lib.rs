@@ -1,22 +1,22 @@
 //! Linux containers: the native [`RuntimeBackend`](kiln_contract::RuntimeBackend), and their roots.
 //!
 //! ```no_run
-//! use kiln_contract::{Home, RuntimeBackend, StartMode};
+//! use kiln_contract::{BackendError, Home, InstanceSpec, RuntimeBackend, StartMode};
 //! use kiln_container::Containers;
 //!
-//! # fn spec() -> kiln_contract::InstanceSpec { unimplemented!() }
-//! kiln_container::prepare()?;
-//! let containers = Containers::open(&Home::at("/var/lib/kiln"))?;
-//! let web = containers.create(&spec())?;
-//! containers.start(&web.id, StartMode::Detached)?;
-//! assert_eq!(containers.wait(&web.id)?.code, 0);
-//! # Ok::<(), kiln_contract::BackendError>(())
+//! fn serve(spec: &InstanceSpec) -> Result<(), BackendError> {
+//!     kiln_container::prepare()?;
+//!     let containers = Containers::open(&Home::at("/var/lib/kiln"))?;
+//!     let web = containers.create(spec)?;
+//!     containers.start(&web.id, StartMode::Detached)?;
+//!     assert_eq!(containers.wait(&web.id)?.code, 0);
+//!     Ok(())
+//! }
 //! ```
 //!
 //! What is where: the verbs in `backend`, what a supervisor (of [`kiln_instance`]) does for a container in `kind` and
 //! `ground`, how a container's process is made in `runtime`, `spec`, `seccomp` and `cgroup`.
 
-#[cfg(target_os = "linux")]
 #[cfg(target_os = "linux")]
 mod backend;
 #[cfg(target_os = "linux")]

@@ -130,6 +130,17 @@ impl BackendError {
         self.kind
     }
 
+    /// What it says and what caused it, in one sentence, for where only text can go.
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            text = format!("{text}: {cause}");
+            source = cause.source();
+        }
+        text
+    }
+
     /// What the user can do about it.
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()

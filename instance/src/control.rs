@@ -163,15 +163,9 @@ const KINDS: [(ErrorKind, FailureKind); 8] = [
 
 impl From<&BackendError> for Failure {
     fn from(error: &BackendError) -> Self {
-        let mut message = error.to_string();
-        let mut source = std::error::Error::source(error);
-        while let Some(cause) = source {
-            message = format!("{message}: {cause}");
-            source = cause.source();
-        }
         let kind =
             KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or(FailureKind::Failed, |pair| pair.1);
-        Self { kind, message, hint: error.hint_text().map(str::to_owned) }
+        Self { kind, message: error.with_causes(), hint: error.hint_text().map(str::to_owned) }
     }
 }
 

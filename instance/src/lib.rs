@@ -6,15 +6,16 @@
 //! [`Ground`] and [`Hold`]. A back end is a [`Kind`] and its own verbs beside the shared ones, [`Verbs`].
 //!
 //! ```no_run
-//! use kiln_contract::{Home, StartMode};
+//! use kiln_contract::{BackendError, Home, StartMode};
 //! use kiln_instance::{Kinds, Verbs};
 //!
-//! # fn kinds() -> Kinds { unimplemented!() }
-//! let verbs = Verbs::open(&Home::at("/var/lib/kiln"), kinds());
-//! let web = verbs.find("web")?;
-//! verbs.start(&web.id, StartMode::Detached)?;
-//! assert_eq!(verbs.wait(&web.id)?.code, 0);
-//! # Ok::<(), kiln_contract::BackendError>(())
+//! fn serve(kinds: Kinds) -> Result<(), BackendError> {
+//!     let verbs = Verbs::open(&Home::at("/var/lib/kiln"), kinds);
+//!     let web = verbs.find("web")?;
+//!     verbs.start(&web.id, StartMode::Detached)?;
+//!     assert_eq!(verbs.wait(&web.id)?.code, 0);
+//!     Ok(())
+//! }
 //! ```
 
 pub mod archive;

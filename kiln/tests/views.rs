@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::place::Place;
+use common::place::{Place, fs_run};
 use common::{IMAGE, until};
 use serde_json::Value;
 
@@ -41,41 +41,12 @@ fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
             let script = format!(
                 "cat {at}/var/www/index.html; echo $KILN_VIEW; touch {at}/x 2>/dev/null || echo no; grep -c ' {at} .*nosuid,nodev' /proc/self/mounts"
             );
-            let words = [
-                "fs",
-                "run",
-                IMAGE,
-                "--at",
-                at,
-                "--backend",
-                backend,
-                "--name",
-                "v",
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ];
+            let words = fs_run(IMAGE, at, backend, &["--name", "v"], &["sh", "-c", &script]);
             assert_eq!(place.ok(&words), "hello from kiln\nv\nno\n1", "{backend}");
             assert_eq!(fs::read_dir(at).unwrap().count(), 0, "{backend}");
             assert_eq!(place.views(), "");
             let program = format!("{at}/bin/busybox");
-            assert_eq!(
-                place.ok(&[
-                    "fs",
-                    "run",
-                    IMAGE,
-                    "--at",
-                    at,
-                    "--backend",
-                    backend,
-                    "--",
-                    &program,
-                    "echo",
-                    "ran"
-                ]),
-                "ran"
-            );
+            assert_eq!(place.ok(&fs_run(IMAGE, at, backend, &[], &[&program, "echo", "ran"])), "ran");
         }
     }
 }
@@ -93,20 +64,7 @@ fn what_was_edited_is_told_committed_and_rolled_back() {
             );
             let at = at(&place, backend);
             let script = script.replace("cd /kiln", &format!("cd {at}"));
-            let told = place.ok(&[
-                "fs",
-                "run",
-                &tag,
-                "-e",
-                "--at",
-                &at,
-                "--backend",
-                backend,
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ]);
+            let told = place.ok(&fs_run(&tag, &at, backend, &["-e"], &["sh", "-c", &script]));
             let wanted = "C /etc\nD /etc/group\nC /etc/passwd\nD /home\nA /moved\nA /moved/app\nA /new\nA /true\nC /var";
             assert_eq!(told, wanted, "{backend}");
             assert_eq!(place.views(), "");
@@ -157,20 +115,7 @@ fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
     for place in Place::all() {
         for backend in BACKENDS {
             let at = at(&place, backend);
-            let make = [
-                "fs",
-                "run",
-                IMAGE,
-                "-e",
-                "--keep",
-                "--name",
-                "kept",
-                "--at",
-                &at,
-                "--backend",
-                backend,
-                "--",
-            ];
+            let make = fs_run(IMAGE, &at, backend, &["-e", "--keep", "--name", "kept"], &[]);
             place.ok(&[&make[..], &["sh", "-c", &format!("echo one > {at}/one")]].concat());
             assert_eq!(place.views(), "kept");
             let taken = place.kiln(&[&make[..], &["true"]].concat());
@@ -226,20 +171,7 @@ fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
                 go.display(),
                 done.display()
             );
-            place.ok(&[
-                "fs",
-                "run",
-                IMAGE,
-                "-e",
-                "--at",
-                &at,
-                "--backend",
-                backend,
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ]);
+            place.ok(&fs_run(IMAGE, &at, backend, &["-e"], &["sh", "-c", &script]));
             assert_eq!(place.ok(&["fs", "runtimes", "prune"]), "", "{backend}: a daemon is in it");
             assert_eq!(place.views().lines().count(), 1);
             fs::write(&go, "").unwrap();

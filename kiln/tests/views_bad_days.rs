@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::place::Place;
+use common::place::{Place, fs_run};
 use common::{Home, IMAGE, until};
 use kiln_contract::Digest;
 use kiln_store::Store;
@@ -82,23 +82,13 @@ fn a_missing_object_is_an_error_to_who_reads_it_and_named_in_the_log() {
         for backend in BACKENDS {
             let name = format!("of-{backend}");
             let script = format!("cat {at}/bin/busybox | wc -c; cat {at}/bin/busybox >/dev/null");
-            let ended = place.kiln(&[
-                "fs",
-                "run",
+            let ended = place.kiln(&fs_run(
                 IMAGE,
-                "-e",
-                "--keep",
-                "--name",
-                &name,
-                "--at",
                 &at,
-                "--backend",
                 backend,
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ]);
+                &["-e", "--keep", "--name", &name],
+                &["sh", "-c", &script],
+            ));
             assert_eq!((ended.code, ended.stdout.trim()), (1, "0"), "{backend}: {ended:?}");
             // The rest is there.
             let page = format!("{at}/var/www/index.html");
@@ -130,20 +120,7 @@ fn after_a_full_scratch_has_room_again_what_is_there_is_committed() {
                  rm bigger big; echo late > late || exit 5
                  {kiln} fs commit -t of/{backend} >/dev/null || exit 6; echo more > more"
             );
-            place.kiln(&[
-                "fs",
-                "run",
-                IMAGE,
-                "-e",
-                "--at",
-                &at,
-                "--backend",
-                backend,
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ])
+            place.kiln(&fs_run(IMAGE, &at, backend, &["-e"], &["sh", "-c", &script]))
         })
         .collect();
     rustix::mount::unmount(&views, UnmountFlags::DETACH).unwrap();
@@ -162,38 +139,13 @@ fn a_mount_point_may_be_full_or_in_use_and_is_as_it_was_afterwards() {
             let at = place.beside(&format!("at-{backend}"));
             let (shown, kiln) = (at.display().to_string(), place.program());
             let run = |command: &str| {
-                let words = [
-                    "fs",
-                    "run",
-                    IMAGE,
-                    "-e",
-                    "--at",
-                    &shown,
-                    "--backend",
-                    backend,
-                    "--",
-                    "sh",
-                    "-ec",
-                    command,
-                ];
+                let words = fs_run(IMAGE, &shown, backend, &["-e"], &["sh", "-ec", command]);
                 place.kiln(&words)
             };
             // Missing: made for root; others are asked for one that is there.
             let missing = format!("{shown}/none/of/these");
             let script = format!("cat {missing}/var/www/index.html");
-            let ended = place.kiln(&[
-                "fs",
-                "run",
-                IMAGE,
-                "--at",
-                &missing,
-                "--backend",
-                backend,
-                "--",
-                "sh",
-                "-c",
-                &script,
-            ]);
+            let ended = place.kiln(&fs_run(IMAGE, &missing, backend, &[], &["sh", "-c", &script]));
             if place.user.is_some() {
                 assert!(ended.code == 125 && ended.stderr.contains("--at"), "{backend}: {ended:?}");
                 assert!(ended.stderr.contains(&missing) && !at.exists(), "{backend}: {ended:?}");
@@ -252,23 +204,7 @@ fn a_view_whose_server_was_killed_ends_and_goes_on_when_it_is_entered_again() {
              cat {at}/one 2>&1; echo 2 > {at}/two",
             go.display()
         );
-        let words = [
-            "fs",
-            "run",
-            IMAGE,
-            "-e",
-            "--keep",
-            "--name",
-            "v",
-            "--at",
-            &at,
-            "--backend",
-            "fuse",
-            "--",
-            "sh",
-            "-c",
-            &script,
-        ];
+        let words = fs_run(IMAGE, &at, "fuse", &["-e", "--keep", "--name", "v"], &["sh", "-c", &script]);
         let mut command = place.command(&words);
         command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
         let running = command.spawn().unwrap();

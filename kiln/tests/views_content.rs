@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use common::IMAGE;
-use common::place::Place;
+use common::place::{Place, fs_run};
 
 const BACKENDS: [&str; 2] = ["overlay", "fuse"];
 
@@ -95,19 +95,7 @@ fn a_live_layer_shows_files_of_the_host_in_a_view() {
             assert_eq!(listed, "A /work\nA /work/x", "{backend}");
             // Read-only views have it too, and a kept one finds it again.
             let show = format!("cat {at}/work/src/new");
-            let words = [
-                "fs",
-                "run",
-                &reference,
-                "--keep",
-                "--name",
-                "kept",
-                "--at",
-                &at,
-                "--backend",
-                backend,
-                "--",
-            ];
+            let words = fs_run(&reference, &at, backend, &["--keep", "--name", "kept"], &[]);
             place.ok(&[&words[..], &["true"]].concat());
             assert_eq!(place.ok(&["fs", "run", "--rerun", "kept", "--", "sh", "-c", &show]), "more");
             let info = place.json(&["fs", "info", "kept"]);

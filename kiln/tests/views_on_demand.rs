@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::Duration;
 
-use common::place::Place;
+use common::place::{Place, fs_run};
 use kiln_fixtures::{RegistryOptions, RegistryServer};
 
 /// A view in which files are read when the test says so.
@@ -23,21 +23,7 @@ impl Reader {
     fn start(place: &Place, reference: &str) -> Self {
         let at = place.at();
         let script = "while read -r path; do sum=$(sha256sum < \"$path\" 2>/dev/null) && echo \"$sum\" || echo failed; done";
-        let words = [
-            "fs",
-            "run",
-            reference,
-            "--at",
-            &at,
-            "--backend",
-            "fuse",
-            "--name",
-            "v",
-            "--",
-            "sh",
-            "-c",
-            script,
-        ];
+        let words = fs_run(reference, &at, "fuse", &["--name", "v"], &["sh", "-c", script]);
         let mut child = place.command(&words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (paths, answers) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         Self { child, paths, answers, at }

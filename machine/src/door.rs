@@ -86,18 +86,12 @@ pub(crate) enum Reply {
 
 /// An error as it travels through the door.
 pub(crate) fn failure(error: &BackendError) -> Failure {
-    let mut what = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        what = format!("{what}: {cause}");
-        source = cause.source();
-    }
     let kind = match error.kind() {
         ErrorKind::NotFound => FailureKind::NotFound,
         ErrorKind::Invalid => FailureKind::Invalid,
         _ => FailureKind::Failed,
     };
-    Failure { kind, what }
+    Failure { kind, what: error.with_causes() }
 }
 
 /// Opens the door. Must be called in a runtime.

@@ -1,6 +1,5 @@
 //! A merged tree, looked at without mounting it.
 
-use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
@@ -57,17 +56,8 @@ impl TreeContents {
     /// # Errors
     /// It cannot be read, or is none.
     pub fn open(tree: &Path, objects: &Path, fetcher: Option<Fetcher>) -> Result<Self, BackendError> {
-        let cannot = |error| BackendError::caused(format!("cannot read the tree {}", tree.display()), error);
-        let file = File::open(tree).map_err(cannot)?;
-        // SAFETY: trees are immutable once they are in the store; a mapping of one cannot change below us.
-        let bytes = unsafe { Mmap::map(&file) }.map_err(cannot)?;
-        let directory = File::open(objects).map_err(|error| {
-            BackendError::caused(format!("cannot open the objects in {}", objects.display()), error)
-        })?;
-        let contents =
-            Self { bytes, tree: tree.to_owned(), objects: Objects::new(directory.into(), objects, fetcher) };
-        contents.image()?.root().map_err(|error| contents.damaged(error))?;
-        Ok(contents)
+        let bytes = crate::tree::map(tree)?;
+        Ok(Self { bytes, tree: tree.to_owned(), objects: Objects::of(objects, fetcher)? })
     }
 
     /// What is in a directory, sorted by name; of anything else, itself. Links on the way are followed, within the tree.
@@ -226,7 +216,7 @@ mod tests {
         add(NodeId::ROOT, b"config", link(b"/etc"));
         add(NodeId::ROOT, b"round", link(b"round"));
         let path = directory.path().join("tree");
-        write_metadata(&tree, File::create(&path).unwrap()).unwrap();
+        write_metadata(&tree, std::fs::File::create(&path).unwrap()).unwrap();
         let contents = TreeContents::open(&path, directory.path(), None).unwrap();
         let read = |path: &str| {
             let mut text = String::new();

@@ -20,22 +20,20 @@
 
 use std::ffi::CStr;
 use std::fs::File;
-use std::io::{IoSlice, Read};
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use kiln_contract::{BackendError, Scratch};
-use kiln_erofs::Image;
-use memmap2::Mmap;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{ForkResult, fork, getpid};
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use crate::objects::{Fetcher, Objects};
+use crate::sockets;
 
 pub(crate) mod attach;
+mod attributes;
 mod edit;
 mod objects;
 mod server;
@@ -135,16 +133,8 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
     let cannot = |what: &str, path: &Path, why: std::io::Error| {
         BackendError::caused(format!("cannot {what} {}", path.display()), why)
     };
-    let file = File::open(tree).map_err(|error| cannot("open the tree", tree, error))?;
-    // SAFETY: trees are immutable once they are in the store. Whoever truncates one all the same ends the server.
-    let mapping = unsafe { Mmap::map(&file) }.map_err(|error| cannot("map the tree", tree, error))?;
-    Image::open(&mapping).and_then(|image| image.root()).map_err(|error| {
-        BackendError::caused(format!("cannot read the tree {}", tree.display()), error)
-            .hint("`kiln system check --repair` finds and repairs what is damaged in the store")
-    })?;
-    let objects_at =
-        rustix::fs::open(objects, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|error| cannot("open the objects in", objects, error.into()))?;
+    let mapping = crate::tree::map(tree)?;
+    let objects = Objects::of(objects, fetcher.cloned())?;
     let trusted = crate::userns::is_root_of_host();
     let upper = scratch.map(|scratch| edit::Upper::open(scratch, trusted)).transpose()?;
     let log = log
@@ -160,7 +150,7 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
     match forked {
         Ok(ForkResult::Child) => {
             let served = std::panic::catch_unwind(|| {
-                let mut keep = vec![theirs.as_fd(), objects_at.as_fd()];
+                let mut keep = vec![theirs.as_fd(), objects.as_fd()];
                 keep.extend(upper.iter().flat_map(edit::Upper::descriptors));
                 if let Some(log) = log {
                     // Whoever reads the caller's standard error is not to wait for this process too.
@@ -168,9 +158,8 @@ pub fn start(served: &Served<'_>) -> Result<Server, BackendError> {
                 }
                 bind_to(bound.then_some(parent));
                 leave_caller(c"kiln-view", &keep);
-                let Some(device) = attach::receive(&theirs)? else { return Ok(()) };
+                let Some(device) = sockets::receive(&theirs)?.flatten() else { return Ok(()) };
                 drop(theirs);
-                let objects = Objects::new(objects_at, objects, fetcher.cloned());
                 let bytes = Box::leak(Box::new(mapping));
                 match upper {
                     Some(upper) => server::serve_editable(bytes, objects, upper, owners, device),
@@ -207,14 +196,7 @@ impl Server {
     /// The kernel or `fusermount3` refuse. The server ends.
     pub fn mount(self, target: &Path) -> Result<Mounted, BackendError> {
         let device = attach::attach(target, self.read_only)?;
-        let rights = [device.as_raw_fd()];
-        let sent = sendmsg::<()>(
-            self.socket.as_raw_fd(),
-            &[IoSlice::new(&[0])],
-            &[ControlMessage::ScmRights(&rights)],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
+        let sent = sockets::send(&self.socket, device.as_fd());
         // The server's end of the socket is closed when it has the device: from then on it alone holds that.
         let taken = sent.map_err(std::io::Error::from).and_then(|_| {
             drop(device);

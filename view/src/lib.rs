@@ -35,7 +35,9 @@ mod objects;
 #[cfg(target_os = "linux")]
 mod overlay;
 pub mod router;
+mod sockets;
 mod stack;
+mod tree;
 #[cfg(target_os = "linux")]
 pub mod userns;
 #[cfg(target_os = "linux")]

@@ -14,7 +14,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_contract::{Digest, Hasher};
+use kiln_contract::{BackendError, Digest, Hasher};
 use kiln_erofs::object_redirect;
 use rustix::fs::{Mode, OFlags, Timespec, Timestamps};
 
@@ -97,16 +97,29 @@ pub(crate) struct Objects {
     failed: Mutex<HashMap<Digest, Instant>>,
 }
 
+impl AsFd for Objects {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
 impl Objects {
-    pub(crate) fn new(directory: OwnedFd, path: &Path, fetcher: Option<Fetcher>) -> Self {
-        Self {
-            directory,
+    /// Those in a directory.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(crate) fn of(path: &Path, fetcher: Option<Fetcher>) -> Result<Self, BackendError> {
+        let directory = File::open(path).map_err(|error| {
+            BackendError::caused(format!("cannot open the objects in {}", path.display()), error)
+        })?;
+        Ok(Self {
+            directory: directory.into(),
             path: path.to_owned(),
             fetcher,
             verified: Mutex::default(),
             hasher: RandomState::new(),
             failed: Mutex::default(),
-        }
+        })
     }
 
     /// Opens an object of the size that the tree says, after it was compared with its digest. What is wrong is told to
@@ -216,8 +229,7 @@ mod tests {
             arguments: ["-c", script, "sh"].map(Into::into).to_vec(),
             home: directory.path().to_owned(),
         });
-        let handle = File::open(directory.path()).unwrap().into();
-        Bed { objects: Objects::new(handle, directory.path(), fetcher), directory }
+        Bed { objects: Objects::of(directory.path(), fetcher).unwrap(), directory }
     }
 
     impl Bed {

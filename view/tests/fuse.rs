@@ -15,7 +15,7 @@ use kiln_erofs::{
     Attributes, Content, Data, Device, NodeId, ObjectSource, Time, Tree, Xattrs, object_redirect, write_full,
     write_metadata,
 };
-use kiln_fixtures::{OrdinaryUser, require, require_root};
+use kiln_fixtures::{OrdinaryUser, require, require_root, with_private_mounts};
 use kiln_view::Overlay;
 use kiln_view::fuse::{self, Owners, Served};
 
@@ -279,31 +279,14 @@ fn in_user_namespace(test: &str, body: fn(&Path)) -> Option<String> {
     Some(finish(child))
 }
 
-/// Runs a test as root with a mount namespace of its own.
-fn as_root(body: fn(&Path)) {
-    if !require_root() {
-        return;
-    }
-    let test = move || {
-        // SAFETY: CLONE_NEWNS changes this thread only, and it ends with the test.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        let private =
-            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        body(directory.path());
-    };
-    std::thread::spawn(test).join().unwrap();
-}
-
 #[test]
 fn root_sees_the_tree() {
-    as_root(shows_the_tree);
+    with_private_mounts(shows_the_tree);
 }
 
 #[test]
 fn a_tree_with_its_data_needs_no_objects() {
-    as_root(|directory| {
+    with_private_mounts(|directory| {
         let files = Files::new(directory);
         let tree = sample(&files);
         write_full(&tree, &files, File::create(&files.tree).unwrap()).unwrap();
@@ -317,7 +300,7 @@ fn a_tree_with_its_data_needs_no_objects() {
 
 #[test]
 fn objects_on_an_overlay_are_read_by_the_server() {
-    as_root(|directory| {
+    with_private_mounts(|directory| {
         let files = Files::new(directory);
         let mut tree = Tree::default();
         for name in ["one", "two"] {

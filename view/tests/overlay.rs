@@ -11,23 +11,12 @@ use kiln_view::Overlay;
 
 /// Runs `test` in a thread with a private mount namespace, with a request for the tree that [`lay_out`] makes.
 fn in_namespace(test: fn(&Overlay, &ViewRequest)) {
-    if !kiln_fixtures::require_root() {
-        return;
-    }
-    std::thread::spawn(move || {
-        // SAFETY: CLONE_NEWNS changes this thread only, and it ends with the test.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        let private =
-            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        let request = lay_out(directory.path());
+    kiln_fixtures::with_private_mounts(move |directory| {
+        let request = lay_out(directory);
         let view = Overlay::new();
         test(&view, &request);
         view.unmount(&request.target).unwrap();
-    })
-    .join()
-    .unwrap();
+    });
 }
 
 fn lay_out(directory: &Path) -> ViewRequest {

@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use kiln_contract::{Digest, ErrorKind, Home};
-use kiln_fixtures::{OrdinaryUser, require_root};
+use kiln_fixtures::{OrdinaryUser, with_private_mounts};
 use kiln_store::Store;
 use kiln_view::router::{self, Client};
 use kiln_view::views::{Backend, NewView, Views};
@@ -98,28 +98,16 @@ impl Ground {
 
 /// Runs a test as root with a mount namespace of its own.
 fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
-    if !require_root() {
-        return;
-    }
-    let test = move || {
-        // SAFETY: CLONE_NEWNS changes this thread only, and it ends with the test.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        let private =
-            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        let home = Home::at(directory.path().join("home"));
-        fs::create_dir(directory.path().join("at")).unwrap();
+    with_private_mounts(|directory| {
+        let home = Home::at(directory.join("home"));
+        fs::create_dir(directory.join("at")).unwrap();
         let views = Views::open(&home).served_by(launch);
-        let ground = Ground { directory: directory.path().to_owned(), home, views };
+        let ground = Ground { directory: directory.to_owned(), home, views };
         body(&ground);
         if let Ok(Some(mut client)) = Client::connect(&ground.home) {
             client.shutdown().unwrap();
         }
-    };
-    if let Err(error) = std::thread::spawn(test).join() {
-        std::panic::resume_unwind(error);
-    }
+    });
 }
 
 /// A shell that does as it is told. It ends when this is dropped.

@@ -85,3 +85,15 @@ impl Place {
         self.command(&[]).get_program().to_str().unwrap().to_owned()
     }
 }
+
+/// `kiln fs run REFERENCE FLAGS --at AT --backend BACKEND -- COMMAND`.
+pub(crate) fn fs_run<'a>(
+    reference: &'a str,
+    at: &'a str,
+    backend: &'a str,
+    flags: &[&'a str],
+    command: &[&'a str],
+) -> Vec<&'a str> {
+    let shown = ["--at", at, "--backend", backend, "--"];
+    [&["fs", "run", reference], flags, &shown, command].concat()
+}

@@ -29,7 +29,7 @@
 //! ```
 
 mod closed;
-#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "packets are filtered on Linux only"))]
 mod packets;
 mod rule;
 

@@ -2,20 +2,17 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use kiln_contract::{BackendError, ErrorKind};
 use nix::mount::{MsFlags, mount};
-use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{getegid, geteuid};
 use rustix::mount::{UnmountFlags, unmount};
 
-use crate::userns;
+use crate::{sockets, userns};
 
 /// What `fusermount3` looks for to know where to send the device.
 const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
@@ -111,7 +108,7 @@ fn through_fusermount(target: &Path, source: &str, read_only: bool) -> Result<Ow
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Err(BackendError::new(ErrorKind::Failed, format!("{}: {said}", what())));
     }
-    receive(&ours).map_err(failed)?.ok_or_else(|| {
+    sockets::receive(&ours).map_err(failed)?.flatten().ok_or_else(|| {
         BackendError::new(ErrorKind::Failed, format!("{}: fusermount3 sent no descriptor", what()))
     })
 }
@@ -120,22 +117,4 @@ fn through_fusermount(target: &Path, source: &str, read_only: bool) -> Result<Ow
 fn inheritable(fd: &OwnedFd) -> nix::Result<RawFd> {
     nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
     Ok(fd.as_raw_fd())
-}
-
-/// The descriptor that comes over a socket; `None` if that was closed instead.
-pub(super) fn receive(socket: &impl AsRawFd) -> nix::Result<Option<OwnedFd>> {
-    let mut byte = [0];
-    let mut parts = [IoSliceMut::new(&mut byte)];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let message =
-        recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control
-            && let Some(fd) = fds.first()
-        {
-            // SAFETY: the kernel made this descriptor for us just now.
-            return Ok(Some(unsafe { OwnedFd::from_raw_fd(*fd) }));
-        }
-    }
-    Ok(None)
 }

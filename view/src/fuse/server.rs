@@ -7,28 +7,23 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BackingId, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    Session, SessionACL,
 };
 use kiln_contract::Digest;
-use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid, Time, escape_xattr_name};
+use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid};
 
 use super::Owners;
+use super::attributes::{NOTHING, OverlayNames, kind, lower_attributes, send_xattr};
 use super::edit::{Editable, Upper};
 use super::objects::{RecentObjects, read_at};
-use super::space::Space;
+use super::space::{FOR_EVER, ROOT, Space};
 use crate::objects::Objects;
 use crate::userns;
-
-/// As long as the kernel can count: nothing in a tree changes.
-pub(super) const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
-
-/// FUSE's number for the root of everything.
-pub(super) const ROOT: u64 = 1;
 
 /// Threads that answer requests: more would wait for each other, and each may hold the data of a write.
 const THREADS: usize = 4;
@@ -49,7 +44,11 @@ pub(super) fn serve(
     };
     let may_pass_through = userns::is_root_of_host();
     let space = Space::Whole;
-    run(Served { image, objects, names, owners, space, may_pass_through, open: Mutex::default() }, device)
+    session(
+        Served { image, objects, names, owners, space, may_pass_through, open: Mutex::default() },
+        device,
+    )?
+    .run()
 }
 
 /// Answers requests for a tree below a scratch.
@@ -63,40 +62,27 @@ pub(super) fn serve_editable(
     let image = Image::open(bytes).map_err(std::io::Error::other)?;
     // The kernel has applied that of whoever makes something.
     rustix::process::umask(rustix::fs::Mode::empty());
-    run(Editable::new(image, objects, upper, owners, Space::Whole)?, device)
+    session(Editable::new(image, objects, upper, owners, Space::Whole)?, device)?.run()
 }
 
-fn run(filesystem: impl Filesystem, device: OwnedFd) -> std::io::Result<()> {
+/// A connection whose requests are answered by several threads. At least two: one may wait for an object that is being fetched.
+pub(super) fn session<F: Filesystem>(filesystem: F, device: OwnedFd) -> std::io::Result<Session<F>> {
+    let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS);
     let mut config = Config::default();
-    config.n_threads = Some(threads());
+    config.n_threads = Some(threads);
     config.clone_fd = true;
-    Session::from_fd(filesystem, device, SessionACL::All, config)?.run()
+    Session::from_fd(filesystem, device, SessionACL::All, config)
 }
 
-/// At least two: one may wait for an object that is being fetched.
-pub(super) fn threads() -> usize {
-    std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS)
-}
-
-/// Which xattrs an overlay over this file system takes for its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum OverlayNames {
-    /// `trusted.overlay.`
-    Trusted,
-    /// `user.overlay.`, with the option `userxattr`.
-    User,
-    /// There is no overlay.
-    None,
-}
-
-impl OverlayNames {
-    /// The name under which a tree's xattr is shown, so that an overlay above does not take an image's for its own.
-    fn shown(self, name: &[u8]) -> Vec<u8> {
-        match (self, name.strip_prefix(b"user.overlay.")) {
-            (Self::Trusted, _) => escape_xattr_name(name).into_owned(),
-            (Self::User, Some(rest)) => [b"user.overlay.overlay.", rest].concat(),
-            (Self::User | Self::None, _) => name.to_owned(),
-        }
+/// Asks the kernel for what every tree can do. What it lacks only makes it ask more often.
+pub(super) fn ask_for_usual(config: &mut KernelConfig) {
+    for wanted in [
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+    ] {
+        let _ = config.add_capabilities(wanted);
     }
 }
 
@@ -114,6 +100,8 @@ struct OpenFiles {
     passes: Option<bool>,
 }
 
+/// One tree, read-only. Where it shares its connection ([`Space::Share`]), the kernel is never told that it need not ask again
+/// (`ENOSYS`), which would hold for the others too.
 pub(super) struct Served {
     image: Image<'static>,
     objects: Objects,
@@ -145,9 +133,13 @@ impl Served {
         Self { image, objects, names, owners, space, may_pass_through, open: Mutex::default() }
     }
 
-    /// The size of a file.
-    pub(super) fn size(&self, ino: INodeNo) -> Result<u64, Errno> {
-        self.inode(ino).map(|inode| inode.size())
+    /// The answer where a tree that nobody changes has nothing to do: that it need not be asked again, if that holds for nobody
+    /// else.
+    fn nothing_to_do(&self, reply: ReplyEmpty) {
+        match self.space {
+            Space::Whole => reply.error(Errno::ENOSYS),
+            Space::Share(_) => reply.ok(),
+        }
     }
 
     fn nid(&self, ino: INodeNo) -> Nid {
@@ -217,15 +209,7 @@ impl Served {
 
 impl Filesystem for Served {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        for wanted in [
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-        ] {
-            // What the kernel lacks only makes it ask more often.
-            let _ = config.add_capabilities(wanted);
-        }
+        ask_for_usual(config);
         if self.may_pass_through {
             // One level: an overlay above is the second and last that there may be.
             self.may_pass_through = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
@@ -266,7 +250,14 @@ impl Filesystem for Served {
         }
     }
 
-    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if self.space != Space::Whole {
+            // The mount is one that others may write to.
+            if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
+                return reply.error(Errno::EROFS);
+            }
+            return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE);
+        }
         if !self.may_pass_through || self.open_files().passes == Some(false) {
             // Neither this nor the end of its use needs a request: the kernel never asks again.
             return reply.error(Errno::ENOSYS);
@@ -388,9 +379,20 @@ impl Filesystem for Served {
         reply.error(Errno::ENOSYS);
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Listings need no state: the kernel never asks again, and keeps listings.
-        reply.error(Errno::ENOSYS);
+    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.nothing_to_do(reply);
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.nothing_to_do(reply);
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if self.space == Space::Whole {
+            // Listings need no state: the kernel never asks again, and keeps listings.
+            return reply.error(Errno::ENOSYS);
+        }
+        reply.opened(FileHandle(self.space.listing(ino.0, 0)), self.space.listing_kept(ino.0));
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -448,6 +450,23 @@ impl Filesystem for Served {
         reply.ok();
     }
 
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        if self.space == Space::Whole {
+            // The kernel takes all for data, and never asks again.
+            return reply.error(Errno::ENOSYS);
+        }
+        let size = match self.inode(ino) {
+            Ok(inode) => inode.size(),
+            Err(error) => return reply.error(error),
+        };
+        match whence {
+            libc::SEEK_DATA | libc::SEEK_HOLE if offset.cast_unsigned() >= size => reply.error(Errno::ENXIO),
+            libc::SEEK_DATA => reply.offset(offset),
+            libc::SEEK_HOLE => reply.offset(size.cast_signed()),
+            _ => reply.error(Errno::EINVAL),
+        }
+    }
+
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         reply.statfs(self.image.len() / 4096, 0, 0, self.image.inode_count(), 0, 4096, 255, 4096);
     }
@@ -474,114 +493,5 @@ impl Filesystem for Served {
             }
             Err(error) => reply.error(error),
         }
-    }
-}
-
-/// The attributes of an inode of a tree.
-pub(super) fn lower_attributes(inode: &Inode<'_>, ino: INodeNo, owners: Owners) -> FileAttr {
-    let time = system_time(inode.mtime());
-    let rdev = inode.device().map_or(0, |device| libc::makedev(device.major, device.minor) as u32);
-    let (uid, gid) = match owners {
-        Owners::Kept => (inode.uid(), inode.gid()),
-        Owners::One { uid, gid } => (uid, gid),
-    };
-    FileAttr {
-        ino,
-        size: inode.size(),
-        blocks: inode.size().div_ceil(512),
-        atime: time,
-        mtime: time,
-        ctime: time,
-        crtime: time,
-        kind: kind(inode.file_type()),
-        perm: inode.mode() as u16,
-        nlink: inode.links(),
-        uid,
-        gid,
-        rdev,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-/// A size of zero asks for the length.
-pub(super) fn send_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
-    if size == 0 {
-        reply.size(value.len() as u32);
-    } else if value.len() > size as usize {
-        reply.error(Errno::ERANGE);
-    } else {
-        reply.data(value);
-    }
-}
-
-pub(super) fn kind(file_type: FileType) -> fuser::FileType {
-    match file_type {
-        FileType::Directory => fuser::FileType::Directory,
-        FileType::Regular => fuser::FileType::RegularFile,
-        FileType::Symlink => fuser::FileType::Symlink,
-        FileType::CharDevice => fuser::FileType::CharDevice,
-        FileType::BlockDevice => fuser::FileType::BlockDevice,
-        FileType::Fifo => fuser::FileType::NamedPipe,
-        FileType::Socket => fuser::FileType::Socket,
-    }
-}
-
-/// The attributes of what is not there.
-pub(super) const NOTHING: FileAttr = FileAttr {
-    ino: INodeNo(0),
-    size: 0,
-    blocks: 0,
-    atime: UNIX_EPOCH,
-    mtime: UNIX_EPOCH,
-    ctime: UNIX_EPOCH,
-    crtime: UNIX_EPOCH,
-    kind: fuser::FileType::RegularFile,
-    perm: 0,
-    nlink: 0,
-    uid: 0,
-    gid: 0,
-    rdev: 0,
-    blksize: 0,
-    flags: 0,
-};
-
-/// A time that this system cannot tell is 1970.
-fn system_time(time: Time) -> SystemTime {
-    let whole = Duration::from_secs(time.seconds.unsigned_abs());
-    let seconds =
-        if time.seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    let part = Duration::from_nanos(time.nanoseconds.into());
-    seconds.and_then(|seconds| seconds.checked_add(part)).unwrap_or(UNIX_EPOCH)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_images_own_overlay_xattrs_are_never_taken_for_the_overlays() {
-        for (names, name, shown) in [
-            (OverlayNames::User, "user.overlay.opaque", "user.overlay.overlay.opaque"),
-            (OverlayNames::User, "user.overlay.overlay.x", "user.overlay.overlay.overlay.x"),
-            (OverlayNames::User, "trusted.overlay.redirect", "trusted.overlay.redirect"),
-            (OverlayNames::User, "user.mime", "user.mime"),
-            (OverlayNames::Trusted, "trusted.overlay.redirect", "trusted.overlay.overlay.redirect"),
-            (OverlayNames::None, "trusted.overlay.redirect", "trusted.overlay.redirect"),
-            (OverlayNames::None, "user.overlay.opaque", "user.overlay.opaque"),
-            (OverlayNames::Trusted, "user.overlay.opaque", "user.overlay.opaque"),
-        ] {
-            assert_eq!(names.shown(name.as_bytes()), shown.as_bytes(), "{name}");
-        }
-    }
-
-    #[test]
-    fn every_time_of_a_tree_can_be_told() {
-        let before = Time { seconds: -2, nanoseconds: 500_000_000 };
-        assert_eq!(system_time(before), UNIX_EPOCH - Duration::from_millis(1500));
-        let last = system_time(Time { seconds: i64::MAX, nanoseconds: 999_999_999 });
-        assert_eq!(last.duration_since(UNIX_EPOCH).unwrap(), Duration::new(i64::MAX as u64, 999_999_999));
-        let first = system_time(Time { seconds: i64::MIN, nanoseconds: 0 });
-        assert_eq!(UNIX_EPOCH.duration_since(first).unwrap(), Duration::from_secs(1 << 63));
     }
 }

@@ -12,9 +12,13 @@
 
 use std::time::Duration;
 
-use fuser::INodeNo;
+use fuser::{FopenFlags, INodeNo};
 
-use super::server::{FOR_EVER, ROOT};
+/// As long as the kernel can count: nothing in a tree changes.
+pub(super) const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// FUSE's number for the root of everything.
+pub(super) const ROOT: u64 = 1;
 
 /// Set in the numbers of what is only in a scratch. No tree has that many inodes: it would have 2^67 bytes.
 pub(crate) const SCRATCH: u64 = 1 << 62;
@@ -90,6 +94,15 @@ impl Space {
     /// How long the kernel may remember a directory, its names and their attributes.
     pub(crate) fn remembered(self, directory: u64) -> &'static Duration {
         if self.is_everybodys(directory) { &Duration::ZERO } else { &FOR_EVER }
+    }
+
+    /// Whether the kernel may keep the listing of a directory.
+    pub(crate) fn listing_kept(self, directory: u64) -> FopenFlags {
+        if self.is_everybodys(directory) {
+            FopenFlags::empty()
+        } else {
+            FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR
+        }
     }
 
     /// Whether others ask about the same directory and must be told something else.

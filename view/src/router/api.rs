@@ -28,15 +28,8 @@ const KINDS: [(ErrorKind, Code); 5] = [
 /// What a client is told. The hint travels as details.
 #[cfg(target_os = "linux")]
 pub(super) fn to_status(error: &BackendError) -> Status {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        message.push_str(": ");
-        message.push_str(&next.to_string());
-        cause = next.source();
-    }
     let code = KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or(Code::Unknown, |(_, code)| *code);
-    Status::with_details(code, message, error.hint_text().unwrap_or_default().to_owned().into())
+    Status::with_details(code, error.with_causes(), error.hint_text().unwrap_or_default().to_owned().into())
 }
 
 /// What was told.

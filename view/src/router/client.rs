@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_contract::{BackendError, ErrorKind, Home};
@@ -15,6 +14,7 @@ use super::api::{
     MountRequest, RemountRequest, RouterClient, ShutdownRequest, StatusReply, StatusRequest, UnmountRequest,
     from_status, unmount_request,
 };
+use crate::sockets::ShortPath;
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -117,32 +117,4 @@ impl Client {
 
 fn told<T>(answer: std::result::Result<Response<T>, Status>) -> Result<T> {
     answer.map(Response::into_inner).map_err(|status| from_status(&status))
-}
-
-/// A directory under a name that is short enough for a socket's address, which has room for 107 bytes.
-pub(super) struct ShortPath {
-    path: PathBuf,
-    #[cfg(target_os = "linux")]
-    _directory: std::os::fd::OwnedFd,
-}
-
-impl ShortPath {
-    #[cfg(target_os = "linux")]
-    pub(super) fn of(directory: &Path) -> io::Result<Self> {
-        use std::os::fd::AsRawFd as _;
-
-        use rustix::fs::{Mode, OFlags};
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = rustix::fs::open(directory, flags, Mode::empty())?;
-        Ok(Self { path: format!("/proc/self/fd/{}", opened.as_raw_fd()).into(), _directory: opened })
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn of(directory: &Path) -> io::Result<Self> {
-        Ok(Self { path: directory.to_owned() })
-    }
-
-    pub(super) fn join(&self, name: &str) -> PathBuf {
-        self.path.join(name)
-    }
 }

@@ -21,9 +21,10 @@ use super::api::{
     MountReply, MountRequest, RemountReply, RemountRequest, Router, RouterServer, ShutdownReply,
     ShutdownRequest, StatusReply, StatusRequest, UnmountReply, UnmountRequest, to_status, unmount_request,
 };
-use super::client::{Client, ShortPath};
+use super::client::Client;
 use super::routes::{Routes, Watched};
 use super::{Process, SOCKET, stale};
+use crate::sockets::ShortPath;
 use crate::views::Views;
 
 type Result<T> = std::result::Result<T, BackendError>;

@@ -12,23 +12,22 @@
 //!    else is in it, it dismisses the keeper.
 
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write as _};
+use std::io::{self, Read, Write as _};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
 use kiln_contract::{BackendError, ErrorKind};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::{ForkResult, fork};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
-use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::{Alteration, Result, Views};
 use crate::fuse;
+use crate::sockets::{self, ShortPath};
 
 /// Where it listens, in the view's directory.
 const SOCKET: &str = "ctl.sock";
@@ -60,11 +59,13 @@ impl Keeper {
         };
         let directory = views.directory(name);
         let log = File::options().create(true).append(true).open(views.log(name)).map_err(failed)?;
-        let listener = at_short_path(&directory, |path| {
-            let _ = std::fs::remove_file(path);
-            UnixListener::bind(path)
-        });
-        let listener = listener.map_err(failed)?;
+        let listen = || {
+            let short = ShortPath::of(&directory)?;
+            let path = short.join(SOCKET);
+            let _ = std::fs::remove_file(&path);
+            UnixListener::bind(&path)
+        };
+        let listener = listen().map_err(failed)?;
         let (socket, theirs) = UnixStream::pair().map_err(failed)?;
         // SAFETY: this process has one thread, so that the child may do everything; it does not return from here.
         match unsafe { fork() }.map_err(|error| failed(error.into()))? {
@@ -85,10 +86,7 @@ impl Keeper {
     pub(super) fn watch(&self, at: &Path) -> io::Result<()> {
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         add_watch(&watch, at)?;
-        let rights = [watch.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&rights)];
-        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(b"w")], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-        Ok(())
+        Ok(sockets::send(&self.socket, watch.as_fd())?)
     }
 
     /// Sends it away, since nothing is left to be done, and waits until it has gone.
@@ -109,7 +107,8 @@ pub(super) fn add_watch(watch: impl AsFd, at: &Path) -> io::Result<()> {
 pub(super) fn ask(views: &Views, name: &str, alteration: &Alteration) -> Result<Option<()>> {
     let failed =
         |error: io::Error| BackendError::caused(format!("cannot ask the keeper of the view `{name}`"), error);
-    let mut stream = match at_short_path(&views.directory(name), |path| UnixStream::connect(path)) {
+    let connect = || UnixStream::connect(ShortPath::of(&views.directory(name))?.join(SOCKET));
+    let mut stream = match connect() {
         Ok(stream) => stream,
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
@@ -130,13 +129,6 @@ pub(super) fn ask(views: &Views, name: &str, alteration: &Alteration) -> Result<
             })
         }
     }
-}
-
-/// A socket's name may have 108 bytes only (unix(7)), and a home may be anywhere.
-fn at_short_path<T>(directory: &Path, with: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
-    with(&Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(SOCKET))
 }
 
 /// What the keeper itself knows.
@@ -192,13 +184,14 @@ impl Kept<'_> {
     /// What the maker of the view says. `false` if that was the last.
     fn hear(&mut self) -> io::Result<bool> {
         let Some(owner) = &self.owner else { return Ok(true) };
-        match receive(owner)? {
-            Said::Watch(watch) => {
+        match sockets::receive(owner)? {
+            Some(Some(watch)) => {
                 self.watch = Some(watch);
                 self.mounts = 1;
             }
-            Said::Done => return Ok(false),
-            Said::Gone => self.owner = None,
+            // It has seen to everything, and dismisses this process.
+            Some(None) => return Ok(false),
+            None => self.owner = None,
         }
         Ok(true)
     }
@@ -239,7 +232,7 @@ impl Kept<'_> {
             }
             Err(error) => Answer::Failed {
                 state: error.kind() == ErrorKind::State,
-                what: with_causes(&error),
+                what: error.with_causes(),
                 hint: error.hint_text().map(str::to_owned),
             },
         };
@@ -251,42 +244,4 @@ impl Kept<'_> {
         let ended = self.views.find(self.name).and_then(|record| self.views.end(record));
         ended.map_err(io::Error::other)
     }
-}
-
-/// What the maker of a view says to its keeper.
-enum Said {
-    Watch(OwnedFd),
-    Done,
-    Gone,
-}
-
-fn receive(owner: &UnixStream) -> io::Result<Said> {
-    let mut byte = [0];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let mut parts = [IoSliceMut::new(&mut byte)];
-    let message = recvmsg::<()>(owner.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-    if message.bytes == 0 {
-        return Ok(Said::Gone);
-    }
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control
-            && let Some(fd) = fds.first()
-        {
-            // SAFETY: the kernel made this descriptor for us just now.
-            return Ok(Said::Watch(unsafe { OwnedFd::from_raw_fd(*fd) }));
-        }
-    }
-    Ok(Said::Done)
-}
-
-/// An error and what caused it, in one sentence.
-pub(super) fn with_causes(error: &BackendError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }

@@ -116,8 +116,7 @@ fn monitor(command: &[String], view: &str, mut socket: UnixStream) -> io::Result
         }
         Err(error) => {
             let kind = KINDS.iter().position(|kind| *kind == error.kind()).unwrap_or(0);
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            [&[kind as u8][..], format!("{error}{}", cause.unwrap_or_default()).as_bytes()].concat()
+            [&[kind as u8][..], error.with_causes().as_bytes()].concat()
         }
     };
     // Nobody may be left to be told.

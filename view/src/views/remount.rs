@@ -63,7 +63,7 @@ pub(super) fn remount(
                 .unwrap_or_else(|_| Err(BackendError::new(ErrorKind::Failed, "the remount has panicked")));
             if let Err(error) = &done {
                 let hint = error.hint_text().unwrap_or_default();
-                let _ = (&say).write_all(format!("{}\0{hint}", keeper::with_causes(error)).as_bytes());
+                let _ = (&say).write_all(format!("{}\0{hint}", error.with_causes()).as_bytes());
             }
             // SAFETY: ends the child without running what its parents have registered for their own end.
             unsafe { libc::_exit(i32::from(done.is_err())) }

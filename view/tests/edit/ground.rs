@@ -6,7 +6,7 @@ use std::process::Command;
 
 use kiln_contract::{BackendError, Digest, Home, Scratch, ViewBackend, ViewRequest};
 use kiln_erofs::{Attributes, Content, Data, NodeId, Time, Tree, Xattrs, object_redirect, write_metadata};
-use kiln_fixtures::require_root;
+use kiln_fixtures::with_private_mounts;
 use kiln_store::Store;
 use kiln_view::Overlay;
 use kiln_view::fuse::{self, Mounted, Owners, Served};
@@ -295,21 +295,7 @@ pub(crate) fn with_unlinked_ground(body: impl FnOnce(&Ground) + Send + 'static) 
 }
 
 fn with_tree(linked: bool, backend: Backend, body: impl FnOnce(&Ground) + Send + 'static) {
-    if !require_root() {
-        return;
-    }
-    let test = move || {
-        // SAFETY: CLONE_NEWNS changes this thread only, and it ends with the test.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-        let private =
-            rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        body(&Ground::new(directory.path(), linked, backend));
-    };
-    if let Err(error) = std::thread::spawn(test).join() {
-        std::panic::resume_unwind(error);
-    }
+    with_private_mounts(move |directory| body(&Ground::new(directory, linked, backend)));
 }
 
 /// Does the same in a view and in a plain directory; each must tell the same.

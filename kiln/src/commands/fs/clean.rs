@@ -1,16 +1,17 @@
 //! `kiln fs clean`.
 
 use jiff::{SignedDuration, Timestamp};
-use kiln_contract::{ByteSize, HumanDuration};
+use kiln_contract::HumanDuration;
 use kiln_store::{GcOptions, VersionPolicy};
 use kiln_view::views::Views;
 use serde::Serialize;
 
+use crate::commands::system::collected::Collected;
 use crate::commands::system::prune::collect_with;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::Exit;
-use crate::output::{Format, FormatArgs, Out, Table, print_json};
+use crate::output::{Format, FormatArgs, print_json};
 
 /// Remove what killed processes left of views, versions of names beyond a policy, and what nobody needs then
 ///
@@ -44,20 +45,8 @@ struct Removed {
     views: Vec<String>,
     /// Versions, as they were called before: `name:tag~N`.
     versions: Vec<String>,
-    /// Names or ids of images.
-    images: Vec<String>,
-    /// How many layers.
-    layers: u64,
-    /// How many files of images.
-    objects: u64,
-    /// How many manifests and configs.
-    blobs: u64,
-    /// How many caches.
-    renders: u64,
-    /// Bytes given back in the store.
-    bytes: u64,
-    /// Nothing was removed: this is what would be.
-    dry_run: bool,
+    #[serde(flatten)]
+    collected: Collected,
 }
 
 impl Args {
@@ -74,19 +63,10 @@ impl Args {
             dry_run: self.dry_run,
             ..GcOptions::default()
         };
-        let report = collect_with(context, &instances, &options)?;
-        let removed = Removed {
-            views,
-            versions: report.versions,
-            images: report.images,
-            layers: report.layers,
-            objects: report.objects,
-            blobs: report.blobs,
-            renders: report.renders,
-            bytes: report.bytes,
-            dry_run: self.dry_run,
-        };
-        removed.print(self.format.format)?;
+        let mut report = collect_with(context, &instances, &options)?;
+        let versions = std::mem::take(&mut report.versions);
+        Removed { views, versions, collected: Collected::of(report, self.dry_run) }
+            .print(self.format.format)?;
         Ok(Exit::SUCCESS)
     }
 }
@@ -103,25 +83,6 @@ impl Removed {
         if format != Format::Table {
             return print_json(format, self);
         }
-        let mut table = Table::new(["WHAT", if self.dry_run { "WOULD BE REMOVED" } else { "REMOVED" }]);
-        for (what, names) in [("view", &self.views), ("version", &self.versions), ("image", &self.images)] {
-            for name in names {
-                table.row([what, name]);
-            }
-        }
-        for (what, number) in [
-            ("layers", self.layers),
-            ("files", self.objects),
-            ("manifests and configs", self.blobs),
-            ("caches", self.renders),
-        ] {
-            if number > 0 {
-                table.row([what.to_owned(), number.to_string()]);
-            }
-        }
-        table.row(["space".to_owned(), ByteSize(self.bytes).to_string()]);
-        let mut out = Out::new();
-        out.table(&table)?;
-        out.flush()
+        self.collected.print(&[("view", &self.views), ("version", &self.versions)], &[])
     }
 }

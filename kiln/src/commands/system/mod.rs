@@ -1,6 +1,7 @@
 //! `kiln system …`.
 
 pub(crate) mod check;
+pub(crate) mod collected;
 pub(crate) mod df;
 pub(crate) mod doctor;
 pub(crate) mod info;

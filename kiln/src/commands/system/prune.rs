@@ -1,14 +1,15 @@
 //! `kiln system prune`, and the collecting of garbage for `image prune` too.
 
-use kiln_contract::{ByteSize, Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
+use kiln_contract::{Digest, InstanceStatus, RemoveOptions, RuntimeBackend};
 use kiln_store::{GcOptions, GcReport, Store};
 use serde::Serialize;
 
+use super::collected::Collected;
 use crate::backends::{Backends, in_views};
 use crate::context::Context;
 use crate::error::Result;
 use crate::exit::{self, Exit};
-use crate::output::{Format, FormatArgs, Table, print_json};
+use crate::output::{Format, FormatArgs, print_json};
 
 /// Remove what nobody needs: instances that do not run, unused networks, images without a name, unreachable data
 #[derive(Debug, clap::Args)]
@@ -33,7 +34,7 @@ pub(crate) struct Args {
 }
 
 /// What was removed, as the JSON forms write it.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub(crate) struct Removed {
     /// Names of instances.
     instances: Vec<String>,
@@ -45,55 +46,38 @@ pub(crate) struct Removed {
     disks: u64,
     /// How many templates of machines.
     templates: u64,
-    /// Names or ids of images.
-    images: Vec<String>,
-    /// How many layers.
-    layers: u64,
-    /// How many files of images.
-    objects: u64,
-    /// How many manifests and configs.
-    blobs: u64,
-    /// How many caches.
-    renders: u64,
-    /// Bytes given back, in the store and in volumes.
-    bytes: u64,
-    /// Nothing was removed: this is what would be.
-    dry_run: bool,
+    #[serde(flatten)]
+    collected: Collected,
 }
 
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let instances = context.instances()?;
-        let mut before = Removed::default();
-        if !self.keep_instances {
-            before.instances = remove_instances(&instances, self.volumes, self.dry_run)?;
-        }
+        let removed = match self.keep_instances {
+            true => Vec::new(),
+            false => remove_instances(&instances, self.volumes, self.dry_run)?,
+        };
+        let (mut networks, mut volumes, mut templates, mut bytes) = (Vec::new(), Vec::new(), 0, 0);
         if !self.dry_run {
-            before.networks = context.networks()?.prune()?;
+            networks = context.networks()?.prune()?;
             if self.volumes {
-                for (name, bytes) in context.volumes()?.prune(self.all)? {
-                    before.volumes.push(name);
-                    before.bytes += bytes;
+                for (name, size) in context.volumes()?.prune(self.all)? {
+                    volumes.push(name);
+                    bytes += size;
                 }
             }
         }
-        before.disks = kiln_machine::prune_disks(context.home(), self.dry_run)?.len() as u64;
+        let disks = kiln_machine::prune_disks(context.home(), self.dry_run)?.len() as u64;
         if self.all {
-            let templates = kiln_machine::prune_templates(context.home(), self.dry_run)?;
-            before.templates = templates.len() as u64;
-            before.bytes += templates.iter().map(kiln_machine::Saved::size).sum::<u64>();
+            let pruned = kiln_machine::prune_templates(context.home(), self.dry_run)?;
+            templates = pruned.len() as u64;
+            bytes += pruned.iter().map(kiln_machine::Saved::size).sum::<u64>();
         }
-        let collected = collect(context, &instances, self.all, self.dry_run)?;
-        let all = Removed {
-            instances: before.instances,
-            networks: before.networks,
-            volumes: before.volumes,
-            disks: before.disks,
-            templates: before.templates,
-            bytes: before.bytes + collected.bytes,
-            ..collected
-        };
-        all.print(self.format.format)?;
+        // Last, so that what those needed goes too.
+        let mut collected = collect(context, &instances, self.all, self.dry_run)?.collected;
+        collected.bytes += bytes;
+        Removed { instances: removed, networks, volumes, disks, templates, collected }
+            .print(self.format.format)?;
         Ok(Exit::SUCCESS)
     }
 }
@@ -121,14 +105,12 @@ pub(crate) fn collect(context: &Context, instances: &Backends, all: bool, dry_ru
     let options = GcOptions { untagged: true, all, dry_run, ..GcOptions::default() };
     let report = collect_with(context, instances, &options)?;
     Ok(Removed {
-        images: report.images,
-        layers: report.layers,
-        objects: report.objects,
-        blobs: report.blobs,
-        renders: report.renders,
-        bytes: report.bytes,
-        dry_run,
-        ..Default::default()
+        instances: Vec::new(),
+        networks: Vec::new(),
+        volumes: Vec::new(),
+        disks: 0,
+        templates: 0,
+        collected: Collected::of(report, dry_run),
     })
 }
 
@@ -149,32 +131,7 @@ impl Removed {
         if format != Format::Table {
             return print_json(format, self);
         }
-        let mut table = Table::new(["WHAT", if self.dry_run { "WOULD BE REMOVED" } else { "REMOVED" }]);
-        for (what, names) in [
-            ("instance", &self.instances),
-            ("network", &self.networks),
-            ("volume", &self.volumes),
-            ("image", &self.images),
-        ] {
-            for name in names {
-                table.row([what, name]);
-            }
-        }
-        for (what, number) in [
-            ("disks", self.disks),
-            ("templates", self.templates),
-            ("layers", self.layers),
-            ("files", self.objects),
-            ("manifests and configs", self.blobs),
-            ("caches", self.renders),
-        ] {
-            if number > 0 {
-                table.row([what.to_owned(), number.to_string()]);
-            }
-        }
-        table.row(["space".to_owned(), ByteSize(self.bytes).to_string()]);
-        let mut out = crate::output::Out::new();
-        out.table(&table)?;
-        out.flush()
+        let names = [("instance", &self.instances), ("network", &self.networks), ("volume", &self.volumes)];
+        self.collected.print(&names, &[("disks", self.disks), ("templates", self.templates)])
     }
 }

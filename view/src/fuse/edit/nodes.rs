@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 
 use kiln_erofs::Nid;
 
-use super::super::server::ROOT;
+use super::super::space::ROOT;
 use super::super::space::SCRATCH;
 
 /// A number by which the kernel knows something.

@@ -12,7 +12,8 @@ use rustix::fs::{AtFlags, Mode, OFlags, Stat};
 use rustix::io::{Errno, Result};
 
 use super::super::Owners;
-use super::super::server::{ROOT, kind, lower_attributes};
+use super::super::attributes::{kind, lower_attributes};
+use super::super::space::ROOT;
 use super::handles::{Handles, Source};
 use super::leaving::Leaving;
 use super::nodes::{Id, Node, Nodes};

@@ -1,0 +1,551 @@
+//! Requests, answered from the union of a tree and a scratch.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use rustix::fs::{FallocateFlags, FileType, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags};
+use rustix::io::{Errno as Failure, Result};
+
+use super::super::attributes::{NOTHING, send_xattr};
+use super::super::space::FOR_EVER;
+use super::change::{Attributes, Maker, New};
+use super::place::Place;
+use super::rename::Name;
+use super::{Editable, WRITE_MOST, handles};
+
+/// As the kernel is told.
+fn told(error: Failure) -> Errno {
+    Errno::from_i32(error.raw_os_error())
+}
+
+fn answer(result: Result<()>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(told(error)),
+    }
+}
+
+impl Editable {
+    fn make(&self, parent: INodeNo, name: &OsStr, new: New<'_>, request: &Request, reply: ReplyEntry) {
+        let maker = Maker { uid: request.uid(), gid: request.gid() };
+        let mut union = self.union();
+        match union.make(parent.0, name.as_bytes(), new, maker) {
+            Ok((id, attributes, _)) => {
+                union.nodes.count(id);
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
+            }
+            Err(error) => reply.error(told(error)),
+        }
+    }
+}
+
+impl Filesystem for Editable {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        Self::ask_for(config);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let mut union = self.union();
+        let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+        match union.find(parent.0, name.as_bytes()) {
+            Ok(Some(found)) => {
+                union.nodes.count(found.id);
+                let attributes = self.told(found.attributes);
+                reply.entry_with_ttls(&FOR_EVER, remembered, &attributes, Generation(0));
+            }
+            Ok(None) => reply.entry(remembered, &NOTHING, Generation(0)),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn forget(&self, _: &Request, ino: INodeNo, times: u64) {
+        self.union().nodes.forget(ino.0, times);
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.union().attributes(ino.0) {
+            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let times = (atime.is_some() || mtime.is_some())
+            .then(|| Timestamps { last_access: timespec(atime), last_modification: timespec(mtime) });
+        let changes = Attributes { mode, uid, gid, size, times };
+        let open = fh.and_then(|fh| self.handles.get(fh.0).ok());
+        match self.union().set_attributes(ino.0, &changes, open.as_deref()) {
+            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.union().read_link(ino.0) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let new = New::Node(FileType::from_raw_mode(mode), mode, rdev.into());
+        self.make(parent, name, new, request, reply);
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _: u32, reply: ReplyEntry) {
+        self.make(parent, name, New::Directory(mode), request, reply);
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        self.make(parent, name, New::Symlink(target.as_os_str().as_bytes()), request, reply);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer(self.union().unlink(parent.0, name.as_bytes()), reply);
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer(self.union().rmdir(parent.0, name.as_bytes()), reply);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let from = Name { parent: parent.0, name: name.as_bytes() };
+        let to = Name { parent: new_parent.0, name: new_name.as_bytes() };
+        let mut union = self.union();
+        let to_root = |to: &Name<'_>, from: &Name<'_>| {
+            self.space.is_everybodys(to.parent) && !self.space.is_everybodys(from.parent)
+        };
+        let leaving = match flags {
+            _ if to_root(&to, &from) => Some((from.parent, from.name)),
+            RenameFlags::RENAME_EXCHANGE if to_root(&from, &to) => Some((to.parent, to.name)),
+            _ => None,
+        };
+        if let Some((parent, name)) = leaving
+            && !union.leaving.may_go(parent, name)
+        {
+            return reply.error(Errno::ESTALE);
+        }
+        let renamed = match flags {
+            RenameFlags::RENAME_EXCHANGE => union.exchange(from, to),
+            RenameFlags::RENAME_NOREPLACE => union.rename(from, to, false),
+            flags if flags.is_empty() => union.rename(from, to, true),
+            _ => Err(Failure::INVAL),
+        };
+        if let Some((parent, name)) = leaving {
+            union.leaving.went(parent, name);
+        }
+        answer(renamed, reply);
+    }
+
+    fn link(&self, _: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let mut union = self.union();
+        match union.link(ino.0, parent.0, name.as_bytes()) {
+            Ok(attributes) => {
+                union.nodes.count(ino.0);
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
+            }
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let anew = flags.0 & libc::O_TRUNC != 0;
+        let mut union = self.union();
+        let mut open = || {
+            if write || anew {
+                union.copy_up(ino.0, anew.then_some(0))?;
+            }
+            let source = union.open(ino.0, write || anew)?;
+            if anew && let handles::Source::File(file) = &source {
+                rustix::fs::ftruncate(file, 0)?;
+            }
+            let of_tree = union.nodes.get(ino.0).is_none().then_some(ino.0);
+            Ok(self.handles.open(source, of_tree))
+        };
+        match open() {
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let maker = Maker { uid: request.uid(), gid: request.gid() };
+        let new = New::Node(FileType::RegularFile, mode, 0);
+        let mut union = self.union();
+        match union.make(parent.0, name.as_bytes(), new, maker) {
+            Ok((id, attributes, Some(file))) => {
+                union.nodes.count(id);
+                let handle = FileHandle(self.handles.open(handles::Source::File(file), None));
+                let flags = FopenFlags::FOPEN_KEEP_CACHE;
+                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
+                reply.created(remembered, &self.told(attributes), Generation(0), handle, flags);
+            }
+            Ok((_, _, None)) => reply.error(Errno::EIO),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let size = size.min(WRITE_MOST) as usize;
+        let mut reply = Some(reply);
+        let mut send = |bytes: &[u8]| {
+            if let Some(reply) = reply.take() {
+                reply.data(bytes);
+            }
+        };
+        let read = self.handles.get(fh.0).and_then(|handle| handle.read(offset, size, &mut send));
+        if let (Err(error), Some(reply)) = (read, reply) {
+            reply.error(told(error));
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let write = |file: &std::fs::File| {
+            let mut written = 0;
+            while written < data.len() {
+                match rustix::io::pwrite(file, &data[written..], offset + written as u64) {
+                    Ok(length) => written += length,
+                    Err(Failure::INTR) => {}
+                    // What was written counts; the error comes again with the next.
+                    Err(_) if written > 0 => break,
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(written as u32)
+        };
+        match self.handles.get(fh.0).and_then(|handle| handle.with_file(write)) {
+            Ok(written) => reply.written(written),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Nothing is held back: the kernel never asks again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.handles.close(fh.0, ino.0);
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        let sync =
+            |handle: Arc<handles::Handle>| {
+                handle.with_file(|file| {
+                    if data_only { rustix::fs::fdatasync(file) } else { rustix::fs::fsync(file) }
+                })
+            };
+        match self.handles.get(fh.0).and_then(sync) {
+            // What is in the tree itself is on the disk.
+            Err(Failure::BADF) => reply.ok(),
+            other => answer(other, reply),
+        }
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let handle = self.space.listing(ino.0, self.handles.open_listing(Vec::new()));
+        reply.opened(FileHandle(handle), self.space.listing_kept(ino.0));
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let listing = if offset == 0 {
+            self.union().listing(ino.0).map(|listing| self.handles.renew_listing(fh.0, listing))
+        } else {
+            self.handles.listing(fh.0)
+        };
+        let listing = match listing {
+            Ok(listing) => listing,
+            Err(error) => return reply.error(told(error)),
+        };
+        for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+            let own = self.space.number(ino.0);
+            if reply.add(own, index as u64 + 1, fuser::FileType::Directory, name) {
+                return reply.ok();
+            }
+        }
+        let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
+        for (index, entry) in listing.iter().enumerate().skip(from) {
+            let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
+            if reply.add(self.space.number(entry.id), next, entry.kind, name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let mut union = self.union();
+        let listing = if offset == 0 {
+            union.listing(ino.0).map(|listing| self.handles.renew_listing(fh.0, listing))
+        } else {
+            self.handles.listing(fh.0)
+        };
+        let (listing, own) = match listing.and_then(|listing| Ok((listing, union.attributes(ino.0)?))) {
+            Ok((listing, own)) => (listing, self.told(own)),
+            Err(error) => return reply.error(told(error)),
+        };
+        let remembered = self.space.remembered(ino.0);
+        for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+            if reply.add(own.ino, index as u64 + 1, name, remembered, &own, Generation(0)) {
+                return reply.ok();
+            }
+        }
+        let directory = match union.directory(ino.0) {
+            Ok(directory) => directory,
+            Err(error) => return reply.error(told(error)),
+        };
+        // What was removed has no names.
+        let listing = if union.was_removed(ino.0) { &[][..] } else { &listing[..] };
+        let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
+        for (index, entry) in listing.iter().enumerate().skip(from) {
+            // Asked for again: what was removed since must not come back to the kernel's memory.
+            let found = match union.find_in(ino.0, directory.as_ref(), &entry.name) {
+                Ok(Some(found)) => found,
+                Ok(None) => continue,
+                Err(error) => return reply.error(told(error)),
+            };
+            let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
+            let attributes = self.told(found.attributes);
+            let remembered = self.remembered(&mut union, ino.0, &entry.name);
+            if reply.add(attributes.ino, next, name, remembered, &attributes, Generation(0)) {
+                break;
+            }
+            union.nodes.count(found.id);
+        }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.handles.close_listing(fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let directory = self.union().place(ino.0);
+        let sync = |place: Place| place.open(rustix::fs::OFlags::RDONLY).and_then(rustix::fs::fsync);
+        answer(directory.and_then(|place| place.map_or(Ok(()), sync)), reply);
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        match rustix::fs::fstatvfs(self.union().upper.root()) {
+            Ok(stat) => reply.statfs(
+                stat.f_blocks,
+                stat.f_bfree,
+                stat.f_bavail,
+                stat.f_files,
+                stat.f_ffree,
+                stat.f_bsize as u32,
+                stat.f_namemax as u32,
+                stat.f_frsize as u32,
+            ),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
+        answer(self.union().set_xattr(ino.0, name.as_bytes(), value, flags), reply);
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.union().xattr(ino.0, name.as_bytes()) {
+            Ok(Some(value)) => send_xattr(&value, size, reply),
+            Ok(None) => reply.error(Errno::ENODATA),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.union().xattrs(ino.0) {
+            Ok(names) => {
+                let list: Vec<u8> = names.into_iter().flat_map(|name| [name, vec![0]].concat()).collect();
+                send_xattr(&list, size, reply);
+            }
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer(self.union().remove_xattr(ino.0, name.as_bytes()), reply);
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let flags = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+        let allocate = |file: &std::fs::File| rustix::fs::fallocate(file, flags, offset, length);
+        answer(self.handles.get(fh.0).and_then(|handle| handle.with_file(allocate)), reply);
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let seek = |handle: Arc<handles::Handle>| match whence {
+            libc::SEEK_DATA => handle.seek(offset.cast_unsigned(), false),
+            libc::SEEK_HOLE => handle.seek(offset.cast_unsigned(), true),
+            _ => Err(Failure::INVAL),
+        };
+        match self.handles.get(fh.0).and_then(seek) {
+            Ok(found) => reply.offset(found.cast_signed()),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        from: FileHandle,
+        mut offset: u64,
+        _: INodeNo,
+        to: FileHandle,
+        mut to_offset: u64,
+        length: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        // An answer has 32 bits.
+        let length = length.min(1 << 30) as usize;
+        let mut copy = || {
+            let (from, to) = (self.handles.get(from.0)?, self.handles.get(to.0)?);
+            from.with_file(|from| {
+                to.with_file(|to| {
+                    rustix::fs::copy_file_range(from, Some(&mut offset), to, Some(&mut to_offset), length)
+                })
+            })
+        };
+        match copy() {
+            Ok(copied) => reply.written(copied as u32),
+            // From the tree itself, or between file systems: the kernel reads and writes instead.
+            Err(Failure::BADF | Failure::XDEV) => reply.error(Errno::EOPNOTSUPP),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+}
+
+fn timespec(time: Option<TimeOrNow>) -> Timespec {
+    match time {
+        None => Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+        Some(TimeOrNow::Now) => Timespec { tv_sec: 0, tv_nsec: UTIME_NOW },
+        Some(TimeOrNow::SpecificTime(time)) => match time.duration_since(SystemTime::UNIX_EPOCH) {
+            Ok(after) => {
+                Timespec { tv_sec: after.as_secs().cast_signed(), tv_nsec: after.subsec_nanos().into() }
+            }
+            // fuser has taken the nanoseconds for a part of the seconds before 1970, where the kernel counts them from
+            // the second on: this takes that back.
+            Err(before) => {
+                let before = before.duration();
+                Timespec { tv_sec: -before.as_secs().cast_signed(), tv_nsec: before.subsec_nanos().into() }
+            }
+        },
+    }
+}
