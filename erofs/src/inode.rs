@@ -11,7 +11,8 @@ use crate::format::{
 };
 use crate::read::{u16_at, u32_at, u64_at};
 use crate::{
-    Attributes, Data, Device, INLINE_LIMIT, Image, ImageError, Nid, Time, Xattrs, unescape_xattr_name, xattr,
+    Attributes, Content, Data, Device, INLINE_LIMIT, Image, ImageError, Nid, Time, Xattrs,
+    unescape_xattr_name, xattr,
 };
 
 /// What an inode is.
@@ -172,6 +173,11 @@ impl<'a> Inode<'a> {
         })
     }
 
+    /// Whether it stands for a name that a layer removes: overlayfs's character device 0:0.
+    pub fn is_whiteout(&self) -> bool {
+        self.file_type == FileType::CharDevice && self.device() == Some(Device { major: 0, minor: 0 })
+    }
+
     /// A symlink's target.
     ///
     /// # Errors
@@ -243,11 +249,11 @@ impl<'a> Inode<'a> {
     /// # Errors
     /// They are damaged.
     pub fn xattrs(&self) -> Result<Xattrs, ImageError> {
-        self.described().map(|(xattrs, ..)| xattrs)
+        self.read_xattrs().map(|(xattrs, ..)| xattrs)
     }
 
     /// All that xattrs say, in one walk: those of the tree, the object, and how many bytes they are.
-    pub(crate) fn described(&self) -> Result<(Xattrs, Option<Digest>, u64), ImageError> {
+    pub(crate) fn read_xattrs(&self) -> Result<(Xattrs, Option<Digest>, u64), ImageError> {
         let wrong = |what| ImageError::Xattr { nid: self.nid, what };
         let (mut xattrs, mut object, mut bytes) = (Xattrs::new(), None, 0);
         let mut full = Vec::new();
@@ -293,8 +299,39 @@ impl<'a> Inode<'a> {
     /// # Errors
     /// Its xattrs are damaged.
     pub fn attributes(&self) -> Result<Attributes, ImageError> {
+        self.xattrs().map(|xattrs| self.attributes_with(xattrs))
+    }
+
+    pub(crate) fn attributes_with(&self, xattrs: Xattrs) -> Attributes {
         let Self { mode, uid, gid, mtime, .. } = *self;
-        Ok(Attributes { mode, uid, gid, mtime, xattrs: self.xattrs()? })
+        Attributes { mode, uid, gid, mtime, xattrs }
+    }
+
+    /// What it is for a tree, in one walk over its xattrs. The entries of a directory are not looked at.
+    ///
+    /// # Errors
+    /// Its xattrs are damaged, or its data or its target are ([`Inode::data`], [`Inode::symlink_target`]).
+    pub fn described(&self) -> Result<(Content, Attributes), ImageError> {
+        let (xattrs, object, _) = self.read_xattrs()?;
+        Ok((self.content(object)?, self.attributes_with(xattrs)))
+    }
+
+    /// Its content; `object` is what its xattrs name.
+    pub(crate) fn content(&self, object: Option<Digest>) -> Result<Content, ImageError> {
+        let device =
+            || self.device().ok_or(ImageError::Inode { nid: self.nid, what: "a device has no number" });
+        Ok(match self.file_type {
+            FileType::Directory => Content::Directory,
+            FileType::Regular => Content::Regular(match object {
+                Some(digest) => Data::Object { digest, size: self.size },
+                None => self.data()?,
+            }),
+            FileType::Symlink => Content::Symlink(self.symlink_target()?.to_owned()),
+            FileType::CharDevice => Content::CharDevice(device()?),
+            FileType::BlockDevice => Content::BlockDevice(device()?),
+            FileType::Fifo => Content::Fifo,
+            FileType::Socket => Content::Socket,
+        })
     }
 
     /// Its own bytes, with its inline xattrs.

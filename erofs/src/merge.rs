@@ -25,7 +25,7 @@ use std::io::{self, Write};
 use crate::format::{BLOCK, SLOT, SUPER_OFFSET, SUPER_SIZE};
 use crate::layout::{Body, Cut, Shape, shape, start_of};
 use crate::write::{DirectoryWriter, Head, Listed, Output, Part, type_number, write_node};
-use crate::{Attributes, Content, Data, Entry, FileType, Image, ImageError, Inode, Nid, Time, WriteError};
+use crate::{Attributes, Content, Entry, FileType, Image, ImageError, Inode, Nid, Time, WriteError};
 use walk::{Named, Node, Walk};
 
 /// Images to be merged.
@@ -127,33 +127,14 @@ impl<'a> Layers<'_, 'a> {
         }
         let layer = node.layer as usize;
         let inode = self.inode(node.layer, node.nid)?;
-        content_and_attributes(&inode, self.implied).map_err(|source| MergeError::Image { layer, source })
-    }
-}
-
-fn content_and_attributes(inode: &Inode<'_>, implied: &[u8]) -> Result<(Content, Attributes), ImageError> {
-    let (mut xattrs, object, _) = inode.described()?;
-    let device =
-        || inode.device().ok_or(ImageError::Inode { nid: inode.nid(), what: "a device has no number" });
-    let content = match inode.file_type() {
-        FileType::Directory => {
-            xattrs.remove(crate::xattr::OPAQUE);
-            xattrs.remove(implied);
-            Content::Directory
+        let (content, mut attributes) =
+            inode.described().map_err(|source| MergeError::Image { layer, source })?;
+        if content == Content::Directory {
+            attributes.xattrs.remove(crate::xattr::OPAQUE);
+            attributes.xattrs.remove(self.implied);
         }
-        FileType::Regular => Content::Regular(match object {
-            Some(digest) => Data::Object { digest, size: inode.size() },
-            None => inode.data()?,
-        }),
-        FileType::Symlink => Content::Symlink(inode.symlink_target()?.to_vec()),
-        FileType::CharDevice => Content::CharDevice(device()?),
-        FileType::BlockDevice => Content::BlockDevice(device()?),
-        FileType::Fifo => Content::Fifo,
-        FileType::Socket => Content::Socket,
-    };
-    let attributes =
-        Attributes { mode: inode.mode(), uid: inode.uid(), gid: inode.gid(), mtime: inode.mtime(), xattrs };
-    Ok((content, attributes))
+        Ok((content, attributes))
+    }
 }
 
 /// Different times that are counted at once.

@@ -9,7 +9,7 @@ use crate::format::{
     SUPER_SIZE, VERSION, superblock_checksum,
 };
 use crate::inode::Inode;
-use crate::{Attributes, Content, Data, FileType, ImageError, NodeId, Time, Tree};
+use crate::{Content, Data, FileType, ImageError, NodeId, Time, Tree};
 
 /// An inode number as the kernel shows it: EROFS's nid, the place of the inode in units of 32 bytes.
 pub type Nid = u64;
@@ -193,18 +193,11 @@ impl<'a> Unfolding<'a> {
                     return Err(wrong("an entry has another type than its inode"));
                 }
                 spend(&mut self.entry_budget, inode.header_size())?;
-                let (xattrs, object, xattr_bytes) = inode.described()?;
+                let (xattrs, object, xattr_bytes) = inode.read_xattrs()?;
                 spend(&mut self.shared_budget, xattr_bytes)?;
-                let attributes = Attributes {
-                    mode: inode.mode(),
-                    uid: inode.uid(),
-                    gid: inode.gid(),
-                    mtime: inode.mtime(),
-                    xattrs,
-                };
                 let content = self.content(&inode, object)?;
                 let child = tree
-                    .add(id, entry.name, content, attributes)
+                    .add(id, entry.name, content, inode.attributes_with(xattrs))
                     .map_err(|_| wrong("an entry cannot be there"))?;
                 self.nodes[entry.nid as usize] = child.0 + 1;
                 if inode.file_type() == FileType::Directory {
@@ -216,23 +209,12 @@ impl<'a> Unfolding<'a> {
     }
 
     fn content(&mut self, inode: &Inode<'a>, object: Option<Digest>) -> Result<Content, ImageError> {
-        let device =
-            || inode.device().ok_or(ImageError::Inode { nid: inode.nid(), what: "a device has no number" });
-        Ok(match inode.file_type() {
-            FileType::Directory => Content::Directory,
-            FileType::Regular => Content::Regular(match object {
-                Some(digest) => Data::Object { digest, size: inode.size() },
-                None => self.data(inode)?,
-            }),
-            FileType::Symlink => {
-                spend(&mut self.shared_budget, inode.size())?;
-                Content::Symlink(inode.symlink_target()?.to_owned())
-            }
-            FileType::CharDevice => Content::CharDevice(device()?),
-            FileType::BlockDevice => Content::BlockDevice(device()?),
-            FileType::Fifo => Content::Fifo,
-            FileType::Socket => Content::Socket,
-        })
+        match inode.file_type() {
+            FileType::Regular if object.is_none() => return self.data(inode).map(Content::Regular),
+            FileType::Symlink => spend(&mut self.shared_budget, inode.size())?,
+            _ => {}
+        }
+        inode.content(object)
     }
 
     fn data(&mut self, inode: &Inode<'a>) -> Result<Data, ImageError> {
@@ -250,7 +232,7 @@ impl<'a> Unfolding<'a> {
     }
 }
 
-fn spend(budget: &mut u64, bytes: u64) -> Result<(), ImageError> {
+pub(crate) fn spend(budget: &mut u64, bytes: u64) -> Result<(), ImageError> {
     *budget = budget.checked_sub(bytes).ok_or(ImageError::Overlap)?;
     Ok(())
 }

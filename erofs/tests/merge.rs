@@ -1,39 +1,17 @@
 //! Merged trees: the bytes are those of the same tree made in memory, and memory does not grow with them.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use kiln_contract::Digest;
 use kiln_erofs::{
     Attributes, Content, Data, Device, Image, ImageError, Layers, MergeError, Met, NodeId, Time, Tree,
     WriteError, merge, write_metadata,
 };
+use kiln_fixtures::CountingAllocator;
 use proptest::prelude::*;
 
-/// The system's allocator, with a count of what is in use.
-struct Counting;
-
-static USED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is passed on as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(USED.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        USED.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above; the pointer came from `alloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static MEMORY: CountingAllocator = CountingAllocator::new();
 
 /// One test at a time, so that memory is that of one merge.
 static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -217,10 +195,10 @@ fn memory_of_a_merge(layers: &[Vec<u8>]) -> (usize, u64) {
         Ok(())
     };
     let layers = Layers { images: &images, implied: IMPLIED };
-    let before = USED.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    merge::<MergeError>(layers, &tempfile::tempfile, &mut charge, std::io::sink()).unwrap();
-    (PEAK.load(Relaxed) - before, nodes)
+    let merging = || merge::<MergeError>(layers, &tempfile::tempfile, &mut charge, std::io::sink());
+    let (merged, peak) = MEMORY.peak_of(merging);
+    merged.unwrap();
+    (peak, nodes)
 }
 
 #[test]

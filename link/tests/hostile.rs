@@ -1,11 +1,10 @@
 //! Ends that do not keep to the protocol: bounded memory, an error, never a hang.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kiln_fixtures::CountingAllocator;
 use kiln_link::frame::{self, Kind};
 use kiln_link::message::{self, Hello};
 use kiln_link::{GuestLink, HostLink, HostSession, LinkError, Session, VERSION, fuzzing, service};
@@ -15,30 +14,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 /// What an end may take on top of what is under way, whatever it hears: far below what is announced or sent here.
 const MOST: usize = 24 << 20;
 
-/// Counts what is allocated.
-struct Counting;
-
-static NOW: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: the system's allocator does the work; only sizes are counted.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: by the caller's contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: by the caller's contract.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static MEMORY: CountingAllocator = CountingAllocator::new();
 
 /// Held by the test that measures: tests of one program share its memory.
 fn alone() -> MutexGuard<'static, ()> {
@@ -48,10 +25,7 @@ fn alone() -> MutexGuard<'static, ()> {
 
 /// Runs `work`, which must end, and gives the bytes that were allocated at once on top of those before.
 fn measured<F: Future<Output = ()>>(work: F) -> usize {
-    let before = NOW.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    run(work);
-    PEAK.load(Ordering::Relaxed) - before
+    MEMORY.peak_of(|| run(work)).1
 }
 
 fn run<F: Future>(future: F) -> F::Output {

@@ -343,7 +343,8 @@ impl Store {
     }
 }
 
-fn digest_of_file(path: &Path, buffer: &mut [u8], bytes: &AtomicU64) -> std::io::Result<Digest> {
+/// Reads a file to its end; `bytes` counts what was read.
+pub(crate) fn digest_of_file(path: &Path, buffer: &mut [u8], bytes: &AtomicU64) -> std::io::Result<Digest> {
     let mut file = File::open(path)?;
     let mut hasher = Hasher::new();
     loop {

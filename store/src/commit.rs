@@ -6,7 +6,7 @@ use std::path::Path;
 
 use kiln_contract::{BackendError, CommitOptions, Digest, ErrorKind, Platform};
 use oci_spec::image::{
-    Arch, History, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder, Os, RootFsBuilder,
+    Arch, History, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder, Os, RootFs, RootFsBuilder,
 };
 
 use crate::directory::HostOptions;
@@ -148,7 +148,7 @@ impl CommitRequest<'_> {
         };
         if self.options.layer_only {
             // What is said of the layers below is not true of it.
-            config.set_rootfs(RootFsBuilder::default().typ("layers").diff_ids(Vec::new()).build()?);
+            config.set_rootfs(no_layers()?);
             config.set_history(None);
         }
         apply(&mut config, &self.options.changes)?;
@@ -159,13 +159,16 @@ impl CommitRequest<'_> {
 /// The config of an image for this host that says nothing else.
 fn empty_config() -> Result<ImageConfiguration> {
     let platform = Platform::host();
-    let rootfs = RootFsBuilder::default().typ("layers").diff_ids(Vec::new()).build()?;
     let config = ImageConfigurationBuilder::default()
         .os(Os::from(platform.os.as_str()))
         .architecture(Arch::from(platform.architecture.as_str()))
-        .rootfs(rootfs)
+        .rootfs(no_layers()?)
         .build()?;
     Ok(config)
+}
+
+fn no_layers() -> Result<RootFs> {
+    Ok(RootFsBuilder::default().typ("layers").diff_ids(Vec::new()).build()?)
 }
 
 impl Store {
@@ -178,9 +181,20 @@ impl Store {
     /// As [`CommitRequest::check`]; [`CommitError::Unchanged`]; and those of the store: [`StoreError::Changing`] for files
     /// that never stay as they are.
     pub fn commit(&self, request: &CommitRequest<'_>, changes: Changes<'_>) -> Result<Image> {
-        request.check(self)?;
-        let layer = self.layer_of(changes, &request.selection()?)?.map(|imported| imported.layer);
-        self.commit_layer(request, layer)
+        let (tags, selection, mut config) = (request.tags()?, request.selection()?, request.config(self)?);
+        let layer = self.layer_of(changes, &selection)?.map(|imported| imported.layer);
+        let options = request.options;
+        if options.layer_only && layer.is_none() {
+            return Err(CommitError::Unchanged);
+        }
+        let below = if options.layer_only { &[] } else { request.layers };
+        let layers: Vec<Digest> = below.iter().copied().chain(layer).collect();
+        add_step(&mut config, request, layer.is_none())?;
+        let image = self.make_image(&config, &layers)?;
+        for tag in &tags {
+            self.tag(tag, &image.manifest_digest, &format!("commit of {}", request.name))?;
+        }
+        Ok(image)
     }
 
     fn layer_of(&self, changes: Changes<'_>, selection: &Selection) -> Result<Option<ImportedLayer>> {
@@ -199,37 +213,28 @@ impl Store {
         };
         Ok(Some(layer))
     }
+}
 
-    fn commit_layer(&self, request: &CommitRequest<'_>, layer: Option<Digest>) -> Result<Image> {
-        let (tags, mut config) = (request.tags()?, request.config(self)?);
-        let options = request.options;
-        let below = if options.layer_only { &[] } else { request.layers };
-        if options.layer_only && layer.is_none() {
-            return Err(CommitError::Unchanged);
-        }
-        let layers: Vec<Digest> = below.iter().copied().chain(layer).collect();
-        let now = SourceDate::from_environment()?.now().to_string();
-        let mut history: Vec<History> = config.history().clone().unwrap_or_default();
-        let mut step = HistoryBuilder::default()
-            .created(now.clone())
-            .created_by(request.command.join(" "))
-            .empty_layer(layer.is_none());
-        if !options.message.is_empty() {
-            step = step.comment(options.message.clone());
-        }
-        if !options.author.is_empty() {
-            step = step.author(options.author.clone());
-            config.set_author(Some(options.author.clone()));
-        }
-        history.push(step.build()?);
-        config.set_history(Some(history));
-        config.set_created(Some(now));
-        let image = self.make_image(&config, &layers)?;
-        for tag in &tags {
-            self.tag(tag, &image.manifest_digest, &format!("commit of {}", request.name))?;
-        }
-        Ok(image)
+/// Says in an image's history what was done.
+fn add_step(config: &mut ImageConfiguration, request: &CommitRequest<'_>, empty_layer: bool) -> Result<()> {
+    let options = request.options;
+    let now = SourceDate::from_environment()?.now().to_string();
+    let mut step = HistoryBuilder::default()
+        .created(now.clone())
+        .created_by(request.command.join(" "))
+        .empty_layer(empty_layer);
+    if !options.message.is_empty() {
+        step = step.comment(options.message.clone());
     }
+    if !options.author.is_empty() {
+        step = step.author(options.author.clone());
+        config.set_author(Some(options.author.clone()));
+    }
+    let mut history: Vec<History> = config.history().clone().unwrap_or_default();
+    history.push(step.build()?);
+    config.set_history(Some(history));
+    config.set_created(Some(now));
+    Ok(())
 }
 
 /// Applies Dockerfile instructions to an image's config, as `docker commit --change` does.

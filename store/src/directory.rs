@@ -6,26 +6,25 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use kiln_contract::{Digest, Hasher};
+use kiln_contract::Digest;
 use kiln_erofs::{Attributes, Content, Data, Device, NodeId, Time, Tree, Xattrs};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::Context as _;
-use crate::import::{ImportedLayer, NewLayer, StagedLayer, collect, join};
+use crate::host_xattrs::xattrs_at;
+use crate::import::{ImportedLayer, StagedLayer, collect, join};
 use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{HostDirectory, Job, Queue};
 use crate::selection::Selection;
 use crate::source_date::SourceDate;
 use crate::stamp::{Stamp, pause};
-use crate::tar::write::write_tree;
 use crate::upper::{IdKind, Lower, Upper};
 use crate::{Result, Store, StoreError, overlay};
 
@@ -95,10 +94,7 @@ impl Store {
         if staged.objects().is_full() {
             return Err(staged.disk_full());
         }
-        let mut hasher = Hasher::new();
-        let tar_size = write_tree(&tree, &mut hasher, |digest| staged.objects().open(digest))?;
-        let (entries, diff_id) = (tree.len() as u64, hasher.finish());
-        staged.publish(&NewLayer { tree, diff_id, tar_size, entries })
+        staged.publish_tree(tree)
     }
 }
 
@@ -206,7 +202,7 @@ impl<'w> Walk<'w> {
 
     fn run(mut self) -> Result<(Tree, Vec<NodeId>)> {
         let stat = rustix::fs::fstat(&self.root).doing("read", self.root_path)?;
-        let xattrs = xattrs(&self.root, b".", self.root_path)?;
+        let xattrs = xattrs_at(&self.root, b".", self.root_path)?;
         let mut opaque_style = self.upper.map_or_else(Vec::new, |upper| upper.opaque(&xattrs).to_vec());
         let attributes = attributes(self.upper, self.options.date, &stat, xattrs);
         self.tree.set_attributes(NodeId::ROOT, attributes);
@@ -265,7 +261,7 @@ impl<'w> Walk<'w> {
                 Err(rustix::io::Errno::NOENT) => continue,
                 stat => stat.doing("read", &path)?,
             };
-            let xattrs = xattrs(&handle.handle, &name, &path)?;
+            let xattrs = xattrs_at(&handle.handle, &name, &path)?;
             let entry = HostEntry { name: &name, stat: &stat, xattrs };
             if self.upper.is_some_and(|upper| upper.is_whiteout(&entry, opaque)) {
                 self.tree.remove(directory.node, &name);
@@ -424,48 +420,6 @@ fn attributes(upper: Option<&Upper<'_>>, date: SourceDate, stat: &Stat, xattrs: 
     #[allow(clippy::useless_conversion)] // 16 bits on some platforms.
     let mode = u32::from(stat.st_mode) & 0o7777;
     Attributes { mode, uid, gid, mtime, xattrs }
-}
-
-fn xattrs(directory: &OwnedFd, name: &[u8], path: &Path) -> Result<Xattrs> {
-    // There is no `…at` form of these calls on all kernels: a path through the open directory cannot be led astray.
-    let reachable = if cfg!(target_os = "linux") {
-        Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(OsStr::from_bytes(name))
-    } else {
-        path.to_owned()
-    };
-    let read = collect_xattrs(|| xattr::list(&reachable), |name| xattr::get(&reachable, name));
-    read.doing("read the extended attributes of", path)
-}
-
-/// The extended attributes of an open file.
-pub(crate) fn xattrs_of(file: &File) -> std::io::Result<Xattrs> {
-    use xattr::FileExt as _;
-    collect_xattrs(|| file.list_xattr(), |name| file.get_xattr(name))
-}
-
-fn collect_xattrs(
-    list: impl FnOnce() -> std::io::Result<xattr::XAttrs>,
-    get: impl Fn(&OsStr) -> std::io::Result<Option<Vec<u8>>>,
-) -> std::io::Result<Xattrs> {
-    let mut xattrs = Xattrs::new();
-    let names = match list() {
-        Err(error)
-            if matches!(error.kind(), std::io::ErrorKind::Unsupported | std::io::ErrorKind::NotFound) =>
-        {
-            return Ok(xattrs);
-        }
-        names => names?,
-    };
-    for name in names {
-        // The host's own label.
-        if name == "security.selinux" {
-            continue;
-        }
-        if let Some(value) = get(&name)? {
-            xattrs.insert(name.into_vec(), value);
-        }
-    }
-    Ok(xattrs)
 }
 
 /// What it means that something cannot be looked at that was there a moment ago.

@@ -5,11 +5,11 @@
 //! alone. Whoever wants an object of a layer that is on its way waits for that, and finds it there.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
 
-use kiln_contract::{Digest, Hasher};
+use kiln_contract::Digest;
 
-use crate::check::Findings;
-use crate::error::Context as _;
+use crate::check::{Findings, digest_of_file};
 use crate::gc::objects_of;
 use crate::import::Replaced;
 use crate::staging::Staging;
@@ -53,19 +53,7 @@ impl Store {
 
     fn has_sound_object(&self, digest: &Digest) -> bool {
         let path = self.layout.object(digest);
-        let read = || {
-            let mut hasher = Hasher::new();
-            let mut file = std::fs::File::open(&path).doing("open", &path)?;
-            let mut buffer = vec![0; 256 << 10];
-            loop {
-                match std::io::Read::read(&mut file, &mut buffer) {
-                    Ok(0) => return Ok::<_, StoreError>(hasher.finish()),
-                    Ok(count) => hasher.update(&buffer[..count]),
-                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error).doing("read", &path),
-                }
-            }
-        };
-        read().is_ok_and(|found| found == *digest)
+        let read = digest_of_file(&path, &mut vec![0; 256 << 10], &AtomicU64::new(0));
+        read.is_ok_and(|found| found == *digest)
     }
 }

@@ -4,15 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use kiln_contract::{Digest, Home};
-use rustix::fs::FlockOperation;
 
 use crate::error::Context as _;
 use crate::extents::exclusive_bytes;
-use crate::format::{Layout, stack_key};
+use crate::format::stack_key;
 use crate::image::listed_manifests;
 use crate::split::Split;
 use crate::tag::files_below;
-use crate::{ImageName, Result, Store, StoreError, VersionPolicy, staging, store};
+use crate::{ImageName, Result, Store, StoreError, VersionPolicy, staging};
 
 /// What a collection may take beyond what nothing needs any more.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,9 +64,7 @@ impl Store {
         in_use: impl FnOnce() -> std::result::Result<Vec<Digest>, E>,
         options: &GcOptions,
     ) -> std::result::Result<GcReport, E> {
-        let layout = Layout::new(home.store());
-        let lock = store::lock(&layout, FlockOperation::LockExclusive)?;
-        let store = Store::with_lock(layout, lock);
+        let store = Store::open_alone(home)?;
         let mut report = GcReport::default();
         let in_use = in_use()?.into_iter().collect();
         let mut kept = HashSet::new();

@@ -106,7 +106,7 @@ pub(crate) struct StagedLayer<'s> {
 }
 
 /// A layer that is complete but not visible.
-pub(crate) struct NewLayer {
+struct NewLayer {
     pub(crate) tree: Tree,
     pub(crate) diff_id: Digest,
     pub(crate) tar_size: u64,
@@ -182,8 +182,17 @@ impl<'s> StagedLayer<'s> {
         (0..threads).map(|_| scope.spawn(move || self.objects.work(queue))).collect()
     }
 
+    /// Publishes a layer that came without a tar: its tar is the one that Kiln writes.
+    pub(crate) fn publish_tree(self, tree: Tree) -> Result<ImportedLayer> {
+        let mut hasher = Hasher::new();
+        let open = |digest: &Digest| self.objects.open(digest);
+        let tar_size = crate::tar::write::write_tree(&tree, &mut hasher, open)?;
+        let (entries, diff_id) = (tree.len() as u64, hasher.finish());
+        self.publish(&NewLayer { tree, diff_id, tar_size, entries })
+    }
+
     /// Writes the tree, puts everything on the disk, and makes it visible.
-    pub(crate) fn publish(self, new: &NewLayer) -> Result<ImportedLayer> {
+    fn publish(self, new: &NewLayer) -> Result<ImportedLayer> {
         let layout = &self.store.layout;
         let tree = self.staging.path("tree");
         let written = write_tree(&new.tree, &tree);

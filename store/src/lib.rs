@@ -39,6 +39,7 @@ mod extents;
 mod fetch;
 pub mod format;
 mod gc;
+mod host_xattrs;
 mod image;
 mod image_disk;
 mod import;

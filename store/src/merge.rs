@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use kiln_contract::Digest;
-use kiln_erofs::{Content, Device, FileType, ImageError, Inode, Layers, MergeError, Met, Tree};
+use kiln_erofs::{FileType, Layers, MergeError, Met, Tree};
 
 use crate::error::Context as _;
 use crate::format::stack_key;
@@ -111,12 +111,9 @@ impl Store {
             let charged = match met {
                 Met::Link => budget.link(name),
                 Met::Node(inode) => {
-                    let attributes = inode.attributes().map_err(|error| files[layer].damaged(error))?;
-                    budget.node(
-                        name,
-                        &content_of(inode).map_err(|error| files[layer].damaged(error))?,
-                        &attributes,
-                    )
+                    let (content, attributes) =
+                        inode.described().map_err(|error| files[layer].damaged(error))?;
+                    budget.node(name, &content, &attributes)
                 }
             };
             charged.map_err(Stopped::Store)
@@ -183,7 +180,7 @@ impl Marks {
                     let entry = entry?;
                     match entry.file_type {
                         FileType::Directory => stack.push(image.inode(entry.nid)?),
-                        FileType::CharDevice => marks.removes |= is_whiteout(&image.inode(entry.nid)?),
+                        FileType::CharDevice => marks.removes |= image.inode(entry.nid)?.is_whiteout(),
                         _ => {}
                     }
                 }
@@ -196,25 +193,4 @@ impl Marks {
     fn none(self) -> bool {
         !self.removes && !self.implies
     }
-}
-
-fn is_whiteout(inode: &Inode<'_>) -> bool {
-    inode.file_type() == FileType::CharDevice && inode.device() == Some(Device { major: 0, minor: 0 })
-}
-
-/// What an inode is, for a tree. The entries of a directory are not looked at.
-pub(crate) fn content_of(inode: &Inode<'_>) -> std::result::Result<Content, ImageError> {
-    Ok(match inode.file_type() {
-        FileType::Directory => Content::Directory,
-        FileType::Regular => Content::Regular(inode.data()?),
-        FileType::Symlink => Content::Symlink(inode.symlink_target()?.to_vec()),
-        FileType::CharDevice => Content::CharDevice(device(inode)?),
-        FileType::BlockDevice => Content::BlockDevice(device(inode)?),
-        FileType::Fifo => Content::Fifo,
-        FileType::Socket => Content::Socket,
-    })
-}
-
-fn device(inode: &Inode<'_>) -> std::result::Result<Device, ImageError> {
-    inode.device().ok_or(ImageError::Inode { nid: inode.nid(), what: "a device without a number" })
 }

@@ -10,17 +10,17 @@ use kiln_contract::Digest;
 
 use crate::{ImportLimits, Result, Store, StoreError};
 
-/// Names as in an archive; whether they are directories.
-const MOUNT_POINTS: [(&str, bool); 9] = [
-    ("dev/", true),
-    ("etc/", true),
-    ("etc/hostname", false),
-    ("etc/hosts", false),
-    ("etc/resolv.conf", false),
-    ("proc/", true),
-    ("run/", true),
-    ("sys/", true),
-    ("tmp/", true),
+/// Names as in an archive; whether they are directories; their modes.
+const MOUNT_POINTS: [(&str, bool, u32); 9] = [
+    ("dev/", true, 0o755),
+    ("etc/", true, 0o755),
+    ("etc/hostname", false, 0o644),
+    ("etc/hosts", false, 0o644),
+    ("etc/resolv.conf", false, 0o644),
+    ("proc/", true, 0o755),
+    ("run/", true, 0o755),
+    ("sys/", true, 0o755),
+    ("tmp/", true, 0o1777),
 ];
 
 impl Store {
@@ -50,16 +50,12 @@ impl Store {
             }
             names.entry(path.to_owned()).or_insert(directory);
         }
-        let write = || -> io::Result<Vec<u8>> {
-            let mut archive = tar::Builder::new(Vec::new());
-            for (name, directory) in &names {
-                let mode = if *directory { 0o755 } else { 0o644 };
-                archive.append_data(&mut header(*directory, mode), name, io::empty())?;
-            }
-            archive.into_inner()
-        };
-        let archive =
-            write().map_err(|source| StoreError::Stream { doing: "make a layer of mount points", source })?;
+        let places = names.iter().map(|(name, directory)| {
+            let mode = if *directory { 0o755 } else { 0o644 };
+            (name.as_path(), *directory, mode)
+        });
+        let archive = archive(places)
+            .map_err(|source| StoreError::Stream { doing: "make a layer of mount points", source })?;
         self.layer_of_places(&archive)
     }
 
@@ -82,32 +78,25 @@ impl Store {
 
 /// A tar archive whose bytes are always the same.
 pub(crate) fn mount_points() -> Vec<u8> {
-    let mut archive = tar::Builder::new(Vec::new());
-    for (name, directory) in MOUNT_POINTS {
-        let mut header = header(
-            directory,
-            match name {
-                "tmp/" => 0o1777,
-                _ if directory => 0o755,
-                _ => 0o644,
-            },
-        );
-        #[expect(clippy::expect_used, reason = "the names above fit a header, and memory takes all writes")]
-        archive.append_data(&mut header, name, io::empty()).expect("a constant archive can be written");
-    }
-    #[expect(clippy::expect_used, reason = "memory takes all writes")]
-    archive.into_inner().expect("a constant archive can be written")
+    let places = MOUNT_POINTS.map(|(name, directory, mode)| (Path::new(name), directory, mode));
+    #[expect(clippy::expect_used, reason = "the names above fit a header, and memory takes all writes")]
+    archive(places).expect("a constant archive can be written")
 }
 
-fn header(directory: bool, mode: u32) -> tar::Header {
-    let mut header = tar::Header::new_ustar();
-    header.set_entry_type(if directory { tar::EntryType::Directory } else { tar::EntryType::Regular });
-    header.set_mode(mode);
-    header.set_uid(0);
-    header.set_gid(0);
-    header.set_mtime(0);
-    header.set_size(0);
-    header
+/// A tar of directories and empty files, with their modes.
+fn archive<'a>(places: impl IntoIterator<Item = (&'a Path, bool, u32)>) -> io::Result<Vec<u8>> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, directory, mode) in places {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(if directory { tar::EntryType::Directory } else { tar::EntryType::Regular });
+        header.set_mode(mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(0);
+        archive.append_data(&mut header, name, io::empty())?;
+    }
+    archive.into_inner()
 }
 
 #[cfg(test)]

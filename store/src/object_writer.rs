@@ -1,27 +1,30 @@
 //! Objects on their way into the store: hashed and written on several threads, each once.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::ffi::OsStr;
+mod host_file;
+mod queue;
+
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kiln_contract::{Digest, Hasher};
-use kiln_erofs::{Data, INLINE_LIMIT, Xattrs};
-use rustix::fs::{AtFlags, Mode, OFlags, Stat, Timespec, Timestamps};
+use kiln_erofs::Data;
+use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps};
 use rustix::io::Errno;
 
-use crate::chunk::Slice;
-use crate::directory::xattrs_of;
 use crate::error::{Context as _, is_full};
 use crate::format::{Layout, OBJECT_MODE, SOUND, object_name};
-use crate::stamp::{Stamp, pause};
 use crate::{Result, StoreError};
+use host_file::HostFile;
+use queue::Worker;
+
+pub(crate) use host_file::HostDirectory;
+pub(crate) use queue::{Job, Piece, Queue, SmallFile};
 
 /// Threads that create files in one directory wait for each other; and ext4 looks for free inodes near the directory,
 /// which takes it long where many were freed a moment ago. But removing a directory that is on the disk costs
@@ -29,150 +32,12 @@ use crate::{Result, StoreError};
 const STAGING_DIRECTORIES: u8 = 4;
 const FLAT_OBJECTS: usize = 64;
 
-/// How often a file is read that is being changed meanwhile.
-const READS: u32 = 6;
-
-/// Work for the threads.
-#[derive(Debug)]
-pub(crate) enum Job {
-    /// Files that are wholly in memory.
-    Small(Vec<SmallFile>),
-    /// A file that is still being read.
-    Stream { slot: u32, pieces: Receiver<Piece> },
-    /// A file of the host that is to be read.
-    HostFile { slot: u32, directory: Arc<HostDirectory>, name: Vec<u8>, seen: Stamp },
-}
-
-/// An open directory, and its path for messages.
-#[derive(Debug)]
-pub(crate) struct HostDirectory {
-    pub(crate) handle: OwnedFd,
-    pub(crate) path: PathBuf,
-}
-
-/// What a file of the host was when it was read.
-#[derive(Debug)]
-pub(crate) struct HostFile {
-    pub(crate) stat: Stat,
-    pub(crate) xattrs: Xattrs,
-}
-
 /// The contents of files, by slot.
 #[derive(Debug, Default)]
 pub(crate) struct StoredFiles {
     pub(crate) files: Vec<(u32, Data)>,
     /// Files of the host that were changed after the walker had seen them.
     pub(crate) changed: Vec<(u32, Box<HostFile>)>,
-}
-
-/// A file in memory.
-#[derive(Debug)]
-pub(crate) struct SmallFile {
-    /// Where its digest goes.
-    pub(crate) slot: u32,
-    pub(crate) slices: Vec<Slice>,
-}
-
-/// A part of a streamed file. The end of the stream is [`Piece::End`]; without it the file was not read to its end.
-#[derive(Debug)]
-pub(crate) enum Piece {
-    Data(Slice),
-    /// So many bytes of zeros: a hole.
-    Zeros(u64),
-    End,
-}
-
-/// A queue for many takers. What bounds it is the memory of the chunks that its jobs hold.
-#[derive(Debug)]
-pub(crate) struct Queue {
-    state: Mutex<QueueState>,
-    /// There is a job, or there will be none.
-    ready: Condvar,
-    /// There is room.
-    taken: Condvar,
-    failed: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct QueueState {
-    jobs: VecDeque<Job>,
-    closed: bool,
-}
-
-impl Queue {
-    /// More than this, and whoever fills the queue waits: jobs may hold open directories.
-    const JOBS: usize = 256;
-
-    pub(crate) fn new() -> Self {
-        Self {
-            state: Mutex::default(),
-            ready: Condvar::new(),
-            taken: Condvar::new(),
-            failed: AtomicBool::new(false),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Adds a job; drops it once the queue is closed or a worker failed.
-    pub(crate) fn push(&self, job: Job) {
-        let mut state = self.lock();
-        while state.jobs.len() >= Self::JOBS && !state.closed {
-            state = self.taken.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if !state.closed {
-            state.jobs.push_back(job);
-            self.ready.notify_one();
-        }
-    }
-
-    /// No more will come.
-    pub(crate) fn close(&self) {
-        self.lock().closed = true;
-        self.ready.notify_all();
-        self.taken.notify_all();
-    }
-
-    /// No more will come, and what is there need not be done.
-    pub(crate) fn abandon(&self) {
-        // Dropped outside the lock: jobs give their chunks back.
-        let jobs = std::mem::take(&mut self.lock().jobs);
-        drop(jobs);
-        self.close();
-    }
-
-    /// Whether a worker has stopped with an error.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
-    }
-
-    fn pop(&self) -> Option<Job> {
-        let mut state = self.lock();
-        loop {
-            if let Some(job) = state.jobs.pop_front() {
-                self.taken.notify_one();
-                return Some(job);
-            }
-            if state.closed {
-                return None;
-            }
-            state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-}
-
-/// However a worker ends, nobody must wait for it.
-struct Worker<'q>(&'q Queue);
-
-impl Drop for Worker<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.failed.store(true, Ordering::Relaxed);
-            self.0.abandon();
-        }
-    }
 }
 
 /// The objects of one import, staged.
@@ -219,8 +84,7 @@ impl<'s> ObjectWriter<'s> {
         let mut stored = StoredFiles::default();
         while let Some(job) = queue.pop() {
             if let Err(error) = self.job(job, &mut stored) {
-                queue.failed.store(true, Ordering::Relaxed);
-                queue.abandon();
+                queue.fail();
                 return Err(error);
             }
         }
@@ -247,80 +111,6 @@ impl<'s> ObjectWriter<'s> {
             }
         }
         Ok(())
-    }
-
-    /// Stages a file of the host that the walker has seen, as it was at one moment. If that was a later one, what the file
-    /// was then is told too.
-    fn host_file(
-        &self,
-        slot: u32,
-        directory: &HostDirectory,
-        name: &[u8],
-        seen: &Stamp,
-    ) -> Result<(Data, Option<Box<HostFile>>)> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let path = || directory.path.join(OsStr::from_bytes(name));
-        let changing = |attempts| StoreError::Changing { path: path(), attempts };
-        let mut file = match rustix::fs::openat(&directory.handle, name, flags, Mode::empty()) {
-            Ok(file) => File::from(file),
-            // It has another name now, or none, or is another file: only the walker can tell.
-            Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Err(changing(1)),
-            Err(error) => return Err(error).doing("open", path()),
-        };
-        let stat = |file: &File| rustix::fs::fstat(file).doing("read", path());
-        let mut before = Stamp::of(&stat(&file)?);
-        if !before.is_same_file(seen) {
-            return Err(changing(1));
-        }
-        for attempt in 1..=READS {
-            before.settle();
-            let xattrs = if before == *seen { None } else { Some(xattrs_of(&file).doing("read", path())?) };
-            let read = self.read(slot, &mut file, path, |file| {
-                let now = stat(file)?;
-                Ok((Stamp::of(&now) == before).then_some(now))
-            })?;
-            if let Some((data, stat)) = read {
-                return Ok((data, xattrs.map(|xattrs| Box::new(HostFile { stat, xattrs }))));
-            }
-            pause(attempt);
-            before = Stamp::of(&stat(&file)?);
-            file.rewind().doing("read", path())?;
-        }
-        Err(changing(READS))
-    }
-
-    /// Stages what is in a file, if `same` says when all of it has been read that it is what it was.
-    fn read(
-        &self,
-        slot: u32,
-        file: &mut File,
-        path: impl Fn() -> PathBuf,
-        same: impl FnOnce(&File) -> Result<Option<Stat>>,
-    ) -> Result<Option<(Data, Stat)>> {
-        let mut buffer = vec![0; 256 << 10];
-        let mut have = fill(file, &mut buffer).doing("read", path())?;
-        if have < buffer.len() {
-            let Some(stat) = same(file)? else { return Ok(None) };
-            let data = if have <= INLINE_LIMIT {
-                Data::Inline(buffer[..have].to_vec())
-            } else {
-                self.put(&[&buffer[..have]])?
-            };
-            return Ok(Some((data, stat)));
-        }
-        let mut incoming = self.incoming(slot)?;
-        while have > 0 {
-            if buffer[..have].iter().all(|byte| *byte == 0) {
-                incoming.zeros(have as u64);
-            } else {
-                incoming.data(&buffer[..have])?;
-            }
-            have = fill(file, &mut buffer).doing("read", path())?;
-        }
-        match same(file)? {
-            Some(stat) => incoming.end().map(|data| Some((data, stat))),
-            None => incoming.discard().map(|()| None),
-        }
     }
 
     /// Stages an object that is in memory, unless the store has it.
@@ -567,20 +357,6 @@ impl Incoming<'_, '_> {
         }
         Ok(Data::Object { digest, size })
     }
-}
-
-/// Reads until `buffer` is full or the file ends.
-fn fill(file: &mut File, buffer: &mut [u8]) -> std::io::Result<usize> {
-    let mut have = 0;
-    while have < buffer.len() {
-        match file.read(&mut buffer[have..]) {
-            Ok(0) => break,
-            Ok(count) => have += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(have)
 }
 
 /// A directory below the staging directory; none is the staging directory itself.

@@ -2,11 +2,13 @@
 //!
 //! Programs cannot ask for a file's version: Linux keeps it to itself (`STATX_CHANGE_COOKIE`). What they see is the time of
 //! its last change, and that is only as fine as the clock's tick: two changes in one tick look like one. [`Stamp::settle`]
-//! waits for the tick to end, so that whatever changes the file after that is seen.
+//! waits for the tick to end, so that whatever changes the file after that is seen. And a call that writes sets the time when it
+//! begins, but may take long: [`await_writes`] waits until those have ended that were under way.
 //!
-//! One thing leaves no trace at all: writing to a page that is mapped shared and dirty already (`mmap(2)`, «`MAP_SHARED`»:
-//! the times are updated at some moment until the next `msync`).
+//! Two things leave no trace: writing to a page that is mapped shared and dirty already (`mmap(2)`, «`MAP_SHARED`»: the times
+//! are updated at some moment until the next `msync`), and the rest of a direct write (`O_DIRECT`) that is under way.
 
+use std::fs::File;
 use std::time::Duration;
 
 use rustix::fs::{FileType, Stat};
@@ -66,6 +68,15 @@ impl Stamp {
     pub(crate) fn settle(&self) {}
 }
 
+/// Waits until every `write` to a file has ended that was under way. Where the file is read next does not stay as it was.
+///
+/// Whoever looks for data (`lseek(2)`, `SEEK_DATA`) takes the lock that writers have on ext4, Btrfs and tmpfs; on XFS whoever
+/// reads does so anyway.
+pub(crate) fn await_writes(file: &File) {
+    // What it finds does not matter, nor whether the file system can look.
+    let _ = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(0));
+}
+
 /// Before something is looked at again that was being changed: 2 ms, then twice as long each time.
 pub(crate) fn pause(attempt: u32) {
     std::thread::sleep(Duration::from_millis(1 << attempt.min(7)));
@@ -73,7 +84,7 @@ pub(crate) fn pause(attempt: u32) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs;
 
     use super::*;
 

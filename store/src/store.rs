@@ -31,17 +31,22 @@ impl Store {
     /// # Errors
     /// The store cannot be made or read, or a newer program wrote it.
     pub fn open(home: &Home) -> Result<Self> {
-        let layout = Layout::new(home.store());
-        let lock = lock(&layout, FlockOperation::LockShared)?;
-        let store = Self::with_lock(layout, lock);
+        let store = Self::locked(home, FlockOperation::LockShared)?;
         if !is_empty(&store.layout.tmp())? {
             staging::sweep(&store.layout, false)?;
         }
         Ok(store)
     }
 
-    pub(crate) fn with_lock(layout: Layout, lock: File) -> Self {
-        Self { layout, _lock: lock }
+    /// Opens a store that nobody else has open; waits until that is so.
+    pub(crate) fn open_alone(home: &Home) -> Result<Self> {
+        Self::locked(home, FlockOperation::LockExclusive)
+    }
+
+    fn locked(home: &Home, operation: FlockOperation) -> Result<Self> {
+        let layout = Layout::new(home.store());
+        let lock = lock(&layout, operation)?;
+        Ok(Self { layout, _lock: lock })
     }
 
     /// The store's directory.
@@ -80,7 +85,7 @@ impl Store {
 }
 
 /// Takes the lock of a store, which is made if it is not there.
-pub(crate) fn lock(layout: &Layout, operation: FlockOperation) -> Result<File> {
+fn lock(layout: &Layout, operation: FlockOperation) -> Result<File> {
     let version = layout.version();
     match std::fs::read_to_string(&version) {
         Ok(text) => check_version(layout, &text)?,

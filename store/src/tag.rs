@@ -32,6 +32,13 @@ pub struct TagEntry {
     pub note: String,
 }
 
+impl TagEntry {
+    /// As it stands in the file.
+    fn line(&self) -> String {
+        format!("{} {} {}", self.time, self.target, self.note)
+    }
+}
+
 impl Store {
     /// Points a tag to a manifest. That is remembered even if it pointed there before, unless nothing would change
     /// but the time.
@@ -48,15 +55,13 @@ impl Store {
         if history.last().is_some_and(|last| last.target == *target && last.note == note) {
             return Ok(());
         }
-        let line = format!("{} {target} {note}", Timestamp::now());
+        let entry = TagEntry { time: Timestamp::now(), target: *target, note };
         if history.is_empty() {
             let parent = path.parent().expect("a tag is in a directory");
             std::fs::create_dir_all(parent).doing("create", parent)?;
-            let text =
-                format!("{HEADER}{}:{}\n{line}\n", name.repository, name.tag.as_deref().unwrap_or_default());
-            return staging::publish_file(&self.layout, text.as_bytes(), &path);
+            return self.write_history(name, &[entry]);
         }
-        lines::append(&path, &line)
+        lines::append(&path, &entry.line())
     }
 
     /// Takes a tag and its history away. Tells whether there was one.
@@ -104,11 +109,12 @@ impl Store {
         Ok(tags)
     }
 
-    /// Writes a tag's history anew, newest last. Whoever does so must have the store's lock alone.
-    pub(crate) fn rewrite_history(&self, name: &ImageName, entries: &[TagEntry]) -> Result<()> {
+    /// Writes a tag's history, newest last. Whoever replaces one must have the store's lock alone.
+    pub(crate) fn write_history(&self, name: &ImageName, entries: &[TagEntry]) -> Result<()> {
         let mut text = format!("{HEADER}{}:{}\n", name.repository, name.tag.as_deref().unwrap_or_default());
-        for TagEntry { time, target, note } in entries {
-            text.push_str(&format!("{time} {target} {note}\n"));
+        for entry in entries {
+            text.push_str(&entry.line());
+            text.push('\n');
         }
         staging::publish_file(&self.layout, text.as_bytes(), &self.tag_path(name)?)
     }

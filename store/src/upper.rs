@@ -9,7 +9,6 @@ use rustix::fs::FileType;
 
 use crate::directory::HostEntry;
 use crate::limits::Budget;
-use crate::merge::content_of;
 use crate::tree_file::TreeFile;
 use crate::{Result, Store, StoreError, overlay};
 
@@ -208,7 +207,7 @@ impl<'l> Lower<'l> {
                         to.link(here, entry.name, *node).map_err(refused)?;
                         continue;
                     }
-                    let (content, attributes) = (content_of(&inode)?, inode.attributes()?);
+                    let (content, attributes) = inode.described()?;
                     let is_directory = content == Content::Directory;
                     budget.node(entry.name, &content, &attributes)?;
                     let node = to.add(here, entry.name, content, attributes).map_err(refused)?;

@@ -4,10 +4,8 @@ use std::collections::HashSet;
 
 use jiff::Timestamp;
 use kiln_contract::{Digest, Home};
-use rustix::fs::FlockOperation;
 
-use crate::format::Layout;
-use crate::{ImageName, Result, Store, StoreError, TagEntry, store};
+use crate::{ImageName, Result, Store, StoreError, TagEntry};
 
 /// Which older versions go out of the history of each tag. The latest version always stays; a policy without conditions
 /// takes none.
@@ -47,15 +45,9 @@ impl Store {
         if history.is_empty() {
             store.untag(name)?;
         } else {
-            store.rewrite_history(name, &history)?;
+            store.write_history(name, &history)?;
         }
         Ok(history.pop())
-    }
-
-    fn open_alone(home: &Home) -> Result<Self> {
-        let layout = Layout::new(home.store());
-        let lock = store::lock(&layout, FlockOperation::LockExclusive)?;
-        Ok(Self::with_lock(layout, lock))
     }
 
     /// Takes versions out of histories. Returns the names of these (`name:tag~N`), and the manifests of all that stay.
@@ -78,7 +70,7 @@ impl Store {
                 }
             }
             if left.len() < history.len() && !dry_run {
-                self.rewrite_history(&name, &left)?;
+                self.write_history(&name, &left)?;
             }
         }
         Ok((gone, kept))

@@ -2,36 +2,14 @@
 
 mod common;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::Read;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use common::{Tar, fixture};
+use kiln_fixtures::CountingAllocator;
 use kiln_store::{ImportLimits, ImportedLayer, StoreError};
 
-/// The system's allocator, with a count of what is in use.
-struct Counting;
-
-static USED: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is passed on as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        PEAK.fetch_max(USED.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        USED.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above; the pointer came from `alloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static MEMORY: CountingAllocator = CountingAllocator::new();
 
 /// A tar that is made as it is read, a part at a time, and has no end.
 struct Endless<F> {
@@ -66,10 +44,7 @@ const BUFFERS: usize = 32 << 20;
 
 fn import(tar: impl Read + Send, limits: ImportLimits) -> (Result<ImportedLayer, StoreError>, usize) {
     let fixture = fixture();
-    let before = USED.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    let outcome = fixture.store.import_tar(tar, None, limits);
-    let taken = PEAK.load(Relaxed) - before;
+    let (outcome, taken) = MEMORY.peak_of(|| fixture.store.import_tar(tar, None, limits));
     assert_eq!(fixture.is_untouched(), outcome.is_err());
     (outcome, taken)
 }

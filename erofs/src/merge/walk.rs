@@ -10,8 +10,9 @@ use super::table::{Fields, Record, Table, Taken};
 use super::{Charge, Layers, MergeError, Met, NO_LAYER};
 use crate::dirents::Entries;
 use crate::layout::Cut;
+use crate::read::spend;
 use crate::write::type_number;
-use crate::{Device, Entry, FileType, Image, ImageError, Inode, Nid};
+use crate::{Entry, FileType, Image, Inode, Nid};
 
 /// A node of the merged tree; its index is its place among the inodes.
 #[derive(Debug, Default, Clone, Copy)]
@@ -304,7 +305,7 @@ impl<'s, 'a> Walk<'s, 'a> {
     ) -> Result<Option<(u32, FileType)>, E> {
         let Some((layer, entry)) = same.first().copied() else { return Ok(None) };
         let inode = self.layers.entry(layer, &entry)?;
-        if is_whiteout(&inode) {
+        if inode.is_whiteout() {
             return Ok(None);
         }
         let file_type = inode.file_type();
@@ -408,13 +409,4 @@ struct Listing<'a> {
     layer: u32,
     entries: Entries<'a>,
     current: Option<Entry<'a>>,
-}
-
-fn is_whiteout(inode: &Inode<'_>) -> bool {
-    inode.file_type() == FileType::CharDevice && inode.device() == Some(Device { major: 0, minor: 0 })
-}
-
-fn spend(budget: &mut u64, bytes: u64) -> Result<(), ImageError> {
-    *budget = budget.checked_sub(bytes).ok_or(ImageError::Overlap)?;
-    Ok(())
 }

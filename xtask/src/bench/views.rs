@@ -34,9 +34,22 @@ impl Bed {
 
     /// Brings a tree in as an image of one layer.
     fn image(&self, name: &str, tree: &Tree) -> Outcome {
-        let tar = self.directory.path().join("layer.tar");
-        tree.write_tar(&tar)?;
-        let reference = format!("bench/{name}:1");
+        tree.write_tar(&self.tar())?;
+        self.import(name)
+    }
+
+    /// Brings what is in a directory in as an image of one layer.
+    fn image_of(&self, name: &str, directory: &Path) -> Outcome {
+        capture(Command::new("tar").arg("-cf").arg(self.tar()).arg("-C").arg(directory).arg("."))?;
+        self.import(name)
+    }
+
+    fn tar(&self) -> PathBuf {
+        self.directory.path().join("layer.tar")
+    }
+
+    fn import(&self, name: &str) -> Outcome {
+        let (tar, reference) = (self.tar(), format!("bench/{name}:1"));
         quietly(&mut self.kiln.command(["image", "import", "-q", &tar.to_string_lossy(), &reference]))
     }
 
@@ -56,13 +69,13 @@ impl Bed {
     }
 }
 
-/// Seconds that `script` itself measures: it runs twice, and the second time counts.
+/// A script that tells how many nanoseconds `script` took the second time it ran; `@` in it is `at`.
 fn warm(script: &str, at: &Path) -> String {
     let script = script.replace("@", &at.to_string_lossy());
     format!("{script}; s=$(date +%s%N); {script}; e=$(date +%s%N); echo $((e - s))")
 }
 
-/// What such a script said.
+/// The seconds that such a script told.
 fn said(command: &mut Command) -> Outcome<f64> {
     let text = capture(command)?;
     let nanoseconds = text.lines().last().and_then(|line| line.trim().parse::<f64>().ok());
@@ -171,15 +184,8 @@ pub(super) fn walks(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
     }
     let find = |at: &Path| format!("find {} > /dev/null", at.display());
     let lower = format!("lowerdir={}:{}", empty.display(), plain.display());
-    let over = |mount: &str, script: &str| {
-        shell(&format!(
-            "{mount} -o {lower} {} {} && {{ {script}; }}; r=$?; umount {}; exit $r",
-            mount_source(mount),
-            mounted.display(),
-            mounted.display()
-        ))
-    };
-    let (kernel, fuse_overlayfs) = ("mount -t overlay", "fuse-overlayfs");
+    let kernel = format!("mount -t overlay -o {lower} overlay");
+    let fuse_overlayfs = format!("fuse-overlayfs -o {lower}");
     let at = bed.at();
     let cold = |command: &mut Command| {
         forget()?;
@@ -191,7 +197,7 @@ pub(super) fn walks(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
             Box::new(|| cold(&mut bed.run("overlay", "bench/walked:1", &[], &["sh", "-c", &find(&at)]))),
             Box::new(|| cold(&mut bed.run("fuse", "bench/walked:1", &[], &["sh", "-c", &find(&at)]))),
             Box::new(|| cold(&mut shell(&find(&plain)))),
-            Box::new(|| cold(&mut over(fuse_overlayfs, &find(&mounted)))),
+            Box::new(|| cold(&mut over(&fuse_overlayfs, &mounted, &find(&mounted)))),
         ],
     )?;
     let again = "find @ > /dev/null";
@@ -202,7 +208,7 @@ pub(super) fn walks(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
                 said(&mut bed.run("overlay", "bench/walked:1", &[], &["sh", "-c", &warm(again, &at)]))
             }),
             Box::new(|| said(&mut bed.run("fuse", "bench/walked:1", &[], &["sh", "-c", &warm(again, &at)]))),
-            Box::new(|| said(&mut over(kernel, &warm(again, &mounted)))),
+            Box::new(|| said(&mut over(&kernel, &mounted, &warm(again, &mounted)))),
         ],
     )?;
     let mut rows = vec![
@@ -211,25 +217,24 @@ pub(super) fn walks(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
         ratio_row("warm `find`, overlay", warm_overlay, &[("kernel overlay", warm_kernel)], 1.1),
         ratio_row("warm `find`, fuse", warm_fuse, &[("kernel overlay", warm_kernel)], 1.1),
     ];
-    rows.extend(git_status(&bed, &lower_of(&bed)?)?);
+    rows.extend(git_status(&bed, &repository(&bed)?)?);
     Ok(rows)
 }
 
-/// `mount` wants a source, and fuse-overlayfs none.
-fn mount_source(mount: &str) -> &'static str {
-    if mount.starts_with("mount") { "overlay" } else { "" }
+/// A script for which `mount` mounts something at `at`, and which takes that away at its end.
+fn over(mount: &str, at: &Path, script: &str) -> Command {
+    let at = at.display();
+    shell(&format!("{mount} {at} && {{ {script}; }}; r=$?; umount {at}; exit $r"))
 }
 
 /// A repository of many files, as a directory and as an image.
-fn lower_of(bed: &Bed) -> Outcome<PathBuf> {
+fn repository(bed: &Bed) -> Outcome<PathBuf> {
     let repository = bed.directory.path().join("repository");
     Tree::small_files(scaled(20_000)).write_directory(&repository)?;
     let git =
         "git init -q && git add . && git -c user.name=bench -c user.email=bench@localhost commit -q -m all";
     capture(shell(git).current_dir(&repository))?;
-    let tar = bed.directory.path().join("repository.tar");
-    capture(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(&repository).arg("."))?;
-    bed.kiln.output(["image", "import", "-q", &tar.to_string_lossy(), "bench/repository:1"])?;
+    bed.image_of("repository", &repository)?;
     Ok(repository)
 }
 
@@ -243,16 +248,13 @@ fn git_status(bed: &Bed, repository: &Path) -> Outcome<Vec<Row>> {
             let _ = fs::remove_dir_all(path);
             fs::create_dir(path).map_err(|error| format!("cannot make {}: {error}", path.display()))?;
         }
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
+        let mount = format!(
+            "mount -t overlay -o lowerdir={},upperdir={},workdir={} overlay",
             repository.display(),
             upper.display(),
             work.display()
         );
-        let (script, mounted) = (warm(status, &mounted), mounted.display());
-        said(&mut shell(&format!(
-            "mount -t overlay -o {options} overlay {mounted} && {{ {script}; }}; r=$?; umount {mounted}; exit $r"
-        )))
+        said(&mut over(&mount, &mounted, &warm(status, &mounted)))
     };
     let view = |backend| {
         said(&mut bed.run(backend, "bench/repository:1", &["--edit"], &["sh", "-c", &warm(status, &at)]))
@@ -273,9 +275,7 @@ pub(super) fn data(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
     Tree::c_project(sources).write_directory(&source)?;
     let megabytes = scaled(1024);
     capture(&mut shell(&format!("head -c {megabytes}M /dev/urandom > {}/large", source.display())))?;
-    let tar = bed.directory.path().join("source.tar");
-    capture(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(&source).arg("."))?;
-    bed.kiln.output(["image", "import", "-q", &tar.to_string_lossy(), "bench/source:1"])?;
+    bed.image_of("source", &source)?;
     let at = bed.at();
     // What is in the page cache is there for all; what a server has opened before is not.
     let read = |at: &Path| {
@@ -379,7 +379,7 @@ pub(super) fn commits(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
     )?;
     Ok(vec![
         ratio_row(
-            "commit of 10,000 new small files",
+            &format!("commit of {files} new small files"),
             many,
             &[("`tar` and `sha256sum` of the same", tar)],
             0.7,

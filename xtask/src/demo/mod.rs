@@ -139,19 +139,7 @@ fn main_job(
     })?;
     story.step("kiln image push: only what the registry lacks", || {
         kiln.output(["image", "push", "--quiet", &result])?;
-        let inspected = capture(Command::new("skopeo").args([
-            "inspect",
-            "--tls-verify=false",
-            &format!("docker://{result}"),
-        ]))?;
-        let inspected: serde_json::Value =
-            serde_json::from_str(&inspected).map_err(|error| error.to_string())?;
-        let layers = inspected["Layers"].as_array().map_or(0, Vec::len);
-        if layers < 2 {
-            Err(format!("skopeo sees {layers} layers"))
-        } else {
-            Ok(((), format!("skopeo sees {layers} layers")))
-        }
+        Ok(((), expect_layers(&result, 2)?))
     })?;
     story.step("pull the result into an empty store, and run it", || {
         let elsewhere = Kiln::new(program, user)?;
@@ -168,18 +156,32 @@ fn main_job(
         }
         let freed = kiln.output(["system", "prune", "--all", "--force"])?;
         let left = kiln.output(["ps", "--all", "--quiet"])? + &kiln.output(["image", "ls", "--quiet"])?;
-        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let home = kiln.home().to_string_lossy().into_owned();
-        if !left.is_empty() || mounts.contains(&home) {
-            return Err(format!("left behind: {left}\n{mounts}"));
-        }
-        kiln.output(["system", "check"])?;
+        expect_clean(&kiln, &left)?;
         Ok(((), freed))
     })
 }
 
 fn expect(text: &str, part: &str) -> Outcome {
     if text.contains(part) { Ok(()) } else { Err(format!("expected {part:?} in:\n{text}")) }
+}
+
+/// At least so many layers of an image, as `skopeo` sees it in its registry; says how many.
+fn expect_layers(image: &str, least: usize) -> Outcome<String> {
+    let image = format!("docker://{image}");
+    let told = capture(Command::new("skopeo").args(["inspect", "--tls-verify=false", &image]))?;
+    let told: serde_json::Value = serde_json::from_str(&told).map_err(|error| error.to_string())?;
+    let layers = told["Layers"].as_array().map_or(0, Vec::len);
+    let said = format!("skopeo sees {layers} layers");
+    if layers < least { Err(said) } else { Ok(said) }
+}
+
+/// Nothing in `left`, which Kiln still lists; nothing that is mounted in its home; and a store that is sound.
+fn expect_clean(kiln: &Kiln, left: &str) -> Outcome {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    if !left.is_empty() || mounts.contains(&*kiln.home().to_string_lossy()) {
+        return Err(format!("left behind: {left}\n{mounts}"));
+    }
+    kiln.output(["system", "check"]).map(drop)
 }
 
 /// `GET /`, again and again until the server has opened its port (at most ten seconds).

@@ -4,14 +4,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use kiln_fixtures::{OrdinaryUser, RegistryServer};
 
-use super::expect;
 use super::story::Story;
+use super::{expect, expect_clean, expect_layers};
 use crate::kiln::Kiln;
-use crate::shell::{Outcome, capture};
+use crate::shell::Outcome;
 
 /// What each team makes: its layer's name, and its files.
 const LAYERS: [(&str, &[(&str, &str)]); 4] = [
@@ -89,15 +89,7 @@ pub(super) fn run(
     })?;
     story.step("kiln fs push: an environment is an image that any registry holds", || {
         kiln.output(["fs", "push", "--quiet", &environment])?;
-        let image = format!("docker://{environment}");
-        let told = capture(Command::new("skopeo").args(["inspect", "--tls-verify=false", &image]))?;
-        let told: serde_json::Value = serde_json::from_str(&told).map_err(|error| error.to_string())?;
-        let layers = told["Layers"].as_array().map_or(0, Vec::len);
-        if layers < 7 {
-            Err(format!("skopeo sees {layers} layers"))
-        } else {
-            Ok(((), format!("skopeo sees {layers} layers")))
-        }
+        Ok(((), expect_layers(&environment, 7)?))
     })?;
     story.step("the same from an empty store: it is fetched, and there", || {
         let elsewhere = Kiln::new(program, user)?;
@@ -110,12 +102,7 @@ pub(super) fn run(
     story.step("clean up: nothing stays behind", || {
         kiln.output(["fs", "runtimes", "prune"])?;
         let left = kiln.output(["fs", "runtimes", "ls", "-q"])?;
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let home = kiln.home().to_string_lossy().into_owned();
-        if !left.is_empty() || mounts.contains(&home) {
-            return Err(format!("left behind: {left}\n{mounts}"));
-        }
-        kiln.output(["system", "check"])?;
+        expect_clean(&kiln, &left)?;
         Ok(((), String::new()))
     })
 }
