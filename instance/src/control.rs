@@ -32,8 +32,6 @@ pub(crate) const VERSION: u32 = 1;
 /// What a frame may carry at most: nobody makes the other side keep more than this for one frame.
 pub(crate) const MAX_PAYLOAD: usize = 128 << 10;
 const HEADER: usize = 5;
-/// The socket's name, as [`InstanceDir::control`] has it.
-const NAME: &str = "ctl.sock";
 
 /// What a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -299,7 +297,7 @@ impl Connection {
     pub(crate) fn open(dir: &InstanceDir) -> io::Result<Option<Self>> {
         use rustix::io::Errno;
         let socket = socket::new(false)?;
-        let connected = socket::at_short_path(dir.path(), NAME, |address| {
+        let connected = socket::at_short_path(&dir.control(), |address| {
             rustix::io::retry_on_intr(|| connect(&socket, address))
         });
         match connected {
@@ -392,7 +390,7 @@ impl Connection {
 /// Listens on an instance's control socket, non-blocking; takes the place of one that is there.
 pub(crate) fn listen_at(dir: &InstanceDir) -> io::Result<OwnedFd> {
     let socket = socket::new(true)?;
-    socket::at_short_path(dir.path(), NAME, |address| match bind(&socket, address) {
+    socket::at_short_path(&dir.control(), |address| match bind(&socket, address) {
         Err(rustix::io::Errno::ADDRINUSE) => {
             let _ = std::fs::remove_file(dir.control());
             bind(&socket, address)

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use rustix::io::Errno;
 use rustix::net::{SendFlags, SocketAddrUnix};
 
 #[cfg(target_os = "linux")]
@@ -45,27 +46,26 @@ pub(crate) fn send(socket: &OwnedFd, bytes: &[u8], wait: bool) -> rustix::io::Re
     rustix::net::send(socket, bytes, flags | platform::NO_SIGNAL)
 }
 
-/// Uses the address of the socket `name` in a directory. A socket's address has room for some 100 bytes, and a home may be
-/// deeper than that.
+/// Uses the address of the socket at `path`. A socket's address has room for some 100 bytes, and a home may be deeper than that.
 ///
 /// # Errors
 /// Those of `use_address`; the directory is not there.
 pub(crate) fn at_short_path<T>(
-    directory: &Path,
-    name: &str,
+    path: &Path,
     use_address: impl FnOnce(&SocketAddrUnix) -> rustix::io::Result<T>,
 ) -> rustix::io::Result<T> {
-    platform::at_short_path(directory, |short| use_address(&SocketAddrUnix::new(short.join(name))?))
+    shortened(path, |short| use_address(&SocketAddrUnix::new(short)?))
 }
 
-/// Uses a path of the socket `name` in a directory, short enough for a socket's address and good only meanwhile.
+/// Uses another path of the socket at `path`, short enough for a socket's address and good only meanwhile.
 ///
 /// # Errors
 /// Those of `use_path`; the directory is not there.
-pub fn with_short_path<T>(
-    directory: &Path,
-    name: &str,
-    use_path: impl FnOnce(&Path) -> io::Result<T>,
-) -> io::Result<T> {
-    platform::at_short_path(directory, |short| Ok(use_path(&short.join(name))))?
+pub fn with_short_path<T>(path: &Path, use_path: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    shortened(path, |short| Ok(use_path(short)))?
+}
+
+fn shortened<T>(path: &Path, use_path: impl FnOnce(&Path) -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { return Err(Errno::INVAL) };
+    platform::at_short_path(directory, |short| use_path(&short.join(name)))
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use kiln_contract::{BackendError, ByteSize, ErrorKind, InstanceSpec, Resources};
+use kiln_contract::{BackendError, ByteSize, ErrorKind, InstanceSpec};
 
 use crate::plan;
 
@@ -46,13 +46,13 @@ impl Host {
 /// [`ErrorKind::Invalid`] for more than the host has at all, [`ErrorKind::State`] for more than it has now.
 pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     match Host::look() {
-        Some(host) => fits(&spec.name, &spec.resources, host),
+        Some(host) => fits(spec, host),
         None => Ok(()),
     }
 }
 
-fn fits(name: &str, resources: &Resources, host: Host) -> Result<(), BackendError> {
-    let shape = plan::shape(resources)?;
+fn fits(spec: &InstanceSpec, host: Host) -> Result<(), BackendError> {
+    let (name, shape) = (&spec.name, plan::shape(spec)?);
     let size = |bytes| ByteSize(bytes).to_string();
     if shape.memory > host.total {
         return Err(BackendError::new(
@@ -95,6 +95,7 @@ fn fits(name: &str, resources: &Resources, host: Host) -> Result<(), BackendErro
 mod tests {
     use super::*;
     use kiln_contract::CpuLimit;
+    use kiln_fixtures::instance_spec;
 
     #[test]
     fn what_does_not_fit_is_refused_and_it_is_said_why() {
@@ -110,12 +111,10 @@ mod tests {
             (512 << 20, 1, crowded, Some("needs 128.0 MiB")),
         ];
         for (memory, cpus, host, refused) in table {
-            let resources = Resources {
-                memory: Some(ByteSize(memory)),
-                cpus: Some(CpuLimit { millis: cpus * 1000 }),
-                ..Resources::default()
-            };
-            match (fits("dev", &resources, host), refused) {
+            let mut spec = instance_spec("dev");
+            spec.resources.memory = Some(ByteSize(memory));
+            spec.resources.cpus = Some(CpuLimit { millis: cpus * 1000 });
+            match (fits(&spec, host), refused) {
                 (Ok(()), None) => {}
                 (Err(error), Some(words)) => assert!(error.to_string().contains(words), "{error}"),
                 (outcome, _) => panic!("{memory} {cpus} {host:?}: {outcome:?}"),

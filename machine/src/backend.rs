@@ -17,9 +17,9 @@ use kiln_instance::{Instances, Kinds, Verbs, Volumes, is_supervised, signals};
 use kiln_link::message::{self, Answer, MAX_CHUNK, Request};
 use kiln_link::service;
 
+use crate::beginning::{disks, image, is_cold, template};
 use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
-use crate::monitor::{disks, image, is_cold, template};
 use crate::saved::Saved;
 use crate::template::{failed, in_utf8};
 use crate::visit::Duplex;
@@ -160,12 +160,12 @@ impl RuntimeBackend for Machines {
         }
         signals::parse(&spec.stop.signal)?;
         plan::check(spec)?;
+        crate::services::check_device(spec)?;
         if let Some(driver) = spec.machine.hypervisor {
             // One that was chosen is there, or that is said before anything is made.
             kiln_vmm::open(Some(driver))?;
         }
         crate::services::policy(spec)?;
-        crate::services::check_device(spec)?;
         let volumes = Volumes::open(self.home());
         let mut spec = spec.clone();
         let anonymous = volumes.claim(&mut spec)?;

@@ -18,7 +18,7 @@ use crate::{Machines, carry, door, stream};
 /// The console's socket, in the machine's directory: QEMU listens at it.
 const SOCKET: &str = "console.sock";
 /// What was written to the console, in the machine's directory.
-const LOG: &str = "console.log";
+pub(crate) const LOG: &str = "console.log";
 /// Held by whoever is at the console.
 const LOCK: &str = "console.lock";
 /// How much of what was written before is shown, in bytes.

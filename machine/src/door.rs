@@ -97,11 +97,12 @@ pub(crate) fn failure(error: &BackendError) -> Failure {
 /// Opens the door. Must be called in a runtime.
 pub(crate) fn listen(dir: &InstanceDir) -> Result<UnixListener, BackendError> {
     let fail = |error| BackendError::caused(format!("cannot listen in {}", dir.path().display()), error);
-    match std::fs::remove_file(dir.path().join(NAME)) {
+    let path = dir.path().join(NAME);
+    match std::fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
         _ => {}
     }
-    socket::with_short_path(dir.path(), NAME, |path| UnixListener::bind(path)).map_err(fail)
+    socket::with_short_path(&path, |path| UnixListener::bind(path)).map_err(fail)
 }
 
 /// Whether who is at the other end may ask: the same user, or root.
@@ -118,7 +119,7 @@ pub(crate) fn close(dir: &InstanceDir) {
 /// Connects to a socket in the machine's directory. Must be called in a runtime.
 pub(crate) fn connect(dir: &InstanceDir, name: &str) -> io::Result<UnixStream> {
     // Somebody listens, or nobody does: there is nothing to wait for.
-    socket::with_short_path(dir.path(), name, |path| {
+    socket::with_short_path(&dir.path().join(name), |path| {
         let stream = std::os::unix::net::UnixStream::connect(path)?;
         stream.set_nonblocking(true)?;
         UnixStream::from_std(stream)

@@ -18,8 +18,9 @@ use kiln_instance::{Ground, Hold, Instances, Kind, Run, Volumes, process, termin
 use kiln_net::MachineNetwork;
 use rustix::io::FdFlags;
 
+use crate::beginning::disks;
 use crate::door::{self, Ask};
-use crate::monitor::{GO, News, disks};
+use crate::monitor::{GO, News};
 use crate::{plan, stream};
 
 /// How long a monitor may take to hear that its machine is to end.

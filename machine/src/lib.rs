@@ -6,6 +6,8 @@
 
 mod admission;
 mod backend;
+mod beginning;
+mod boot;
 mod carry;
 mod commit;
 mod console;

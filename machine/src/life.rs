@@ -8,13 +8,14 @@ use std::time::Duration;
 use kiln_contract::{BackendError, BootConfig, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
 use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
-
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::saved::Saved;
-use crate::template::{DISK_SIZE, Shape, TO_BOOT};
+use crate::template::{DISK_SIZE, Shape};
 use crate::{plan, stream};
 
+/// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
+const TO_BOOT: Duration = Duration::from_secs(180);
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
 

@@ -17,33 +17,28 @@ use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as Blocking;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_boot::{Kernel, Kernels};
-use kiln_contract::{
-    BackendError, BootConfig, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, InstanceDir, InstanceId,
-    InstanceRecord, PublishSpec, Silent, Stdio,
-};
+use kiln_contract::{BackendError, ErrorKind, Home, InstanceDir, InstanceId, PublishSpec, Stdio};
 use kiln_instance::signals::Signals;
-use kiln_instance::{DetachKeys, Failure, Instances, terminal};
+use kiln_instance::{DetachKeys, Failure, terminal};
 use kiln_link::message::{self, Input, Request, TerminalSize, WORKLOAD};
 use kiln_link::{Opener, Parker, Stream};
-use kiln_store::Store;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Notify, mpsc};
 
+use crate::beginning::{Found, Ground, find};
+use crate::boot::INITRAMFS;
 use crate::carry::{End, Event, carry};
 use crate::door::{self, Ask, Reply};
 use crate::last_words::LastWords;
-use crate::life::{Life, Paths, ask, start};
-use crate::saved::Saved;
+use crate::life::{Life, ask, start};
 use crate::services::Services;
-use crate::template::{DISK_SIZE, INITRAMFS, Shape, Templates, disk_of};
-use crate::{plan, stream};
+use crate::{console, plan, stream};
 
 /// How long a guest may take to hold still.
 const TO_PARK: Duration = Duration::from_secs(10);
@@ -115,168 +110,6 @@ fn tell(mut supervisor: &Blocking, news: &News) {
     let _ = supervisor.write_all(line.as_bytes());
 }
 
-/// What is needed to run an instance's machine.
-struct Ground {
-    record: InstanceRecord,
-    dir: InstanceDir,
-    disks: Box<dyn DiskBackend>,
-    disk: DiskId,
-    /// Where the memory is that it shares with others.
-    base: Saved,
-    /// Whether it was saved itself, and does not begin from a template.
-    is_own: bool,
-    /// Bytes of its writable disk.
-    disk_size: u64,
-}
-
-/// The kernel of a machine.
-pub(crate) fn kernel(home: &Home, record: &InstanceRecord) -> Result<Kernel, BackendError> {
-    let kernels = Kernels::open(home);
-    Ok(match &record.spec.machine.kernel {
-        Some(name) => kernels.find(name)?,
-        None => kernels.default()?,
-    })
-}
-
-/// Whether the next start of a machine boots its kernel.
-pub(crate) fn is_cold(dir: &InstanceDir, record: &InstanceRecord) -> bool {
-    record.spec.machine.cold || plan::cold(dir).exists()
-}
-
-/// The template for a machine whose image disk is at `image`, made if it is not there.
-pub(crate) fn template(
-    home: &Home,
-    record: &InstanceRecord,
-    hypervisor: &dyn Hypervisor,
-    (disks, image): (&dyn DiskBackend, &Path),
-    progress: &dyn kiln_contract::Progress,
-) -> Result<Saved, BackendError> {
-    let kernel = kernel(home, record)?;
-    let has_disk = disks.path(&DiskId::from(&record.id)).is_ok();
-    let shape = plan::shape_of(&record.spec)?;
-    let templates = Templates::open(home, disks);
-    if has_disk || plan::disk_size(&record.spec) < DISK_SIZE {
-        templates.get(hypervisor, &kernel, shape, false, progress)
-    } else {
-        templates.with_root(hypervisor, &kernel, shape, (image, &record.spec.image), progress)
-    }
-}
-
-/// The image disk of a machine, made if it is not there.
-pub(crate) fn image(
-    home: &Home,
-    record: &InstanceRecord,
-    progress: &dyn kiln_contract::Progress,
-) -> Result<PathBuf, BackendError> {
-    let fail =
-        |error| BackendError::caused(format!("cannot make the image disk of {}", record.spec.name), error);
-    let store = Store::open(home).map_err(fail)?;
-    let layers = store.with_mount_points(&record.spec.layers).map_err(fail)?;
-    store.image_disk(&layers, progress).map_err(fail)
-}
-
-/// The disks of a home.
-pub(crate) fn disks(home: &Home) -> Result<Box<dyn DiskBackend>, BackendError> {
-    Ok(kiln_disk::open(home, &kiln_disk::Choice::Auto)?.backend)
-}
-
-/// The path of a machine's writable disk, made if there is none.
-fn own_disk(
-    disks: &dyn DiskBackend,
-    disk: &DiskId,
-    template: &Saved,
-    is_own: bool,
-    size: u64,
-) -> Result<PathBuf, BackendError> {
-    if let Ok(path) = disks.path(disk) {
-        return Ok(path);
-    }
-    if is_own {
-        return Err(BackendError::new(
-            ErrorKind::NotFound,
-            "the machine has no disk: it was not forked to the end",
-        )
-        .hint("remove it, and fork again"));
-    }
-    let Some(empty) = disk_of(template) else { return disks.create(disk, size) };
-    let path = disks.clone_disk(&empty, None, disk)?;
-    if size > DISK_SIZE {
-        disks.resize(disk, size)?;
-    }
-    Ok(path)
-}
-
-/// How a machine begins.
-enum Beginning {
-    /// It is restored.
-    Saved(Saved),
-    /// Its kernel boots.
-    Boot(Shape, BootConfig),
-}
-
-/// How a machine begins, on which disks, and what it is given.
-pub(crate) struct Found {
-    home: Home,
-    hypervisor: Box<dyn Hypervisor>,
-    beginning: Beginning,
-    pub(crate) paths: Paths,
-    ground: Ground,
-    /// Keeps the template from being removed.
-    _held: File,
-}
-
-/// Finds all that is needed, and makes what is not there.
-pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> {
-    let instances = Instances::of(home);
-    let record = instances.read(id)?;
-    let dir = instances.dir(id);
-    let hypervisor = kiln_vmm::open(record.spec.machine.hypervisor)?;
-    let disks = disks(home)?;
-    let image = image(home, &record, &Silent)?;
-    let disk = DiskId::from(id);
-    let size = plan::disk_size(&record.spec);
-    let own = Saved::load(&plan::saved(&dir));
-    let is_own = own.is_some();
-    let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
-        let (kernel, shape) = (kernel(home, &record)?, plan::shape_of(&record.spec)?);
-        let base = Saved::nothing(&plan::base(&dir), kernel.name(), &*hypervisor, shape)?;
-        let path = disks.path(&disk).or_else(|_| disks.create(&disk, size))?;
-        (Beginning::Boot(shape, crate::template::booting(&kernel, dir.path())?), base, path)
-    } else {
-        let saved = match own {
-            Some(own) => {
-                own.check(&*hypervisor)?;
-                own
-            }
-            None => template(home, &record, &*hypervisor, (&*disks, &image), &Silent)?,
-        };
-        let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
-        let path = own_disk(&*disks, &disk, &saved, is_own, size)?;
-        (Beginning::Saved(saved), base, path)
-    };
-    let held = base.hold()?;
-    let disk_size = disks.size(&disk)?;
-    let memory = base.memory();
-    let paths =
-        Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size, network: None };
-    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size };
-    Ok(Found { home: home.clone(), hypervisor, beginning, paths, ground, _held: held })
-}
-
-impl Found {
-    /// Restores or boots it. The guest waits to be configured.
-    pub(crate) async fn begin(&self) -> Result<Life, BackendError> {
-        match &self.beginning {
-            Beginning::Saved(saved) => Life::restore(&*self.hypervisor, saved, &self.paths).await,
-            Beginning::Boot(shape, boot) => {
-                let console = self.ground.dir.path().join("console.log");
-                let life = Life::boot(&*self.hypervisor, *shape, boot.clone(), &self.paths).await;
-                life.map_err(|error| LastWords::whole(&console).explain(error))
-            }
-        }
-    }
-}
-
 async fn run(mut found: Found, signals: &Signals, supervisor: &Blocking) -> Result<u8, BackendError> {
     let services = Services::prepare(&found.home, &found.ground.record)?;
     found.paths.network = services.device();
@@ -294,7 +127,7 @@ async fn live(
     signals: &Signals,
 ) -> Result<u8, BackendError> {
     let spec = &ground.record.spec;
-    let log = ground.dir.path().join("console.log");
+    let log = ground.dir.path().join(console::LOG);
     let console = LastWords::from_here(&log);
     let inbound = life.session().session.take_inbound();
     services.serve(life.opener(), inbound)?;

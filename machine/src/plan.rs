@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use kiln_contract::{
     BackendError, Digest, ErrorKind, InstanceRecord, InstanceSpec, MachineSpec, MountKind, MountSpec,
-    Resources,
 };
 use kiln_link::message::{Configure, Device, HostFile, Mount, MountSource, Process, Root, TerminalSize};
 
@@ -20,14 +19,14 @@ const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 0, 1));
 /// Bytes of randomness for a guest's generator.
 const ENTROPY: usize = 64;
 
-/// Processors and memory, as templates are made for them: whole processors, and memory in steps, so that there are few.
+/// Processors, memory and devices, as templates are made for them: whole processors, and memory in steps, so that there are few.
 ///
 /// # Errors
 /// Less memory than a kernel and its guest need.
-pub(crate) fn shape(resources: &Resources) -> Result<Shape, BackendError> {
+pub(crate) fn shape(spec: &InstanceSpec) -> Result<Shape, BackendError> {
     const LEAST: u64 = 128 << 20;
     const STEP: u64 = 64 << 20;
-    let memory = resources.memory.unwrap_or(MachineSpec::MEMORY).bytes();
+    let memory = spec.resources.memory.unwrap_or(MachineSpec::MEMORY).bytes();
     if memory < LEAST {
         return Err(BackendError::new(
             ErrorKind::Invalid,
@@ -35,17 +34,9 @@ pub(crate) fn shape(resources: &Resources) -> Result<Shape, BackendError> {
         )
         .hint("give it more with --memory"));
     }
-    let cpus = resources.cpus.map_or(1, |limit| limit.millis.div_ceil(1000).max(1));
-    Ok(Shape { cpus, memory: memory.div_ceil(STEP) * STEP, network: false })
-}
-
-/// All that templates are made for.
-///
-/// # Errors
-/// As [`shape`].
-pub(crate) fn shape_of(spec: &InstanceSpec) -> Result<Shape, BackendError> {
+    let cpus = spec.resources.cpus.map_or(1, |limit| limit.millis.div_ceil(1000).max(1));
     let network = kiln_net::tap_network(&spec.network.mode).is_some();
-    Ok(Shape { network, ..shape(&spec.resources)? })
+    Ok(Shape { cpus, memory: memory.div_ceil(STEP) * STEP, network })
 }
 
 /// The writable disk, in bytes: whole blocks.
@@ -63,7 +54,7 @@ pub(crate) fn hostname(record: &InstanceRecord) -> String {
 /// # Errors
 /// [`ErrorKind::Unsupported`] names it.
 pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
-    shape(&spec.resources)?;
+    shape(spec)?;
     let refuse = |what: &str| Err(BackendError::unsupported(format!("a machine cannot have {what}")));
     if !spec.security.devices.is_empty() {
         return refuse("devices of the host (--device)");

@@ -14,8 +14,8 @@ use kiln_instance::{Instances, Locked, is_supervised};
 use kiln_link::message::Request;
 
 use crate::backend::Machines;
+use crate::beginning::disks;
 use crate::door::{self, Ask, Copy};
-use crate::monitor::disks;
 use crate::saved::{self, Saved};
 use crate::{plan, stream};
 

@@ -15,48 +15,39 @@
 //! start.
 //!
 //! The key is the digest of everything that a saved state depends on: the hypervisor with its version and accelerator, kernel,
-//! guest, link, number of processors, memory, whether there is a network device, and the sizes that the devices had. If any of it changes, there is just no
-//! template of that key, and one is made: nothing can be stale. What is no longer used is bounded in number; a template that
-//! is removed while machines run from it goes when the last of them does.
+//! guest, link, number of processors, memory, whether there is a network device, and the sizes that the devices had. If any of
+//! it changes, there is just no template of that key, and one is made: nothing can be stale. What is no longer used is bounded in
+//! number; a template that is removed while machines run from it goes when the last of them does.
+
+mod making;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use kiln_boot::Kernel;
 use kiln_contract::{
-    BackendError, BootConfig, Digest, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, MachineSpec,
-    MemoryKind, Progress, Step, VmConfig,
+    BackendError, Digest, DiskBackend, DiskId, ErrorKind, Home, Hypervisor, MachineSpec, Progress, Step,
 };
 use kiln_instance::Instances;
 use kiln_link::VERSION;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::last_words::LastWords;
-use crate::life::{Life, Paths};
-use crate::monitor::disks;
+use crate::beginning::disks;
+use crate::boot::COMMAND_LINE;
+use crate::guest;
 use crate::saved::{self, DELTA, FORMAT, MEMORY, RECORD, STATE, Saved, TemplateRecord};
-use crate::{guest, stream};
+use making::Place;
 
 /// Templates that are kept besides the newest; each has a size, a kernel or an image of its own.
 const KEPT: usize = 32;
 /// Bytes that all of them may take together.
 const KEPT_BYTES: u64 = 8 << 30;
-/// The initramfs of a machine that boots.
-pub(crate) const INITRAMFS: &str = "initramfs";
 /// What the name of a template's lock ends in.
 const LOCK: &str = "lock";
-/// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
-pub(crate) const TO_BOOT: Duration = Duration::from_secs(180);
-/// How long a guest that has nothing to do may take to hold still.
-const TO_PARK: Duration = Duration::from_secs(30);
-/// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
-const IMAGE_SIZE: u64 = 16 << 40;
 /// The size of a template's writable disk. A machine's that is of another size says so.
 pub(crate) const DISK_SIZE: u64 = MachineSpec::DISK.bytes();
 
@@ -89,13 +80,6 @@ pub enum Disk {
     Own,
     /// One on which the root of an image was made, and mounted: a machine of that image begins with a copy of it.
     Root,
-}
-
-/// Where a template is being made.
-struct Place<'a> {
-    directory: &'a Path,
-    /// The writable disk that it is to have.
-    disk: Option<&'a DiskId>,
 }
 
 /// The disk that a machine begins with a copy of.
@@ -345,84 +329,6 @@ impl<'a> Templates<'a> {
         fs::rename(&staging, directory).map_err(failed("make", directory))
     }
 
-    /// Boots a machine until its guest is ready, and saves it.
-    fn boot(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        kernel: &Kernel,
-        shape: Shape,
-        place: &Place<'_>,
-    ) -> Result<TemplateRecord, BackendError> {
-        let at = |name: &str| place.directory.join(name);
-        let config = VmConfig {
-            directory: place.directory.to_owned(),
-            cpus: shape.cpus,
-            memory: shape.memory,
-            memory_file: sparse(&at(MEMORY), shape.memory)?,
-            memory_kind: MemoryKind::Written,
-            boot: Some(booting(kernel, place.directory)?),
-            image: sparse(&at("image"), image_size(&self.root))?,
-            disk: match place.disk {
-                Some(disk) => self.disks.create(disk, DISK_SIZE)?,
-                None => sparse(&at("disk"), DISK_SIZE)?,
-            },
-            network: shape.unconnected()?,
-        };
-        let begun = Instant::now();
-        let mut vm = hypervisor.create(&config)?;
-        let link = vm.link()?;
-        vm.resume()?;
-        greet(link).map_err(|error| LastWords::whole(&at("console.log")).explain(error))?;
-        let boot_millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        vm.pause()?;
-        vm.save(place.directory)?;
-        Ok(TemplateRecord {
-            format: FORMAT,
-            key: Digest::of(&[]),
-            made: Timestamp::now(),
-            kernel: kernel.name().to_owned(),
-            hypervisor: hypervisor.fingerprint(),
-            shape,
-            disk: Disk::Own,
-            boot_millis,
-            sum: None,
-        })
-    }
-
-    /// Has the guest of `base` make the root of an image, and saves it again.
-    fn make_root(
-        &self,
-        hypervisor: &dyn Hypervisor,
-        base: &Saved,
-        image: &Path,
-        place: &Place<'_>,
-    ) -> Result<TemplateRecord, BackendError> {
-        let (Some(empty), Some(disk)) = (disk_of(base), place.disk) else {
-            return Err(BackendError::new(ErrorKind::Failed, "the template has no disk to begin with"));
-        };
-        let paths = Paths {
-            directory: place.directory.to_owned(),
-            memory: base.memory(),
-            image: image.to_owned(),
-            disk: self.disks.clone_disk(&empty, None, disk)?,
-            disk_size: DISK_SIZE,
-            network: base.record().shape.unconnected()?,
-        };
-        stream::runtime()?.block_on(async {
-            let mut life = Life::restore(hypervisor, base, &paths).await?;
-            life.prepare().await?;
-            let parked = life.parker().park(TO_PARK).await;
-            let parked = parked.map_err(|error| BackendError::caused("cannot save the machine", error))?;
-            life.vm().pause()?;
-            life.vm().save(place.directory)?;
-            drop(parked);
-            Ok::<_, BackendError>(())
-        })?;
-        fs::hard_link(base.memory(), place.directory.join(MEMORY))
-            .map_err(failed("make a template in", &self.root))?;
-        Ok(TemplateRecord { made: Timestamp::now(), ..base.record().clone() })
-    }
-
     /// Removes what was not used for longest, beyond a few.
     fn keep_few(&self, newest: Digest) -> Result<(), BackendError> {
         let mut bytes = 0;
@@ -513,30 +419,6 @@ pub fn prune_disks(home: &Home, dry_run: bool) -> Result<Vec<DiskId>, BackendErr
     Ok(unowned)
 }
 
-/// Words for the kernel besides those that the machine's kind needs. Nobody but the workload is in a machine: of the security
-/// modules it has those that a program applies to itself. And it is alone, so that what waits for all processors to have seen
-/// a change (a mount, a device) may hurry them.
-const COMMAND_LINE: &str = "quiet loglevel=3 random.trust_cpu=on cgroup_no_v1=all \
-                            systemd.unified_cgroup_hierarchy=1 lsm=landlock,yama rcupdate.rcu_expedited=1";
-
-/// What a machine of a kernel boots; its initramfs is put into `directory`.
-pub(crate) fn booting(kernel: &Kernel, directory: &Path) -> Result<BootConfig, BackendError> {
-    if guest::PROGRAM.is_empty() {
-        return Err(BackendError::unsupported(
-            "this program was built without a guest and cannot make machines",
-        ));
-    }
-    let initramfs = directory.join(INITRAMFS);
-    let bytes = kiln_boot::initramfs(kernel, guest::PROGRAM)?;
-    fs::write(&initramfs, bytes).map_err(failed("write", &initramfs))?;
-    Ok(BootConfig {
-        kernel: kernel.image(),
-        vmlinux: kernel.vmlinux(),
-        initramfs,
-        command_line: COMMAND_LINE.to_owned(),
-    })
-}
-
 /// A file of `size` bytes that takes no room.
 pub(crate) fn sparse(path: &Path, size: u64) -> Result<PathBuf, BackendError> {
     let made = File::create(path).and_then(|file| file.set_len(size));
@@ -554,24 +436,6 @@ fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -
         shape.network,
     );
     Digest::of(parts.as_bytes())
-}
-
-/// As large as files may be where the templates are.
-fn image_size(root: &Path) -> u64 {
-    let largest = |size: u64| {
-        let probe = tempfile::tempfile_in(root);
-        probe.and_then(|file| file.set_len(size)).is_ok()
-    };
-    let mut size = IMAGE_SIZE;
-    while size > DISK_SIZE && !largest(size) {
-        size /= 2;
-    }
-    size
-}
-
-/// Waits until the guest says that it is ready.
-fn greet(link: std::os::fd::OwnedFd) -> Result<(), BackendError> {
-    stream::runtime()?.block_on(async { crate::life::greet(stream::adopt(link)?).await.map(drop) })
 }
 
 fn used(template: &Saved) -> std::time::SystemTime {

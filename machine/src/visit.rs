@@ -9,9 +9,10 @@ use kiln_link::{Stream, service};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::backend::Machines;
+use crate::beginning::find;
 use crate::door;
 use crate::life::lost;
-use crate::monitor::{find, power_off};
+use crate::monitor::power_off;
 use crate::saved::Saved;
 use crate::{plan, stream};
 
@@ -49,7 +50,7 @@ impl Machines {
         }
         self.prepare(&still.record)?;
         let mut found = find(self.home(), id)?;
-        found.paths.network = plan::shape_of(&still.record.spec)?.unconnected()?;
+        found.paths.network = plan::shape(&still.record.spec)?.unconnected()?;
         let outcome = stream::runtime()?.block_on(async {
             let configure = plan::configure(&still.record, Some(found.paths.disk_size), None)?;
             let configure = Configure { mounts: Vec::new(), network: false, ..configure };

@@ -62,6 +62,13 @@ pub struct Lease {
     pub tap: Option<Vec<String>>,
 }
 
+impl Lease {
+    /// A container's, without a name or a published port.
+    pub(crate) fn at(address: impl Into<IpAddr>) -> Self {
+        Self { address: address.into(), names: Vec::new(), ports: Vec::new(), machine: false, tap: None }
+    }
+}
+
 /// What a network is made with.
 #[derive(Debug, Clone, Default)]
 pub struct NetworkOptions {

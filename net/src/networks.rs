@@ -400,9 +400,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         for (given_in, count) in [(boot(), 1), ("an earlier boot".to_owned(), 0)] {
             let mut network = Network { boot: given_in, ..Network::built_in("n", "bridge") };
-            let address = "10.1.0.2".parse().unwrap();
-            let lease =
-                crate::Lease { address, names: Vec::new(), ports: Vec::new(), machine: false, tap: None };
+            let lease = crate::Lease::at(std::net::Ipv4Addr::new(10, 1, 0, 2));
             network.leases.insert(InstanceId::random(), lease);
             fs::write(file(directory.path(), "n"), serde_json::to_vec(&network).unwrap()).unwrap();
             assert_eq!(read(directory.path(), "n").unwrap().unwrap().leases.len(), count);

@@ -125,14 +125,7 @@ mod tests {
             let id = InstanceId::random();
             let address = address(&network, &id, None).unwrap();
             assert_eq!(address, Ipv4Addr::new(10, 1, 1, last));
-            let lease = Lease {
-                address: address.into(),
-                names: Vec::new(),
-                ports: Vec::new(),
-                machine: false,
-                tap: None,
-            };
-            network.leases.insert(id, lease);
+            network.leases.insert(id, Lease::at(address));
         }
         let id = InstanceId::random();
         assert!(matches!(address(&network, &id, None), Err(NetError::SubnetFull { .. })));

@@ -8,7 +8,7 @@ mod lab;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use kiln_contract::{ErrorKind, NetworkBackend as _, NetworkRequest, NetworkSpec, Protocol, PublishSpec};
 use kiln_net::{MachineNetwork, NetworkDevice, NetworkOptions, Networks};
-use kiln_usernet::guest::{DeviceConfig, set_up};
+use kiln_usernet::guest::{DeviceConfig, become_tap, set_up};
 use lab::{Container, Lab, address, ip, run, state_of_host, wait_for};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -98,15 +98,7 @@ fn request(inside: &Container, name: &str, mode: &str, allow: &[&str]) -> Networ
 /// A TAP device in the calling thread's namespace.
 fn tap(name: &str) -> OwnedFd {
     let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
-    // SAFETY: zero is a value of this type.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the kernel reads and writes an `ifreq`, which this is.
-    let made = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
-    assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    become_tap(&file, name).unwrap();
     file.into()
 }
 

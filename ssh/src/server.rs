@@ -424,8 +424,8 @@ fn request(fields: &mut Reader<'_>) -> Result<(Request, bool), SshError> {
         }
         "window-change" => Some(Request::Resize(size(fields)?)),
         "env" => {
-            let both = (text(fields)?, text(fields)?);
-            if let (Some(name), Some(value)) = both { Some(Request::Variable { name, value }) } else { None }
+            let (name, value) = (text(fields)?, text(fields)?);
+            name.zip(value).map(|(name, value)| Request::Variable { name, value })
         }
         "shell" => Some(Request::Shell),
         "exec" => text(fields)?.map(Request::Command),

@@ -20,6 +20,8 @@ const MOST_OUTPUT: usize = 1 << 20;
 const ENOUGH_OUTPUT: usize = 128 << 10;
 /// What packets are a multiple of.
 const BLOCK: usize = 8;
+/// A key has seen all numbers of packets.
+const WORN: SshError = SshError::Protocol("no new keys after all packets that one may have");
 
 /// Our first line, without its end.
 const VERSION: &str = concat!("SSH-2.0-Kiln_", env!("CARGO_PKG_VERSION"));
@@ -171,7 +173,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
     pub(crate) async fn step(&mut self, behind: bool) -> Result<Step, SshError> {
         loop {
             if self.worn {
-                return Err(SshError::Protocol("no new keys after all packets that one may have"));
+                return Err(WORN);
             }
             let most = if behind { ENOUGH_OUTPUT } else { MOST_OUTPUT };
             let listens = self.output.len() < most;
@@ -332,10 +334,7 @@ impl<'a, S: AsyncRead + AsyncWrite> Transport<'a, S> {
             return Ok(None);
         }
         self.length = None;
-        let number = self
-            .received
-            .take()
-            .ok_or(SshError::Protocol("no new keys after all packets that one may have"))?;
+        let number = self.received.take().ok_or(WORN)?;
         let mut packet = self.input.split_to(4 + length);
         let plain = match &self.opening {
             Some(key) => {

@@ -118,13 +118,8 @@ pub(super) fn attach_bound(
     }
     let (subnet, gateway) = v4(&network)?;
     let address = crate::pool::address(&network, &request.id, request.network.address)?;
-    let lease = Lease {
-        address: address.into(),
-        names: names(request),
-        ports: bound.iter().map(|port| port.spec.clone()).collect(),
-        machine,
-        tap: None,
-    };
+    let ports = bound.iter().map(|port| port.spec.clone()).collect();
+    let lease = Lease { names: names(request), ports, machine, ..Lease::at(address) };
     if !bound.is_empty() {
         take_ports_from_the_dead(&locked, &mut network, &request.id, bound)?;
     }

@@ -136,7 +136,7 @@ impl MachineNetwork {
 fn lease(locked: &Locked, network: &mut Network, request: &NetworkRequest) -> Result<Ipv4Addr, NetError> {
     let address = crate::pool::address(network, &request.id, request.network.address)?;
     let names = bridge::names(request);
-    let lease = Lease { address: address.into(), names, ports: Vec::new(), machine: true, tap: None };
+    let lease = Lease { names, machine: true, ..Lease::at(address) };
     network.leases.insert(request.id.clone(), lease);
     locked.write(network)?;
     Ok(address)

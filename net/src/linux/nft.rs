@@ -304,8 +304,7 @@ mod tests {
         network.interface = "kiln01234567".into();
         network.subnet = Some("10.89.0.0/24".parse().unwrap());
         network.internal = internal;
-        let address = "10.89.0.2".parse().unwrap();
-        let lease = Lease { address, names: Vec::new(), ports, machine: false, tap: None };
+        let lease = Lease { ports, ..Lease::at("10.89.0.2".parse::<IpAddr>().unwrap()) };
         network.leases.insert(InstanceId::random(), lease);
         network
     }

@@ -9,11 +9,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use kiln_contract::{BackendError, NetworkRequest, NetworkSpec};
+use kiln_usernet::guest::become_tap;
 
 use super::bridge;
 use super::namespace::Namespace;
@@ -64,7 +65,7 @@ pub(super) fn attach(
     let (subnet, gateway) = bridge::v4(&network)?;
     let address = crate::pool::address(&network, &request.id, request.network.address)?;
     let names = bridge::names(request);
-    let lease = Lease { address: address.into(), names, ports: Vec::new(), machine: true, tap: Some(rules) };
+    let lease = Lease { names, machine: true, tap: Some(rules), ..Lease::at(address) };
     network.leases.insert(request.id.clone(), lease);
     locked.write(&network)?;
     // In force before there is anything that could send.
@@ -104,16 +105,6 @@ fn open(name: &str) -> Result<OwnedFd, NetError> {
     const DEVICE: &str = "/dev/net/tun";
     let file = File::options().read(true).write(true).open(DEVICE);
     let file = file.map_err(NetError::doing(format!("opening {DEVICE}")))?;
-    // SAFETY: `ifreq` is a structure of integers and arrays, for which zero is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: TUNSETIFF reads an `ifreq` and writes the device's name into it; ours lives until after the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
-        let error = io::Error::last_os_error();
-        return Err(NetError::doing(format!("making the device {name}"))(error));
-    }
+    become_tap(&file, name).map_err(NetError::doing(format!("making the device {name}")))?;
     Ok(file.into())
 }

@@ -133,13 +133,7 @@ mod tests {
         let mut network = Network::built_in("n", "bridge");
         for (address, names) in leases {
             let names = names.iter().map(|name| (*name).to_owned()).collect();
-            let lease = Lease {
-                address: address.parse().unwrap(),
-                names,
-                ports: Vec::new(),
-                machine: false,
-                tap: None,
-            };
+            let lease = Lease { names, ..Lease::at(address.parse::<IpAddr>().unwrap()) };
             network.leases.insert(InstanceId::random(), lease);
         }
         let staged = file.with_extension("new");

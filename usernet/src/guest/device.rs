@@ -1,7 +1,9 @@
-//! A network device of the machine's own: given its address, hardware address and routes.
+//! Network devices: made of an open `/dev/net/tun`; and one of the machine's own, given its address, hardware address and routes.
 
+use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd as _;
 
 use super::config::GuestError;
 use super::netlink::Netlink;
@@ -28,10 +30,7 @@ pub struct DeviceConfig {
 pub fn set_up(config: &DeviceConfig) -> Result<(), GuestError> {
     let name = &config.name;
     let doing = |what: &str| GuestError::doing(format!("{what} {name}"));
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)
-        .map_err(|error| doing("looking for")(io::Error::from(error)))?;
-    let index = rustix::net::netdevice::name_to_index(&socket, name)
-        .map_err(|error| doing("looking for")(io::Error::from(error)))?;
+    let index = index(name).map_err(doing("looking for"))?;
     let mut netlink = Netlink::open().map_err(doing("opening a socket for"))?;
     // Its routes go with that.
     netlink.down(index).map_err(doing("putting down"))?;
@@ -40,4 +39,34 @@ pub fn set_up(config: &DeviceConfig) -> Result<(), GuestError> {
     netlink.address(index, config.address.into(), 32).map_err(doing("giving an address to"))?;
     netlink.route(index, Some(config.gateway), None).map_err(doing("making the way to the gateway over"))?;
     netlink.route(index, None, Some(config.gateway.into())).map_err(doing("making the default route over"))
+}
+
+/// Makes an open `/dev/net/tun` a TAP device of this name in the network namespace of the calling thread, each packet behind a
+/// `struct virtio_net_hdr`. The device goes when nobody has it open.
+///
+/// # Errors
+/// What the kernel says (`CAP_NET_ADMIN` is needed).
+pub fn become_tap(file: &File, name: &str) -> io::Result<()> {
+    attach(file, name, libc::IFF_TAP)
+}
+
+/// Makes an open `/dev/net/tun` the device of this name: `IFF_TAP` or `IFF_TUN`.
+pub(super) fn attach(file: &File, name: &str, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: `ifreq` is a structure of integers and arrays, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (kind | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads an `ifreq` and writes the device's name into it; ours lives until after the call.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The index of a device of the calling thread's network namespace.
+pub(super) fn index(name: &str) -> io::Result<u32> {
+    let any = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    Ok(rustix::net::netdevice::name_to_index(&any, name)?)
 }

@@ -31,7 +31,7 @@ mod tcp;
 mod tun;
 
 pub use config::{GuestError, Limits, Subnet, TunConfig};
-pub use device::{DeviceConfig, set_up};
+pub use device::{DeviceConfig, become_tap, set_up};
 pub use inward::{serve_tcp, serve_udp};
 pub use stack::run;
 pub use tun::Tun;

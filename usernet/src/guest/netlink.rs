@@ -122,10 +122,8 @@ impl Netlink {
     ) -> Result<(), GuestError> {
         self.address(index, address, prefix)
             .map_err(GuestError::doing(format!("giving {name} the address {address}/{prefix}")))?;
-
         self.route(index, None, Some(gateway))
-            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))?;
-        Ok(())
+            .map_err(GuestError::doing(format!("making {gateway} the gateway of the default route")))
     }
 
     pub(super) fn address(&mut self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
@@ -143,13 +141,8 @@ impl Netlink {
         gateway: Option<IpAddr>,
     ) -> io::Result<()> {
         let family = gateway.map_or(AF_INET, family);
-        let (bits, scope) = (
-            if to.is_some() { 32 } else { 0 },
-            match gateway {
-                Some(_) => RT_SCOPE_UNIVERSE,
-                None => RT_SCOPE_LINK,
-            },
-        );
+        let bits = if to.is_some() { 32 } else { 0 };
+        let scope = if gateway.is_some() { RT_SCOPE_UNIVERSE } else { RT_SCOPE_LINK };
         let mut message = Message::new(RTM_NEWROUTE, REPLACE_OR_CREATE);
         message.bytes(&[family, bits, 0, 0]).bytes(&[RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST]).word(0);
         if let Some(to) = to {

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::TunConfig;
 use super::config::GuestError;
-use super::netlink;
+use super::{device, netlink};
 
 /// The header before each packet.
 const HEADER: usize = 10;
@@ -132,23 +132,13 @@ impl AsRawFd for Tun {
     }
 }
 
-/// Makes an open `/dev/net/tun` the device of this name; its index.
+/// Makes an open `/dev/net/tun` the TUN device of this name; its index.
 fn attach(file: &File, name: &str) -> io::Result<u32> {
-    // SAFETY: `ifreq` is a structure of integers and arrays, for which zero is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: TUNSETIFF reads an `ifreq` and writes the device's name into it; ours lives until after the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    device::attach(file, name, libc::IFF_TUN)?;
     let offload = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
     // SAFETY: TUNSETOFFLOAD takes its flags by value and touches no memory of ours.
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, offload) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let any = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
-    Ok(rustix::net::netdevice::name_to_index(&any, name)?)
+    device::index(name)
 }
