@@ -41,7 +41,7 @@ use crate::services::Services;
 use crate::{console, plan, stream};
 
 /// How long a guest may take to hold still.
-const TO_PARK: Duration = Duration::from_secs(10);
+const TO_PARK: Duration = Duration::from_secs(30);
 /// How long a guest may take to write everything to its disk and power off.
 const TO_POWER_OFF: Duration = Duration::from_secs(20);
 

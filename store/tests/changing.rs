@@ -2,11 +2,10 @@
 
 mod common;
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -14,16 +13,28 @@ use common::{Fixture, fixture};
 use kiln_erofs::{Content, Data, NodeId, Tree};
 use kiln_store::{ImportedLayer, Result, StoreError};
 
-/// Runs `act` while another thread does `change` again and again, `pause` apart; as often as it was done is its argument.
-fn while_changing<T>(pause: Duration, change: impl Fn(u32) + Sync, act: impl FnOnce() -> T) -> T {
+/// How long what changes is at rest between two changes.
+struct Rest(AtomicU64);
+
+impl Rest {
+    fn of(millis: u64) -> Self {
+        Self(AtomicU64::new(millis))
+    }
+
+    /// The host is too busy to read everything in so short a time.
+    fn lengthen(&self) {
+        self.0.fetch_add(self.0.load(Ordering::Relaxed) / 2, Ordering::Relaxed);
+    }
+}
+
+/// Runs `act` while another thread does `change` again and again; as often as it was done is its argument.
+fn while_changing<T>(rest: &Rest, change: impl Fn(u32) + Sync, act: impl FnOnce() -> T) -> T {
     let (done, rounds) = (AtomicBool::new(false), AtomicU32::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 change(rounds.fetch_add(1, Ordering::Relaxed));
-                if !pause.is_zero() {
-                    thread::sleep(pause);
-                }
+                thread::sleep(Duration::from_millis(rest.0.load(Ordering::Relaxed)));
             }
         });
         while rounds.load(Ordering::Relaxed) == 0 {
@@ -33,6 +44,33 @@ fn while_changing<T>(pause: Duration, change: impl Fn(u32) + Sync, act: impl FnO
         done.store(true, Ordering::Relaxed);
         outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Commits again and again while `change` goes on, until `least` layers were made; what they are is looked at.
+fn commit_while_changing(
+    fixture: &Fixture,
+    (rest, change): (Rest, impl Fn(u32) + Sync),
+    least: u32,
+    mut look: impl FnMut(&ImportedLayer),
+) {
+    let upper = fixture.dir.path().join("upper");
+    let mut whole = 0;
+    while_changing(&rest, change, || {
+        for _ in 0..200 {
+            match commit(fixture, &upper) {
+                Ok(layer) => {
+                    look(&layer);
+                    whole += 1;
+                }
+                Err(StoreError::Changing { .. }) => rest.lengthen(),
+                Err(error) => panic!("{error}"),
+            }
+            if whole == least {
+                return;
+            }
+        }
+    });
+    assert_eq!(whole, least, "it was at rest now and then");
 }
 
 fn commit(fixture: &Fixture, upper: &Path) -> Result<ImportedLayer> {
@@ -62,7 +100,7 @@ fn a_file_that_is_written_all_the_time_is_named() {
     fs::write(&path, vec![1; size]).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
     let change = |round: u32| file.write_all_at(&round.to_ne_bytes(), size as u64 / 2).unwrap();
-    let refused = while_changing(Duration::ZERO, change, || commit(&fixture, &upper)).unwrap_err();
+    let refused = while_changing(&Rest::of(0), change, || commit(&fixture, &upper)).unwrap_err();
     assert!(matches!(&refused, StoreError::Changing { path: named, .. } if *named == path), "{refused}");
     assert!(refused.to_string().contains("upper/log") && refused.hint().is_some());
     assert!(fixture.is_untouched());
@@ -79,21 +117,10 @@ fn a_file_is_never_half_of_one_time_and_half_of_another() {
     let size = 8 << 20;
     let file = File::create(upper.join("file")).unwrap();
     let change = |round: u32| file.write_all_at(&vec![round as u8; size], 0).unwrap();
-    let mut whole = 0;
-    while_changing(Duration::from_millis(60), change, || {
-        for _ in 0..12 {
-            match commit(&fixture, &upper) {
-                Ok(layer) => {
-                    let bytes = bytes_of(&fixture, &layer, "file");
-                    assert!(bytes.len() == size && bytes.iter().all(|byte| *byte == bytes[0]));
-                    whole += 1;
-                }
-                Err(StoreError::Changing { .. }) => {}
-                Err(error) => panic!("{error}"),
-            }
-        }
+    commit_while_changing(&fixture, (Rest::of(60), change), 6, |layer| {
+        let bytes = bytes_of(&fixture, layer, "file");
+        assert!(bytes.len() == size && bytes.iter().all(|byte| *byte == bytes[0]));
     });
-    assert!(whole > 0, "it was at rest now and then");
 }
 
 #[test]
@@ -112,23 +139,11 @@ fn a_file_that_moves_from_directory_to_directory_is_in_one_of_them() {
         let (from, to) = if round.is_multiple_of(2) { ("a/x", "d/x") } else { ("d/x", "a/x") };
         fs::rename(upper.join(from), upper.join(to)).unwrap();
     };
-    let mut seen = BTreeSet::new();
-    while_changing(Duration::from_millis(40), change, || {
-        for _ in 0..15 {
-            match commit(&fixture, &upper) {
-                Ok(layer) => {
-                    let tree = tree(&fixture, &layer);
-                    let has =
-                        |name: &[u8]| tree.child(tree.child(NodeId::ROOT, name).unwrap(), b"x").is_some();
-                    assert!(has(b"a") != has(b"d"), "in both or in none");
-                    seen.insert(has(b"a"));
-                }
-                Err(StoreError::Changing { .. }) => {}
-                Err(error) => panic!("{error}"),
-            }
-        }
+    commit_while_changing(&fixture, (Rest::of(40), change), 8, |layer| {
+        let tree = tree(&fixture, layer);
+        let has = |name: &[u8]| tree.child(tree.child(NodeId::ROOT, name).unwrap(), b"x").is_some();
+        assert!(has(b"a") != has(b"d"), "in both or in none");
     });
-    assert!(!seen.is_empty(), "the directories were at rest now and then");
 }
 
 #[test]
@@ -149,11 +164,5 @@ fn what_comes_and_goes_is_there_or_not_but_never_an_error_once_it_rests() {
             }
         }
     };
-    let outcomes = while_changing(Duration::from_millis(15), change, || {
-        (0..30).map(|_| commit(&fixture, &upper)).collect::<Vec<_>>()
-    });
-    for outcome in &outcomes {
-        assert!(matches!(outcome, Ok(_) | Err(StoreError::Changing { .. })), "{outcome:?}");
-    }
-    assert!(outcomes.iter().any(Result::is_ok));
+    commit_while_changing(&fixture, (Rest::of(15), change), 15, |_| ());
 }

@@ -23,7 +23,7 @@ cargo xtask <task>
   demo          Kiln's main job from end to end, with what each step shows and how long it took
   test [ARGS]   every test; ARGS go to `cargo test`
   bench         Kiln beside its peers, into docs/benchmarks.md (--quick: once each and not in release, only to see that it runs;
-                machines, views: only what is about these, shown and not written)
+                containers, machines, views: only these tables)
   fmt           check the formatting
   lint          clippy, with warnings denied
   deny          licences, bans and sources of all dependencies (where cargo-deny is installed)

@@ -15,8 +15,9 @@ use crate::life::{Life, Paths};
 use crate::saved::{FORMAT, MEMORY, Saved, TemplateRecord};
 use crate::{console, stream};
 
-/// How long a guest that has nothing to do may take to hold still.
-const TO_PARK: Duration = Duration::from_secs(30);
+/// How long a guest that has nothing to do may take to hold still. Where dozens of machines are emulated at once, it waits for
+/// its turn.
+const TO_PARK: Duration = Duration::from_secs(120);
 /// The size of a template's image disk: larger than any image. What is behind the device at a restore may be shorter.
 const IMAGE_SIZE: u64 = 16 << 40;
 

@@ -26,17 +26,18 @@ use crate::kiln;
 use crate::setup;
 use crate::shell::{Outcome, capture, root};
 use measures::Images;
+use table::Part;
 
-/// Takes every measure and writes the table. `--quick`: only to see whether all measures can be taken, and nothing is written.
-/// `machines` or `views`: only those of machines or of views, which are shown and not written.
+/// Takes every measure and writes the tables. `--quick`: only to see whether all measures can be taken, and nothing is written.
+/// `containers`, `machines` or `views`: only those; the other tables stay as they are.
 pub(crate) fn run(arguments: &[String]) -> Outcome {
-    if let Some(other) =
-        arguments.iter().find(|word| !["--quick", "machines", "views"].contains(&word.as_str()))
-    {
-        return Err(format!("it takes `--quick`, `machines` and `views`, and not {other}"));
+    const WORDS: [&str; 4] = ["--quick", "containers", "machines", "views"];
+    if let Some(other) = arguments.iter().find(|word| !WORDS.contains(&word.as_str())) {
+        return Err(format!("it takes `--quick`, `containers`, `machines` and `views`, and not {other}"));
     }
     let has = |word: &str| arguments.iter().any(|given| given == word);
-    let (quick, only_machines, only_views) = (has("--quick"), has("machines"), has("views"));
+    let quick = has("--quick");
+    let all = !WORDS[1..].iter().any(|word| has(word));
     setup::for_benches()?;
     if !rustix::process::geteuid().is_root() {
         return Err("the peers (runc, umoci, podman) are measured as root: run it as root".to_owned());
@@ -66,27 +67,28 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
         }
         Ok::<_, String>(rows)
     };
-    if only_views {
-        return take(measures::OF_VIEWS).map(drop);
+    let mut taken = Vec::new();
+    if all || has("machines") {
+        taken.push((Part::Machines, take(measures::OF_MACHINES)?));
     }
-    let of_machines = take(measures::OF_MACHINES)?;
-    if only_machines {
-        return Ok(());
+    if all || has("views") {
+        taken.push((Part::Views, take(measures::OF_VIEWS)?));
     }
-    let of_views = take(measures::OF_VIEWS)?;
-    let rows = take(measures::ALL)?;
-    drop(disk);
-    let on_host = take(measures::OF_FILESYSTEM)?;
-    let on_disk = table::OnDisk { rows: &rows, of_machines: &of_machines, of_views: &of_views };
-    let document = table::document(&on_disk, &disk::of_host(), &on_host, &machine::facts());
-    if quick {
-        print!("{document}");
-        return Ok(());
+    if all || has("containers") {
+        taken.push((Part::Containers, take(measures::OF_CONTAINERS)?));
+        drop(disk);
+        taken.push((Part::OnHost, take(measures::OF_FILESYSTEM)?));
     }
     let path = root().join("docs/benchmarks.md");
-    std::fs::write(&path, &document).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    let earlier = std::fs::read_to_string(&path).unwrap_or_default();
+    let mut facts = machine::facts();
+    facts.push(("its own filesystem", disk::of_host()));
+    let document = table::document(&taken, &earlier, &facts);
     print!("{document}");
-    Ok(())
+    if quick {
+        return Ok(());
+    }
+    std::fs::write(&path, &document).map_err(|error| format!("cannot write {}: {error}", path.display()))
 }
 
 /// Makes an image of `rootfs`, pushes it with skopeo, and gives the reference to pull it by.

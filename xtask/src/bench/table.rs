@@ -27,39 +27,64 @@ impl Row {
 
 const HEAD: &str = "| measure | Kiln | peers | result | goal | met |\n|---|---|---|---|---|---|\n";
 
-/// What is measured on a fresh ext4.
-#[derive(Clone, Copy)]
-pub(crate) struct OnDisk<'r> {
-    pub(crate) rows: &'r [Row],
-    pub(crate) of_machines: &'r [Row],
-    pub(crate) of_views: &'r [Row],
+/// The tables, by their headings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    Containers,
+    OnHost,
+    Machines,
+    Views,
 }
 
-/// The whole document; `on_host` is from the host's own filesystem, which is `host`.
-pub(crate) fn document(
-    on_disk: &OnDisk<'_>,
-    host: &str,
-    on_host: &[Row],
-    facts: &[(&str, String)],
-) -> String {
-    let OnDisk { rows, of_machines, of_views } = *on_disk;
-    let lines = |rows: &[Row]| rows.iter().map(|row| row.line() + "\n").collect::<String>();
-    let mut text = format!(
+impl Part {
+    pub(crate) const ALL: [Self; 4] = [Self::Containers, Self::OnHost, Self::Machines, Self::Views];
+
+    fn heading(self) -> &'static str {
+        match self {
+            Self::Containers => "Containers",
+            Self::OnHost => "Containers on the host's own filesystem",
+            Self::Machines => "Machines",
+            Self::Views => "Views",
+        }
+    }
+
+    /// What is said below the table.
+    fn remark(self) -> &'static str {
+        match self {
+            Self::OnHost => {
+                "\nAn ext4 without a journal looks at every inode that was deleted in the last minutes before it gives out a \
+                 new one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was \
+                 deleted before. Kiln makes some twenty an instance.\n"
+            }
+            _ => "",
+        }
+    }
+
+    /// The rows that a document has already.
+    fn rows_in(self, document: &str) -> String {
+        let heading = format!("\n## {}\n", self.heading());
+        let section = document.split_once(&heading).map_or("", |(_, rest)| rest);
+        let table =
+            section.split("\n## ").next().unwrap_or_default().lines().filter(|line| line.starts_with('|'));
+        table.skip(HEAD.lines().count()).map(|line| format!("{line}\n")).collect()
+    }
+}
+
+/// The whole document: what was taken now, and of `earlier` what was not.
+pub(crate) fn document(taken: &[(Part, Vec<Row>)], earlier: &str, facts: &[(&str, String)]) -> String {
+    let mut text = String::from(
         "# Benchmarks\n\n\
-         Written by `cargo xtask bench`, which takes every figure in one run on one machine; figures are medians, and \
-         contenders take turns. Run it on yours: the ratios are what should carry over.\n\n\
-         All contenders work on a fresh ext4 (with a journal, as distributions make it) in a file:\n\n{HEAD}{}\n\
-         Machines (the accelerator is named below):\n\n{HEAD}{}\n\
-         Views:\n\n{HEAD}{}\n\
-         On this host's own filesystem, {host}:\n\n{HEAD}{}\n\
-         An ext4 without a journal looks at every inode that was deleted in the last minutes before it gives out a new \
-         one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was deleted \
-         before. Kiln makes some twenty an instance.\n",
-        lines(rows),
-        lines(of_machines),
-        lines(of_views),
-        lines(on_host)
+         Written by `cargo xtask bench`. The figures of a table were taken in one run on one machine; they are medians, and \
+         contenders take turns. Run it on yours: the ratios are what should carry over. Unless said otherwise, all contenders \
+         work on a fresh ext4 (with a journal, as distributions make it) in a file.\n",
     );
+    for part in Part::ALL {
+        let rows = match taken.iter().find(|(of, _)| *of == part) {
+            Some((_, rows)) => rows.iter().map(|row| row.line() + "\n").collect(),
+            None => part.rows_in(earlier),
+        };
+        text += &format!("\n## {}\n\n{HEAD}{rows}{}", part.heading(), part.remark());
+    }
     text += "\n## The machine\n\n";
     for (name, value) in facts {
         text += &format!("- {name}: {value}\n");
@@ -108,7 +133,22 @@ mod tests {
             met,
         };
         assert_eq!(row(true).line(), "| m | 12.3 ms | 2.50 s | r | g | yes |");
-        let on_disk = OnDisk { rows: &[row(false)], of_machines: &[], of_views: &[] };
-        assert!(document(&on_disk, "xfs", &[], &[("kernel", "6.18".into())]).contains("| **no** |"));
+        let document = document(&[(Part::Views, vec![row(false)])], "", &[("kernel", "6.18".into())]);
+        assert!(document.contains("| **no** |"));
+    }
+
+    #[test]
+    fn what_was_not_taken_stays() {
+        let row = |measure: &str| Row {
+            measure: measure.into(),
+            kiln: seconds(1.0),
+            peers: String::new(),
+            result: String::new(),
+            goal: String::new(),
+            met: true,
+        };
+        let first = document(&[(Part::Machines, vec![row("m")]), (Part::Views, vec![row("v")])], "", &[]);
+        let second = document(&[(Part::Views, vec![row("w")])], &first, &[]);
+        assert_eq!(second, first.replace("| v |", "| w |"));
     }
 }

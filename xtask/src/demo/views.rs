@@ -98,7 +98,7 @@ pub(super) fn run(
         expect(&said, "pilot: shot 4 in wide with cloth")?;
         Ok(((), said))
     })?;
-    two_at_once(story, &kiln, &environment)?;
+    two_at_once(story, &kiln, user, &environment)?;
     story.step("clean up: nothing stays behind", || {
         kiln.output(["fs", "runtimes", "prune"])?;
         let left = kiln.output(["fs", "runtimes", "ls", "-q"])?;
@@ -134,32 +134,42 @@ fn make_layers(story: &mut Story, kiln: &Kiln, registry: &RegistryServer) -> Out
     })
 }
 
-/// Two commands at the same path at the same time, each with a version of its own.
-fn two_at_once(story: &mut Story, kiln: &Kiln, environment: &str) -> Outcome {
-    story.step("two versions at once, at the same path: each command sees its own", || {
-        let before = format!("{environment}~1");
+/// Two commands at the same path at the same time, each with a version of its own. One mount shows them both.
+fn two_at_once(story: &mut Story, kiln: &Kiln, user: Option<&OrdinaryUser>, environment: &str) -> Outcome {
+    story.step("two versions at once through the router: one mount, and each command sees its own", || {
+        let failed = |error: std::io::Error| format!("cannot make a directory: {error}");
+        let directory = match user {
+            Some(user) => user.tempdir(),
+            None => tempfile::tempdir().map_err(failed)?,
+        };
+        let at = directory.path().join("studio");
+        fs::create_dir(&at).map_err(failed)?;
+        if let Some(user) = user {
+            std::os::unix::fs::chown(&at, Some(user.uid), Some(user.gid)).map_err(failed)?;
+        }
+        let at = at.to_string_lossy().into_owned();
         let start = |reference: &str| {
-            let script = format!("for n in 1 2 3 4 5; do {RENDER} shot-$n; sleep 0.1; done");
-            let words = ["fs", "run", reference, "--backend", "fuse", "--", "sh", "-ec", &script];
+            let script =
+                format!("for n in 1 2 3 4 5; do echo $(ls {at}/opt/renderer/plugins); sleep 0.1; done");
+            let options = ["--backend", "router", "--at", &at];
+            let words = [&["fs", "run", reference], &options[..], &["--", "sh", "-ec", &script]].concat();
             let mut command = kiln.command(words);
             command.stdout(Stdio::piped()).spawn().map_err(|error| format!("cannot run kiln: {error}"))
         };
-        let running = [start(environment)?, start(&before)?];
-        let mut said = Vec::new();
-        for child in running {
+        let versions = [(environment.to_owned(), "cloth\n"), (format!("{environment}~1"), "cloth hair\n")];
+        let running = versions.each_ref().map(|(reference, _)| start(reference));
+        for ((reference, seen), child) in versions.iter().zip(running) {
             let output =
-                child.wait_with_output().map_err(|error| format!("cannot wait for kiln: {error}"))?;
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            if !output.status.success() || text.lines().count() != 5 {
-                return Err(format!("{}: {text}", output.status));
+                child?.wait_with_output().map_err(|error| format!("cannot wait for kiln: {error}"))?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            if !output.status.success() || text != seen.repeat(5) {
+                return Err(format!("{reference}: {}, and it saw {text:?}", output.status));
             }
-            said.push(text);
         }
-        let all = |text: &str, part: &str| text.lines().all(|line| line.contains(part));
-        if all(&said[0], "in wide") && all(&said[1], "in linear") {
-            Ok(((), said.iter().filter_map(|text| text.lines().last()).collect::<Vec<_>>().join("\n")))
-        } else {
-            Err(format!("they saw each other's: {said:?}"))
-        }
+        let ended = kiln.output(["fs", "service", "stop"])?;
+        Ok((
+            (),
+            format!("{ended}{}", versions.map(|(_, seen)| format!("plugins: {seen}")).concat().trim_end()),
+        ))
     })
 }
