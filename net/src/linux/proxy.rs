@@ -278,12 +278,7 @@ impl Stream {
             let step = if !self.is_empty() {
                 to.write(&self.buffer[self.start..self.end]).map(|written| self.start += written)
             } else if self.finished {
-                if !self.closed {
-                    self.closed = true;
-                    // The other end may be gone altogether, which is what we wanted to say.
-                    let _ = to.shutdown(Shutdown::Write);
-                }
-                return Ok(());
+                break;
             } else {
                 from.read(&mut self.buffer).map(|read| {
                     (self.start, self.end) = (0, read);
@@ -292,11 +287,49 @@ impl Stream {
             };
             match step {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+        // Also after the last round: nothing of this direction is waited for any more.
+        if self.finished && self.is_empty() && !self.closed {
+            self.closed = true;
+            // The other end may be gone altogether, which is what we wanted to say.
+            let _ = to.shutdown(Shutdown::Write);
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_in_whichever_round_it_comes() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = || {
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (far, _) = listener.accept().unwrap();
+            (near, far)
+        };
+        for length in 0..20 {
+            let ((mut sender, from), (to, mut receiver)) = (pair(), pair());
+            sender.write_all(&vec![7; length]).unwrap();
+            sender.shutdown(Shutdown::Write).unwrap();
+            // A byte is still to be written, and each is a round of its own.
+            let mut stream = Stream { buffer: vec![7], end: 1, ..Stream::default() };
+            while !stream.closed {
+                stream.carry(&from, &to).unwrap();
+                assert!(
+                    stream.closed || !stream.finished || !stream.is_empty(),
+                    "{length}: nobody would wake it"
+                );
+            }
+            let mut received = Vec::new();
+            receiver.read_to_end(&mut received).unwrap();
+            assert_eq!(received.len(), length + 1);
+        }
     }
 }
