@@ -3,15 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use kiln_contract::{ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
+use kiln_contract::{Digest, ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
 use kiln_instance::Volumes;
 use kiln_net::Networks;
-use kiln_store::{Image, Store, StoreError};
+use kiln_registry::{Config, Registry};
+use kiln_store::{Image, ImportLimits, Store, StoreError};
 
 use crate::backends::{self, Backends};
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit};
-use crate::suggest;
+use crate::{progress, suggest};
 
 /// The surroundings of a command. Making it opens nothing.
 #[derive(Debug, Clone)]
@@ -77,6 +78,25 @@ impl Context {
                 _ => error,
             }
         })
+    }
+
+    /// The image, after what is not here of it was pulled.
+    pub(crate) fn whole(&self, store: &Store, image: Image, config: Config, quiet: bool) -> Result<Image> {
+        if image.whole {
+            return Ok(image);
+        }
+        let progress = progress::new(quiet);
+        progress.note(&format!("fetching what is not here yet of image {}", image.id.short()));
+        let registry = Registry::new(config)?;
+        Ok(registry.complete(store, &image, ImportLimits::default(), &*progress)?)
+    }
+
+    /// The same for each image that has one of these layers.
+    pub(crate) fn whole_layers(&self, store: &Store, layers: &[Digest], config: &Config) -> Result<()> {
+        for image in store.lazy_among(layers)? {
+            self.whole(store, image, config.clone(), false)?;
+        }
+        Ok(())
     }
 
     /// Does something to each of several instances. What fails is reported, and the others are done all the same.

@@ -161,7 +161,7 @@ impl State {
         };
         let starts = (0..blob.size).step_by(PART as usize);
         let mut parts = futures_util::stream::iter(starts)
-            .map(|start| part(transport, endpoint, blob, start, &counted))
+            .map(|start| part(transport, endpoint, blob, start, (start + PART).min(blob.size), &counted))
             .buffered(if serves_ranges(transport, endpoint, blob).await? { PARTS } else { return Ok(true) });
         while let Some(part) = parts.next().await {
             // A part that cannot be had is no end: the stream goes on from here over one connection, which tells why.
@@ -247,16 +247,42 @@ async fn serves_ranges(transport: &Transport, endpoint: &Endpoint, blob: &Blob) 
     Ok(response.status() == StatusCode::PARTIAL_CONTENT && response.content_length() == Some(1))
 }
 
-/// One part of a blob; `None` if it cannot be had, although it was tried again.
-async fn part(
+/// A stretch of a blob into `out`, in parts over several connections at once. What comes is not verified: the digest is
+/// that of the whole blob.
+pub(crate) async fn range(
+    transport: &Transport,
+    endpoint: &Endpoint,
+    blob: &Blob,
+    (start, end): (u64, u64),
+    advance: &(dyn Fn(i64) + Sync),
+    out: &mpsc::Sender<Piece>,
+) -> Result<()> {
+    let starts = (start..end).step_by(PART as usize);
+    let mut parts = futures_util::stream::iter(starts)
+        .map(|from| part(transport, endpoint, blob, from, (from + PART).min(end), advance))
+        .buffered(PARTS);
+    while let Some(part) = parts.next().await {
+        let Some(data) = part? else {
+            return Err(RegistryError::NoParts { digest: blob.digest, registry: endpoint.host.clone() });
+        };
+        if out.send(Piece::Data(data)).await.is_err() {
+            return Ok(());
+        }
+    }
+    let _ = out.send(Piece::End).await;
+    Ok(())
+}
+
+/// One part of a blob, from `start` to before `end`; `None` if it cannot be had, although it was tried again.
+pub(crate) async fn part(
     transport: &Transport,
     endpoint: &Endpoint,
     blob: &Blob,
     start: u64,
+    end: u64,
     advance: &(dyn Fn(i64) + Sync),
 ) -> Result<Option<Bytes>> {
-    let end = (start + PART).min(blob.size);
-    let mut data = BytesMut::with_capacity((end - start) as usize);
+    let mut data = BytesMut::with_capacity((end - start).min(PART) as usize);
     let mut retry = Retry::new(transport.config.retries());
     while (data.len() as u64) < end - start {
         let at = start + data.len() as u64;

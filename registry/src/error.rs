@@ -96,6 +96,20 @@ pub enum RegistryError {
         /// The reference.
         name: String,
     },
+    /// Only a part of it is in the store, and nobody is known to have the rest.
+    #[error("only a part of image {} is in the store, and no registry is known to have it", image.short())]
+    NotWhole {
+        /// The image.
+        image: Digest,
+    },
+    /// A part of a blob was asked for, and did not come.
+    #[error("{registry} gave no part of layer {digest}")]
+    NoParts {
+        /// The layer.
+        digest: Digest,
+        /// Host and port.
+        registry: String,
+    },
     /// Content is not what its name says.
     #[error("{what} of `{name}` has the wrong digest: expected {expected}, got {actual}")]
     WrongDigest {
@@ -272,6 +286,9 @@ impl RegistryError {
             }
             Self::NoPlatform { available, .. } if !available.is_empty() => {
                 Some(format!("choose one with --platform, for example --platform {}", available[0]))
+            }
+            Self::NotWhole { .. } => {
+                Some("pull it by a name that a registry knows: kiln image pull NAME".into())
             }
             Self::NotLocal { name } => Some(format!("kiln image pull {name}")),
             Self::WrongDigest { .. } | Self::WrongSize { .. } => {

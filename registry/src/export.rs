@@ -17,7 +17,7 @@ use tempfile::NamedTempFile;
 use crate::compression::{Compression, Compressor};
 use crate::import::{IMAGE_NAME, REF_NAME, blob_path};
 use crate::manifest::{self, MANIFEST_LIMIT, platform_of};
-use crate::pack::{self, Spooled};
+use crate::pack::{self, Packing, Spooled};
 use crate::{Format, RegistryError, Result};
 
 /// Writes images to `to` (`-` is standard output). A layout that is there already gets the images on top of those it has; an
@@ -175,7 +175,8 @@ impl Export<'_> {
             return Ok(done.clone());
         }
         let step = self.progress.begin(Step { name: diff_id.short(), verb: "export", total: None });
-        let Spooled { mut file, digest, length } = pack::into_file(self.store, diff_id, compression)?;
+        let packing = Packing { compression, chunked: false };
+        let Spooled { mut file, digest, length, .. } = pack::into_file(self.store, diff_id, packing)?;
         let name = path(&digest);
         if self.written.insert(name.clone()) {
             let failed = |source| RegistryError::Io { doing: "write", path: self.to.join(&name), source };

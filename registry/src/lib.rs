@@ -33,6 +33,8 @@ mod answer;
 mod archive;
 mod certs;
 mod challenge;
+mod chunked;
+mod complete;
 mod compression;
 mod config;
 mod credentials;

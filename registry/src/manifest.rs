@@ -142,7 +142,13 @@ pub(crate) fn with_layers(
         layer
     });
     new.set_layers(layers.collect());
-    let bytes = serde_json::to_vec(&new).map_err(|error| invalid(error.to_string()))?;
+    // Annotations come in any order; as a value they are sorted, so that the same image has the same manifest.
+    let bytes = if new.layers().iter().any(|layer| layer.annotations().is_some()) {
+        serde_json::to_value(&new).and_then(|value| serde_json::to_vec(&value))
+    } else {
+        serde_json::to_vec(&new)
+    };
+    let bytes = bytes.map_err(|error| invalid(error.to_string()))?;
     Ok((OCI_MANIFEST.into(), bytes))
 }
 

@@ -8,6 +8,7 @@ use kiln_contract::{Digest, Hasher};
 use kiln_store::Store;
 use tokio::sync::mpsc;
 
+use crate::chunked::{TocPlace, write};
 use crate::compression::{Compression, Compressor};
 use crate::unpack::scratch_file;
 use crate::{RegistryError, Result};
@@ -15,32 +16,51 @@ use crate::{RegistryError, Result};
 /// What a thread gives that packs a layer into chunks.
 pub(crate) enum Packed {
     Chunk(Bytes),
-    /// The last bytes, and the digest of all.
-    Last(Bytes, Digest),
+    /// The last bytes, the digest of all, and where a table of contents is.
+    Last(Bytes, Digest, Table),
     Failed(RegistryError),
+}
+
+/// How layers are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Packing {
+    pub(crate) compression: Compression,
+    /// As zstd:chunked, if it is zstd.
+    pub(crate) chunked: bool,
+}
+
+/// Where a packed layer has its table of contents; or why it has none, if it was to have one.
+pub(crate) type Table = Option<std::result::Result<TocPlace, String>>;
+
+/// Packs a layer into `out`, which is given back.
+fn pack<W: Write>(store: &Store, diff_id: &Digest, packing: Packing, out: W) -> Result<(W, Table)> {
+    if packing.chunked && packing.compression == Compression::Zstd {
+        let (out, table) = write::pack(store, diff_id, out)?;
+        return Ok((out, Some(table)));
+    }
+    let mut compressor = Compressor::new(packing.compression, out).map_err(packing_failed)?;
+    store.export_diff(diff_id, &mut compressor)?;
+    Ok((compressor.finish().map_err(packing_failed)?, None))
 }
 
 /// Packs a layer into chunks of `size` bytes.
 pub(crate) fn in_chunks(
     store: &Store,
     diff_id: &Digest,
-    compression: Compression,
+    packing: Packing,
     size: usize,
     sender: &mpsc::Sender<Packed>,
 ) {
     let chunks = Chunks { size, filling: Vec::new(), hasher: Hasher::new(), sender };
-    let packed = Compressor::new(compression, chunks).map_err(packing).and_then(|mut compressor| {
-        store.export_diff(diff_id, &mut compressor)?;
-        compressor.finish().map_err(packing)
-    });
+    let packed = pack(store, diff_id, packing, chunks);
     // Nobody listens if the push has failed elsewhere.
     let _ = sender.blocking_send(match packed {
-        Ok(chunks) => Packed::Last(chunks.filling.into(), chunks.hasher.finish()),
+        Ok((chunks, table)) => Packed::Last(chunks.filling.into(), chunks.hasher.finish(), table),
         Err(error) => Packed::Failed(error),
     });
 }
 
-fn packing(source: io::Error) -> RegistryError {
+fn packing_failed(source: io::Error) -> RegistryError {
     RegistryError::Io { doing: "pack", path: "a layer".into(), source }
 }
 
@@ -77,22 +97,21 @@ pub(crate) struct Spooled {
     pub(crate) file: File,
     pub(crate) digest: Digest,
     pub(crate) length: u64,
+    pub(crate) table: Table,
 }
 
 /// Packs a layer into a file: what has to be told about it before its first byte is known then.
-pub(crate) fn into_file(store: &Store, diff_id: &Digest, compression: Compression) -> Result<Spooled> {
+pub(crate) fn into_file(store: &Store, diff_id: &Digest, packing: Packing) -> Result<Spooled> {
     let failed = |source| RegistryError::Io { doing: "write below", path: store.path().join("tmp"), source };
     let spool = Hashed {
         inner: BufWriter::with_capacity(256 << 10, scratch_file(store)?),
         hasher: Hasher::new(),
         length: 0,
     };
-    let mut compressor = Compressor::new(compression, spool).map_err(failed)?;
-    store.export_diff(diff_id, &mut compressor)?;
-    let Hashed { inner, hasher, length } = compressor.finish().map_err(failed)?;
+    let (Hashed { inner, hasher, length }, table) = pack(store, diff_id, packing, spool)?;
     let mut file = inner.into_inner().map_err(|error| failed(error.into_error()))?;
     file.rewind().map_err(failed)?;
-    Ok(Spooled { file, digest: hasher.finish(), length })
+    Ok(Spooled { file, digest: hasher.finish(), length, table })
 }
 
 struct Hashed<W> {

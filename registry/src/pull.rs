@@ -8,7 +8,7 @@
 //! digest was right ([`crate::download`]).
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -17,6 +17,7 @@ use kiln_store::{Image, ImageName, ImportLimits, Store};
 use oci_spec::image::{Descriptor, ImageManifest};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::chunked::read;
 use crate::document;
 use crate::download::{self, Blob};
 use crate::endpoint::Endpoint;
@@ -51,6 +52,9 @@ pub struct PullOptions {
     pub limits: ImportLimits,
     /// How many layers are pulled at a time; 3 unless set.
     pub parallel: Option<usize>,
+    /// Of layers of zstd:chunked only what their trees take: files come when they are opened. Without it, an image that
+    /// was pulled so is made whole.
+    pub lazy: bool,
 }
 
 /// What a pull did.
@@ -64,6 +68,8 @@ pub struct Pulled {
     pub bytes: u64,
     /// Layers that were transferred.
     pub layers_pulled: usize,
+    /// Layers of which only what their trees take was transferred.
+    pub layers_lazy: usize,
 }
 
 const PARALLEL: usize = 3;
@@ -84,7 +90,8 @@ impl Registry {
         progress: &dyn Progress,
     ) -> Result<Pulled> {
         let local = local_image(store, name, options.platform.as_ref())?;
-        let kept = |image| Pulled { image, up_to_date: true, bytes: 0, layers_pulled: 0 };
+        let local = local.filter(|image| image.whole || options.lazy);
+        let kept = |image| Pulled { image, up_to_date: true, bytes: 0, layers_pulled: 0, layers_lazy: 0 };
         match (options.policy, local) {
             (PullPolicy::Missing | PullPolicy::Never, Some(image)) => Ok(kept(image)),
             (PullPolicy::Never, None) => Err(RegistryError::NotLocal { name: name.familiar() }),
@@ -119,6 +126,7 @@ impl Registry {
                 options,
                 progress,
                 bytes: AtomicU64::new(0),
+                lazy: AtomicUsize::new(0),
             };
             match pull.run() {
                 Err(error) if endpoints.peek().is_some() && error.other_endpoint_may_help() => {
@@ -184,15 +192,20 @@ struct Pull<'a> {
     options: &'a PullOptions,
     progress: &'a dyn Progress,
     bytes: AtomicU64,
+    /// Layers that came lazily.
+    lazy: AtomicUsize,
 }
 
 impl Pull<'_> {
     fn run(&self) -> Result<Pulled> {
         let runtime = &self.session.runtime;
         let found = runtime.block_on(self.manifest())?;
-        if let Some(image) = self.store.image(&found.digest)?
+        let before = self.store.image(&found.digest).ok().flatten();
+        if let Some(image) = &before
+            && (image.whole || self.options.lazy)
             && self.store.are_sound(&image.layers)?
         {
+            let image = image.clone();
             self.check_platform(&manifest::platform_of(&image.config))?;
             self.record(&image, &found)?;
             return Ok(self.done(image, true, 0));
@@ -210,12 +223,20 @@ impl Pull<'_> {
         self.check_platform(&manifest::platform_of(&config))?;
         let layers_pulled = self.layers(&manifest, &diff_ids)?;
         let image = self.store.put_image(&found.bytes, &config_bytes)?;
+        if before.is_some_and(|before| !before.whole && image.whole && before.layers != image.layers) {
+            self.progress.note(&format!(
+                "what was shown of {} until now was not what its layers hold: a table of contents in it is wrong",
+                self.name.familiar()
+            ));
+        }
         self.record(&image, &found)?;
         Ok(self.done(image, false, layers_pulled))
     }
 
     fn done(&self, image: Image, up_to_date: bool, layers_pulled: usize) -> Pulled {
-        Pulled { image, up_to_date, bytes: self.bytes.load(Ordering::Relaxed), layers_pulled }
+        let layers_lazy = self.lazy.load(Ordering::Relaxed);
+        let layers_pulled = layers_pulled - layers_lazy;
+        Pulled { image, up_to_date, bytes: self.bytes.load(Ordering::Relaxed), layers_pulled, layers_lazy }
     }
 
     fn check_platform(&self, is: &Platform) -> Result<()> {
@@ -332,12 +353,13 @@ impl Pull<'_> {
         let mut wanted = Vec::new();
         let mut seen = HashSet::new();
         for (descriptor, diff_id) in manifest.layers().iter().zip(diff_ids) {
-            if !seen.insert(*diff_id) {
-                continue;
-            }
             let name = full_name(self.name);
             let digest = manifest::descriptor_digest(descriptor, &name)?;
-            if self.store.has_sound_layer(diff_id)? {
+            // Lazily, each blob has a table of contents of its own.
+            if !seen.insert((*diff_id, self.options.lazy.then_some(digest))) {
+                continue;
+            }
+            if self.store.has_sound_layer(diff_id)? || self.has_lazy_layer(descriptor)? {
                 let step = self.progress.begin(Step { name: digest.short(), verb: "pull", total: Some(0) });
                 self.progress.end(step, "exists");
                 continue;
@@ -358,6 +380,47 @@ impl Pull<'_> {
         Ok(count)
     }
 
+    fn has_lazy_layer(&self, descriptor: &Descriptor) -> Result<bool> {
+        if !self.options.lazy {
+            return Ok(false);
+        }
+        let layer = self.store.lazy_layer_of(descriptor)?;
+        layer.map_or(Ok(false), |layer| Ok(self.store.are_sound(&[layer])?))
+    }
+
+    /// Makes a layer's tree from its table of contents. In words why not, if it has to be taken whole.
+    async fn lazy_layer<'scope>(
+        &'scope self,
+        scope: &'scope thread::Scope<'scope, '_>,
+        descriptor: &Descriptor,
+        diff_id: Digest,
+        blob: &Blob,
+    ) -> Result<std::result::Result<(), String>> {
+        let came = AtomicI64::new(0);
+        let advance = |bytes: i64| {
+            came.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let table = read::fetch(&self.session.transport, self.endpoint, blob, descriptor, &advance).await;
+        self.bytes.fetch_add(u64::try_from(came.into_inner()).unwrap_or(0), Ordering::Relaxed);
+        let table = match table? {
+            Ok(table) => table,
+            Err(why) => return Ok(Err(why)),
+        };
+        let step = self.progress.begin(Step { name: blob.digest.short(), verb: "pull", total: Some(0) });
+        let (told, put) = oneshot::channel();
+        let (store, limits) = (self.store, self.options.limits);
+        let (of, descriptor) = (blob.clone(), descriptor.clone());
+        scope.spawn(move || {
+            // Nobody listens if the pull has failed elsewhere.
+            let _ = told.send(read::put(store, &table, &descriptor, &diff_id, limits, &of));
+        });
+        let put = put.await.unwrap_or_else(|_| Err(unpacking_died(blob)));
+        self.progress.end(step, if put.is_ok() { "lazy" } else { "failed" });
+        put?;
+        self.lazy.fetch_add(1, Ordering::Relaxed);
+        Ok(Ok(()))
+    }
+
     async fn layer<'scope>(
         &'scope self,
         scope: &'scope thread::Scope<'scope, '_>,
@@ -365,6 +428,14 @@ impl Pull<'_> {
         diff_id: Digest,
         blob: Blob,
     ) -> Result<()> {
+        if self.options.lazy {
+            match self.lazy_layer(scope, descriptor, diff_id, &blob).await? {
+                Ok(()) => return Ok(()),
+                Err(why) => {
+                    self.progress.note(&format!("layer {} is taken whole: {why}", blob.digest.short()));
+                }
+            }
+        }
         let step =
             self.progress.begin(Step { name: blob.digest.short(), verb: "pull", total: Some(blob.size) });
         let (sender, receiver) = mpsc::channel(QUEUE);

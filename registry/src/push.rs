@@ -21,9 +21,10 @@ use reqwest::{Method, StatusCode};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::challenge::Scopes;
+use crate::chunked::TocPlace;
 use crate::compression::Compression;
 use crate::manifest;
-use crate::pack::{self, Packed, Spooled};
+use crate::pack::{self, Packed, Packing, Spooled, Table};
 use crate::registry::{Registry, full_name};
 use crate::retry::Retry;
 use crate::transport::{Call, Payload};
@@ -35,6 +36,9 @@ use crate::{RegistryError, Result};
 pub struct PushOptions {
     /// How layers are packed that the registry does not have.
     pub compression: Compression,
+    /// Layers of zstd are to be such that a part of them can be had alone (zstd:chunked), also those that the registry
+    /// has in another form.
+    pub chunked: bool,
     /// How many layers are pushed at a time; 3 unless set.
     pub parallel: Option<usize>,
 }
@@ -113,6 +117,7 @@ enum How {
 struct Whole {
     payload: Payload,
     digest: Digest,
+    table: Table,
 }
 
 struct Placed {
@@ -222,9 +227,29 @@ impl Push<'_> {
             }
         }
         let descriptor = self.send(scope, layer, step).await?;
-        self.store.remember_blob(&layer.diff_id, &descriptor)?;
+        self.store.remember_packed_blob(&layer.diff_id, &descriptor)?;
         let bytes = descriptor.size();
         Ok(placed(descriptor, How::Pushed, bytes))
+    }
+
+    fn packing(&self) -> Packing {
+        let PushOptions { compression, chunked, .. } = *self.options;
+        Packing { compression, chunked: chunked && compression == Compression::Zstd }
+    }
+
+    /// The descriptor of a layer that was packed and sent.
+    fn described(&self, layer: &Layer, digest: &Digest, length: u64, table: &Table) -> Descriptor {
+        let media_type = manifest::layer_media_type(self.options.compression);
+        let mut descriptor = manifest::descriptor(media_type, digest, length);
+        match table {
+            Some(Ok(place)) => place.annotate(&mut descriptor),
+            Some(Err(why)) => self.progress.note(&format!(
+                "layer {} has no table of contents, and can be pulled whole only: {why}",
+                layer.diff_id.short()
+            )),
+            None => {}
+        }
+        descriptor
     }
 
     /// Blobs that are known to hold the layer: the original first if it is packed at all, then those packed as is asked for, then
@@ -236,7 +261,8 @@ impl Push<'_> {
         {
             let Ok(digest) = manifest::descriptor_digest(descriptor, "") else { continue };
             let known = candidates.iter().any(|(other, _)| *other == digest);
-            if !known && manifest::compression_of(descriptor.media_type()).is_some() {
+            let fits = !self.packing().chunked || matches!(TocPlace::of(descriptor), Ok(Some(_)));
+            if !known && fits && manifest::compression_of(descriptor.media_type()).is_some() {
                 candidates.push((digest, descriptor.clone()));
             }
         }
@@ -318,9 +344,8 @@ impl Push<'_> {
     ) -> std::result::Result<Descriptor, UploadError> {
         let mut session = self.uploads.begin().await?;
         let (sender, mut chunks) = mpsc::channel(1);
-        let (store, compression, size, diff_id) =
-            (self.store, self.options.compression, session.chunk, layer.diff_id);
-        scope.spawn(move || pack::in_chunks(store, &diff_id, compression, size, &sender));
+        let (store, packing, size, diff_id) = (self.store, self.packing(), session.chunk, layer.diff_id);
+        scope.spawn(move || pack::in_chunks(store, &diff_id, packing, size, &sender));
         let mut total = 0;
         loop {
             match chunks.recv().await {
@@ -333,10 +358,10 @@ impl Push<'_> {
                         return Err(error);
                     }
                 }
-                Some(Packed::Last(rest, digest)) => {
+                Some(Packed::Last(rest, digest, table)) => {
                     total += rest.len() as u64;
                     self.uploads.finish(session, rest.into(), &digest, sent).await?;
-                    return Ok(manifest::descriptor(manifest::layer_media_type(compression), &digest, total));
+                    return Ok(self.described(layer, &digest, total, &table));
                 }
                 Some(Packed::Failed(error)) => return Err(error.into()),
                 None => return Err(self.packing_died().into()),
@@ -353,24 +378,24 @@ impl Push<'_> {
         spooled: &mut Option<Whole>,
         sent: &(dyn Fn(u64) + Sync),
     ) -> std::result::Result<Descriptor, UploadError> {
-        let (store, compression, diff_id) = (self.store, self.options.compression, layer.diff_id);
+        let (store, packing, diff_id) = (self.store, self.packing(), layer.diff_id);
         let whole = match spooled {
             Some(whole) => whole,
             None => {
                 let (told, packed) = oneshot::channel();
                 scope.spawn(move || {
                     // Nobody listens if the push has failed elsewhere.
-                    let _ = told.send(pack::into_file(store, &diff_id, compression));
+                    let _ = told.send(pack::into_file(store, &diff_id, packing));
                 });
-                let Spooled { file, digest, length } =
+                let Spooled { file, digest, length, table } =
                     packed.await.unwrap_or_else(|_| Err(self.packing_died()))?;
-                spooled.insert(Whole { payload: Payload::File { file: Arc::new(file), length }, digest })
+                let payload = Payload::File { file: Arc::new(file), length };
+                spooled.insert(Whole { payload, digest, table })
             }
         };
         let session = self.uploads.begin().await?;
         self.uploads.finish(session, whole.payload.clone(), &whole.digest, sent).await?;
-        let media_type = manifest::layer_media_type(compression);
-        Ok(manifest::descriptor(media_type, &whole.digest, whole.payload.length()))
+        Ok(self.described(layer, &whole.digest, whole.payload.length(), &whole.table))
     }
 
     fn packing_died(&self) -> RegistryError {

@@ -11,7 +11,7 @@ use std::io::{self, Read, Seek as _};
 use std::thread;
 
 use kiln_contract::{Digest, Progress, Step};
-use kiln_store::{DocumentKind, Repair, Store, WantedDocument, WantedLayer};
+use kiln_store::{DocumentKind, Repair, Store, WantedDocument, WantedLayer, WantedRange};
 use oci_spec::image::Descriptor;
 use tokio::sync::mpsc;
 
@@ -68,7 +68,7 @@ impl Repair for FromRegistries<'_> {
                 registry: endpoint.host.clone(),
             });
             for blob in &wanted.blobs {
-                spooled = self.spool(session, endpoint, blob);
+                spooled = self.spool(session, endpoint, blob, None);
                 if spooled.as_ref().map_or_else(is_silence, |_| true) {
                     break;
                 }
@@ -76,6 +76,14 @@ impl Repair for FromRegistries<'_> {
             spooled
         })?;
         Ok(decompress(file)?.1)
+    }
+
+    fn range(&self, wanted: &WantedRange) -> io::Result<Box<dyn Read + Send>> {
+        let WantedRange { blob, repositories, offset, length } = wanted;
+        let file = self.first(repositories, |session, endpoint| {
+            self.spool(session, endpoint, blob, Some((*offset, offset.saturating_add(*length))))
+        })?;
+        Ok(Box::new(file))
     }
 }
 
@@ -140,15 +148,22 @@ impl FromRegistries<'_> {
         Ok(bytes.into())
     }
 
-    /// Downloads a blob into a file without a name.
-    fn spool(&self, session: &Session, endpoint: &Endpoint, descriptor: &Descriptor) -> Result<File> {
+    /// Downloads a blob, or the part of it between two offsets, into a file without a name.
+    fn spool(
+        &self,
+        session: &Session,
+        endpoint: &Endpoint,
+        descriptor: &Descriptor,
+        part: Option<(u64, u64)>,
+    ) -> Result<File> {
         let name = endpoint.full_name();
         let digest = manifest::descriptor_digest(descriptor, &name)?;
         let blob = Blob { what: "layer", name, digest, size: descriptor.size() };
         let failed =
             |source| RegistryError::Io { doing: "write below", path: self.store.path().join("tmp"), source };
         let mut file = scratch_file(self.store)?;
-        let step = self.progress.begin(Step { name: digest.short(), verb: "fetch", total: Some(blob.size) });
+        let size = part.map_or(blob.size, |(start, end)| end.saturating_sub(start));
+        let step = self.progress.begin(Step { name: digest.short(), verb: "fetch", total: Some(size) });
         let advance = |bytes: i64| self.progress.advance(step, bytes);
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (downloaded, written) = thread::scope(|scope| {
@@ -157,13 +172,17 @@ impl FromRegistries<'_> {
             let download = async move {
                 // The channel is closed at its end: the writer then comes to its own.
                 let sender = sender;
-                download::download(&session.transport, endpoint, &blob, &advance, &sender).await
+                let transport = &session.transport;
+                match part {
+                    Some(part) => download::range(transport, endpoint, &blob, part, &advance, &sender).await,
+                    None => download::download(transport, endpoint, &blob, &advance, &sender).await.map(drop),
+                }
             };
             let downloaded = session.runtime.block_on(download);
             (downloaded, writer.join())
         });
         // Why a download failed is the better message.
-        let outcome = downloaded.and_then(|_| match written {
+        let outcome = downloaded.and_then(|()| match written {
             Ok(written) => written.map_err(failed),
             Err(panic) => std::panic::resume_unwind(panic),
         });

@@ -35,7 +35,8 @@ fn proxy(
 fn push(store: &TestStore, image: &Image, server: &Server, parallel: usize) -> Result<Pushed, RegistryError> {
     // A registry on a busy machine takes its time for a large blob, and what is counted here must not be repeated.
     let (registry, _conf) = registry(|config, _| config.timeout = Some(Duration::from_secs(60)));
-    let options = PushOptions { compression: Compression::None, parallel: Some(parallel) };
+    let options =
+        PushOptions { compression: Compression::None, parallel: Some(parallel), ..PushOptions::default() };
     registry.push(&store.store, image, &server.image(), &options, &Silent)
 }
 

@@ -12,6 +12,7 @@ use kiln_contract::{Digest, Hasher};
 
 use crate::error::Context as _;
 use crate::gc::{digest_of_name, object_of_path, objects_of};
+use crate::lazy::Record;
 use crate::needs::Needs;
 use crate::repair::Repair;
 use crate::split::Split;
@@ -33,6 +34,8 @@ pub struct CheckReport {
     pub damaged: Vec<String>,
     /// What of that was brought back, or was not needed and removed.
     pub repaired: Vec<String>,
+    /// Layers whose files are not all here yet, a line each: that is no damage.
+    pub absent: Vec<String>,
 }
 
 /// What is wrong, by kind, so that it can be asked for again.
@@ -54,6 +57,10 @@ pub(crate) struct Findings {
     pub(crate) users: HashMap<Digest, Vec<Digest>>,
     /// By tars, the layers that they became.
     pub(crate) layer_of: BTreeMap<Digest, Digest>,
+    /// By tars that have not come whole, the lazy layers that there are of them.
+    pub(crate) lazy: BTreeMap<Digest, BTreeSet<Digest>>,
+    /// Lazy layers of tars that have come whole since, and are other layers.
+    superseded: BTreeSet<Digest>,
 }
 
 impl Findings {
@@ -64,6 +71,11 @@ impl Findings {
     /// What was wrong is put right, or was not needed and is gone.
     pub(crate) fn forget(&mut self, path: &Path) {
         self.lines.remove(path);
+    }
+
+    /// Whether it is a layer whose files need not be here.
+    fn is_lazy(&self, layer: &Digest) -> bool {
+        self.superseded.contains(layer) || self.lazy.values().any(|layers| layers.contains(layer))
     }
 
     /// Whether all layers that there are could say which objects they need.
@@ -86,13 +98,17 @@ impl Store {
     /// The store cannot be read at all; what is wrong *in* it is in the report.
     pub fn check(&self, repair: Option<&dyn Repair>) -> Result<CheckReport> {
         let (mut report, mut findings) = self.inspect()?;
-        let Some(repair) = repair.filter(|_| !findings.lines.is_empty()) else {
+        // A repair makes lazy layers whole.
+        let nothing = findings.lines.is_empty() && findings.lazy.is_empty();
+        let Some(repair) = repair.filter(|_| !nothing) else {
             self.remember_damage(&findings)?;
             report.damaged = findings.lines.into_values().collect();
             return Ok(report);
         };
+        findings.tars.extend(findings.lazy.keys());
         let failed = self.repair(repair, &mut findings)?;
-        let (_, mut left) = self.inspect()?;
+        let (again, mut left) = self.inspect()?;
+        report.absent = again.absent;
         self.remove_useless(&mut left)?;
         self.remember_damage(&left)?;
         findings.lines.retain(|path, _| !left.lines.contains_key(path));
@@ -104,6 +120,7 @@ impl Store {
     fn inspect(&self) -> Result<(CheckReport, Findings)> {
         let mut report = CheckReport::default();
         let mut findings = Findings::default();
+        self.check_lazy(&mut findings)?;
         self.check_objects(&mut report, &mut findings)?;
         self.check_layers(&mut report, &mut findings)?;
         self.check_blobs(&mut findings)?;
@@ -111,6 +128,25 @@ impl Store {
         self.check_images(&mut report, &mut findings)?;
         self.check_renders(&mut findings)?;
         Ok((report, findings))
+    }
+
+    /// Which layers need not have all their files here.
+    fn check_lazy(&self, findings: &mut Findings) -> Result<()> {
+        for path in self.lazy_paths()? {
+            let head = Record::head(&path)?;
+            if let Some(head) = &head {
+                if self.layer_of_diff_id(&head.diff_id)?.is_some() {
+                    findings.superseded.insert(head.layer);
+                    continue;
+                }
+                findings.lazy.entry(head.diff_id).or_default().insert(head.layer);
+                findings.layer_of.insert(head.diff_id, head.layer);
+            }
+            if let Err(error) = Record::open(&path) {
+                findings.add(&path, error);
+            }
+        }
+        Ok(())
     }
 
     fn check_objects(&self, report: &mut CheckReport, findings: &mut Findings) -> Result<()> {
@@ -178,14 +214,17 @@ impl Store {
                     continue;
                 }
             };
+            let is_lazy = findings.is_lazy(&layer) && !self.layout.layer_split(&layer).exists();
+            let (mut here, all) = (0, objects.len());
             for (object, size) in objects {
                 let at = self.layout.object(&object);
                 match std::fs::metadata(&at) {
-                    Ok(there) if there.len() == size => {}
+                    Ok(there) if there.len() == size => here += 1,
                     Ok(there) => {
                         findings.add(&at, format!("it has {} bytes, layer {layer} says {size}", there.len()));
                         findings.objects.insert(object);
                     }
+                    Err(_) if is_lazy => {}
                     Err(_) => {
                         findings.add(&at, format!("object {object} is missing, layer {layer} needs it"));
                         findings.objects.insert(object);
@@ -193,7 +232,20 @@ impl Store {
                 }
                 findings.users.entry(object).or_default().push(layer);
             }
+            if is_lazy && findings.superseded.contains(&layer) {
+                continue;
+            }
+            if is_lazy {
+                report.absent.push(format!("layer {layer}: {here} of {all} files are here"));
+                continue;
+            }
             self.check_split(&self.layout.layer_split(&layer), &layer, findings);
+        }
+        for layer in findings.lazy.values().flatten().copied().collect::<Vec<_>>() {
+            let path = self.layout.layer(&layer);
+            if !path.exists() {
+                findings.add(&path, format!("layer {layer} is missing"));
+            }
         }
         self.check_diffs(findings)
     }
@@ -279,7 +331,11 @@ impl Store {
         }
         for (diff_id, needed) in &needs.layers {
             let by = &needed.by;
-            let Some(layer) = self.recorded_layer(diff_id)? else {
+            let recorded = self.recorded_layer(diff_id)?;
+            if recorded.is_none() && findings.lazy.contains_key(diff_id) {
+                continue;
+            }
+            let Some(layer) = recorded else {
                 let path = self.layout.diff(diff_id);
                 findings.add(&path, format!("no layer is known for the tar {diff_id}, {by} needs it"));
                 findings.tars.insert(*diff_id);

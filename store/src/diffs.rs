@@ -5,6 +5,7 @@ use std::str::FromStr as _;
 use kiln_contract::Digest;
 use oci_spec::image::{Descriptor, DescriptorBuilder, MediaType};
 
+use crate::lazy::{TOC_DIGEST, TOC_POSITION};
 use crate::split::{Split, SplitInfo};
 use crate::{Result, Store, StoreError, lines};
 
@@ -49,18 +50,31 @@ impl Store {
         Ok(lines::read(&self.layout.diff(diff_id))?.iter().filter_map(|line| blob_of_line(line)).collect())
     }
 
-    /// Records that `blob` holds the tar with this digest.
+    /// Records that `blob` holds the tar with this digest. What its annotations say of a table of contents is not kept: of
+    /// what came from elsewhere it is not known whether the table tells what the tar holds.
     ///
     /// # Errors
     /// The record cannot be written, or the blob's digest is no SHA-256.
     pub fn remember_blob(&self, diff_id: &Digest, blob: &Descriptor) -> Result<()> {
+        self.record_blob(diff_id, blob, "")
+    }
+
+    /// The same of a blob that was packed here, with its table of contents.
+    ///
+    /// # Errors
+    /// As [`Store::remember_blob`].
+    pub fn remember_packed_blob(&self, diff_id: &Digest, blob: &Descriptor) -> Result<()> {
+        self.record_blob(diff_id, blob, &toc_words(blob).unwrap_or_default())
+    }
+
+    fn record_blob(&self, diff_id: &Digest, blob: &Descriptor, toc: &str) -> Result<()> {
         let digest: Digest = blob.digest().to_string().parse()?;
         let media_type = blob.media_type().to_string();
         if media_type.is_empty() || media_type.contains(char::is_whitespace) {
             let why = format!("`{}` is no media type", media_type.escape_debug());
             return Err(StoreError::BadImage { what: "descriptor", why });
         }
-        lines::add(&self.layout.diff(diff_id), &format!("blob {media_type} {digest} {}", blob.size()))?;
+        lines::add(&self.layout.diff(diff_id), &format!("blob {media_type} {digest} {}{toc}", blob.size()))?;
         lines::add(&self.layout.diff_of_blob(&digest), &diff_id.to_string())
     }
 
@@ -81,12 +95,26 @@ impl Store {
 fn blob_of_line(line: &str) -> Option<Descriptor> {
     let mut words = line.strip_prefix("blob ")?.split(' ');
     let (media_type, digest, size) = (words.next()?, words.next()?, words.next()?);
-    DescriptorBuilder::default()
+    let mut blob = DescriptorBuilder::default()
         .media_type(MediaType::from(media_type))
         .digest(oci_spec::image::Digest::from_str(digest).ok()?)
         .size(size.parse::<u64>().ok()?)
         .build()
-        .ok()
+        .ok()?;
+    if let (Some(toc), Some(position)) = (words.next(), words.next()) {
+        let annotations = [(TOC_DIGEST, toc), (TOC_POSITION, position)];
+        blob.set_annotations(Some(annotations.map(|(key, value)| (key.to_owned(), value.to_owned())).into()));
+    }
+    Some(blob)
+}
+
+/// What a blob's line says of its table of contents; nothing of what has no such, or one that fits no line.
+fn toc_words(blob: &Descriptor) -> Option<String> {
+    let annotations = blob.annotations().as_ref()?;
+    let toc: Digest = annotations.get(TOC_DIGEST)?.parse().ok()?;
+    let position = annotations.get(TOC_POSITION)?;
+    let fits = position.len() <= 100 && position.bytes().all(|byte| byte.is_ascii_digit() || byte == b':');
+    fits.then(|| format!(" {toc} {position}"))
 }
 
 #[cfg(test)]

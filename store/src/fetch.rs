@@ -1,8 +1,9 @@
 //! Getting back one object that somebody is waiting for.
 //!
-//! The layer that has it is brought in again as [`Store::check`] would do it: from what the store itself still has of its
-//! tar, or from a registry, whole: the tars of OCI images are compressed as one stream, of which no part can be read
-//! alone. Whoever wants an object of a layer that is on its way waits for that, and finds it there.
+//! Of a lazy layer only the part of its blob is fetched that the object is in. Any other layer that has it is brought in
+//! again as [`Store::check`] would do it: from what the store itself still has of its tar, or from a registry, whole: most
+//! tars of OCI images are compressed as one stream, of which no part can be read alone. Whoever wants an object of a layer
+//! that is on its way waits for that, and finds it there.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
@@ -16,7 +17,7 @@ use crate::staging::Staging;
 use crate::{Repair, Result, Store, StoreError};
 
 impl Store {
-    /// Makes sure that an object is there and whole: if not, a layer that has it is brought in again. What `repair` gives
+    /// Makes sure that an object is there and whole: if not, it is fetched, or a layer that has it is brought in again. What `repair` gives
     /// is not believed, but compared with the layer's digest.
     ///
     /// # Errors
@@ -25,11 +26,16 @@ impl Store {
         if self.has_sound_object(digest) {
             return Ok(());
         }
+        let mut why = "no image has it".to_owned();
+        match self.fetch_placed(digest, repair) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => why = error.to_string(),
+        }
         let needs = self.needs()?;
         let mut findings = Findings::default();
         findings.objects.insert(*digest);
         let objects = BTreeSet::from([*digest]);
-        let mut why = "no image has it".to_owned();
         for diff_id in needs.layers.keys() {
             let Some(layer) = self.layer_of_diff_id(diff_id)? else { continue };
             // A layer that cannot be read is for `check`.
@@ -51,7 +57,7 @@ impl Store {
         Err(StoreError::NotFetched { digest: *digest, why })
     }
 
-    fn has_sound_object(&self, digest: &Digest) -> bool {
+    pub(crate) fn has_sound_object(&self, digest: &Digest) -> bool {
         let path = self.layout.object(digest);
         let read = digest_of_file(&path, &mut vec![0; 256 << 10], &AtomicU64::new(0));
         read.is_ok_and(|found| found == *digest)

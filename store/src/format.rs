@@ -6,9 +6,11 @@
 //! objects/ab/cdef…            regular files by SHA-256, mode 0444; see below
 //! layers/<sha256>.erofs       a layer's tree: a metadata-only EROFS image; its SHA-256 is the layer's identity
 //! layers/<sha256>.split       how the layer's tar is made again (`split` module); gives its diff_id
+//! lazy/<sha256>               where the objects of a layer lie whose tar has not come (`lazy` module)
 //! diffs/<diff_id>             what is known of a tar, a line each:
 //!                               `layer sha256:…`                     the layer that it became
-//!                               `blob <media type> sha256:… <size>`  a compressed form that a registry has
+//!                               `blob <media type> sha256:… <size>`  a compressed form that a registry has; of
+//!                                                                    zstd:chunked, the digest and position of its table follow
 //! diffs/<diff_id>.split       a second tar that became the same layer (other order, other user names)
 //! diffs/blobs/<sha256>        the diff_id of a compressed form: `sha256:…` and a newline
 //! blobs/sha256/<hex>          OCI manifests, configs, indexes, as received
@@ -133,6 +135,15 @@ impl Layout {
         self.root.join(format!("layers/{}.split", layer.hex()))
     }
 
+    /// Not one of [`Layout::DIRECTORIES`]: it is made with the first lazy layer.
+    pub(crate) fn lazy(&self) -> PathBuf {
+        self.root.join("lazy")
+    }
+
+    pub(crate) fn lazy_record(&self, key: &Digest) -> PathBuf {
+        self.root.join(format!("lazy/{}", key.hex()))
+    }
+
     pub(crate) fn diffs(&self) -> PathBuf {
         self.root.join("diffs")
     }
@@ -222,6 +233,7 @@ mod tests {
             (layout.object(&digest), format!("/s/objects/{}/{}", &hex[..2], &hex[2..])),
             (layout.layer(&digest), format!("/s/layers/{hex}.erofs")),
             (layout.layer_split(&digest), format!("/s/layers/{hex}.split")),
+            (layout.lazy_record(&digest), format!("/s/lazy/{hex}")),
             (layout.diff(&digest), format!("/s/diffs/{hex}")),
             (layout.diff_split(&digest), format!("/s/diffs/{hex}.split")),
             (layout.diff_of_blob(&digest), format!("/s/diffs/blobs/{hex}")),

@@ -9,6 +9,7 @@ use crate::error::Context as _;
 use crate::extents::exclusive_bytes;
 use crate::format::stack_key;
 use crate::image::listed_manifests;
+use crate::lazy::Record;
 use crate::split::Split;
 use crate::tag::files_below;
 use crate::{ImageName, Result, Store, StoreError, VersionPolicy, staging};
@@ -116,6 +117,9 @@ impl Store {
                 live.diffs.insert(diff_id);
                 live.layers.extend(self.layer_of_diff_id(&diff_id)?);
             }
+            for manifest in &manifests {
+                live.lazy.extend(self.lazy_keys_of(manifest)?);
+            }
             if let Ok(Some(image)) = self.image(&id) {
                 live.diffs.extend(image.diff_ids());
                 live.renders.insert(stack_key(&image.layers));
@@ -126,6 +130,13 @@ impl Store {
                     live.renders.insert(stack_key(&[&[below], &image.layers[..]].concat()));
                 }
                 live.layers.extend(image.layers);
+            }
+        }
+        for key in &live.lazy {
+            if let Some(head) = Record::head(&self.layout.lazy_record(key))?
+                && self.layer_of_diff_id(&head.diff_id)?.is_none()
+            {
+                live.layers.insert(head.layer);
             }
         }
         for layer in live.layers.clone() {
@@ -193,6 +204,17 @@ impl Store {
                 sweep.remove(&path)?;
             }
         }
+        for path in self.lazy_paths()? {
+            let live = digest_of_name(&path).is_some_and(|key| live.lazy.contains(&key));
+            // What came whole is told by its own records.
+            let came = match Record::head(&path)? {
+                Some(head) => self.layer_of_diff_id(&head.diff_id)?.is_some(),
+                None => false,
+            };
+            if !live || came {
+                sweep.remove(&path)?;
+            }
+        }
         for path in files_below(&layout.layers())? {
             if !digest_of_name(&path).is_some_and(|layer| live.layers.contains(&layer)) {
                 report.layers += u64::from(path.extension().is_some_and(|extension| extension == "erofs"));
@@ -224,6 +246,8 @@ impl Store {
 #[derive(Default)]
 struct Live {
     layers: HashSet<Digest>,
+    /// What records of lazy layers are named by.
+    lazy: HashSet<Digest>,
     diffs: HashSet<Digest>,
     blobs: HashSet<Digest>,
     objects: HashSet<Digest>,

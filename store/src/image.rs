@@ -35,6 +35,8 @@ pub struct Image {
     pub config: ImageConfiguration,
     /// The layers, bottom first: as many as `config` has diff_ids.
     pub layers: Vec<Digest>,
+    /// Whether all layers came whole. Of others only the trees are here, and what was read of their files.
+    pub whole: bool,
 }
 
 impl Image {
@@ -185,6 +187,20 @@ impl Store {
         index.map_or(Ok(()), |index| lines::add(&path, &format!("{INDEX}{index}")))
     }
 
+    /// The repositories (`registry/path`) that have or had an image, as far as is known, the latest first.
+    ///
+    /// # Errors
+    /// Records or tags cannot be read.
+    pub fn repositories_of(&self, id: &Digest) -> Result<Vec<String>> {
+        let mut repositories = self.origin_of(id)?.repositories;
+        for name in self.names_of(id)? {
+            if !repositories.contains(&name.repository) {
+                repositories.push(name.repository);
+            }
+        }
+        Ok(repositories)
+    }
+
     pub(crate) fn origin_of(&self, id: &Digest) -> Result<Origin> {
         let mut origin = Origin::default();
         for line in lines::read(&self.layout.image(id))?.iter().rev() {
@@ -275,12 +291,17 @@ impl Store {
             return Err(StoreError::BadImage { what: "manifest", why });
         }
         let mut layers = Vec::with_capacity(diff_ids.len());
-        for diff_id in diff_ids {
+        let mut whole = true;
+        for (diff_id, descriptor) in diff_ids.iter().zip(manifest.layers()) {
             let diff_id: Digest = diff_id.parse()?;
-            let layer = self.layer_of_diff_id(&diff_id)?;
+            let mut layer = self.layer_of_diff_id(&diff_id)?;
+            if layer.is_none() {
+                whole = false;
+                layer = self.lazy_layer_of(descriptor)?;
+            }
             layers.push(layer.ok_or(StoreError::Missing { what: "layer with diff_id", digest: diff_id })?);
         }
-        Ok(Image { id, manifest_digest, manifest, config, layers })
+        Ok(Image { id, manifest_digest, manifest, config, layers, whole })
     }
 }
 

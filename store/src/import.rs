@@ -306,17 +306,28 @@ pub(crate) fn send(sender: &SyncSender<Message>, message: Message) {
 /// Writes a tree to a new file. Returns its digest.
 pub(crate) fn write_tree(tree: &Tree, path: &Path) -> Result<Digest> {
     let file = File::create_new(path).doing("create", path)?;
-    let mut out = Hashing { out: file, hasher: Hasher::new() };
+    let mut out = Hashing::new(file);
     let mut buffered = BufWriter::with_capacity(256 << 10, &mut out);
     kiln_erofs::write_metadata(tree, &mut buffered)?;
     buffered.flush().doing("write", path)?;
     drop(buffered);
-    Ok(out.hasher.finish())
+    Ok(out.digest())
 }
 
-struct Hashing<W> {
+/// Writes on, and knows the digest of what was written.
+pub(crate) struct Hashing<W> {
     out: W,
     hasher: Hasher,
+}
+
+impl<W> Hashing<W> {
+    pub(crate) fn new(out: W) -> Self {
+        Self { out, hasher: Hasher::new() }
+    }
+
+    pub(crate) fn digest(self) -> Digest {
+        self.hasher.finish()
+    }
 }
 
 impl<W: Write> Write for Hashing<W> {

@@ -72,6 +72,11 @@ impl LayerTree {
         })
     }
 
+    /// What leads to the entry `path`, without what means nothing.
+    pub(crate) fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
+        clean(path, path)
+    }
+
     /// Adds an entry, or a whiteout or opaque mark if its name says so. Returns the node that now has the name.
     pub(crate) fn add(&mut self, path: &[u8], content: Content, attributes: Attributes) -> Result<NodeId> {
         let components = clean(path, path)?;

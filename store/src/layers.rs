@@ -4,7 +4,7 @@ use kiln_contract::Digest;
 
 use crate::gc::{digest_of_name, objects_of};
 use crate::tag::files_below;
-use crate::{Result, Store};
+use crate::{Image, Result, Store};
 
 /// What a layer has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -13,6 +13,10 @@ pub struct LayerContents {
     pub objects: u64,
     /// Bytes of these.
     pub bytes: u64,
+    /// How many of these files are not here (yet): [`Store::fetch_object`] brings them.
+    pub absent_objects: u64,
+    /// Bytes of those that are not here.
+    pub absent_bytes: u64,
 }
 
 impl Store {
@@ -29,15 +33,35 @@ impl Store {
         Ok(layers)
     }
 
+    /// The images that have one of these layers, and it is one of which not all files need be here.
+    ///
+    /// # Errors
+    /// Images or records cannot be read.
+    pub fn lazy_among(&self, layers: &[Digest]) -> Result<Vec<Image>> {
+        let lazy: Vec<_> = layers.iter().filter(|layer| !self.layout.layer_split(layer).exists()).collect();
+        if lazy.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut images = self.images()?;
+        images.retain(|image| !image.whole && image.layers.iter().any(|layer| lazy.contains(&layer)));
+        Ok(images)
+    }
+
     /// What a layer has. Reads its tree.
     ///
     /// # Errors
     /// [`StoreError::Missing`](crate::StoreError::Missing); its tree is damaged.
     pub fn layer_contents(&self, layer: &Digest) -> Result<LayerContents> {
         let objects = objects_of(&self.layer_tree(layer)?)?;
-        Ok(LayerContents {
-            objects: objects.len() as u64,
-            bytes: objects.iter().map(|(_, size)| *size).fold(0, u64::saturating_add),
-        })
+        let mut contents = LayerContents::default();
+        for (object, size) in objects {
+            contents.objects += 1;
+            contents.bytes = contents.bytes.saturating_add(size);
+            if !self.layout.object(&object).exists() {
+                contents.absent_objects += 1;
+                contents.absent_bytes = contents.absent_bytes.saturating_add(size);
+            }
+        }
+        Ok(contents)
     }
 }

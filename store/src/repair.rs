@@ -16,6 +16,7 @@ use crate::check::Findings;
 use crate::error::Context as _;
 use crate::gc::digest_of_name;
 use crate::import::Replaced;
+use crate::lazy::Record;
 use crate::limits::ImportLimits;
 use crate::mount_points::mount_points;
 use crate::needs::{DocumentKind, Needs};
@@ -46,6 +47,19 @@ pub struct WantedLayer {
     pub repositories: Vec<String>,
 }
 
+/// A part of a blob that is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WantedRange {
+    /// The blob.
+    pub blob: Descriptor,
+    /// Repositories (`registry/path`) that may have it, the most likely first.
+    pub repositories: Vec<String>,
+    /// Where the part begins.
+    pub offset: u64,
+    /// How many bytes it has.
+    pub length: u64,
+}
+
 /// Gives back what a check found missing or damaged. What it gives is not believed: it replaces nothing unless its digest
 /// is the wanted one.
 pub trait Repair {
@@ -60,6 +74,15 @@ pub trait Repair {
     /// # Errors
     /// It cannot be had.
     fn layer(&self, wanted: &WantedLayer) -> std::io::Result<Box<dyn Read + Send>>;
+
+    /// A part of a blob, as it is there.
+    ///
+    /// # Errors
+    /// It cannot be had; nobody gives parts unless this is said otherwise.
+    fn range(&self, wanted: &WantedRange) -> std::io::Result<Box<dyn Read + Send>> {
+        let what = format!("nobody is known to give parts of {}", wanted.blob.digest());
+        Err(std::io::Error::new(std::io::ErrorKind::Unsupported, what))
+    }
 }
 
 /// A layer to be imported again: any one of some tars will do.
@@ -317,6 +340,11 @@ impl Store {
                 && !needs.documents.contains_key(&digest)
                 && !self.readable_blob(&digest)
             {
+                useless.push(path);
+            }
+        }
+        for path in self.lazy_paths()? {
+            if Record::head(&path)?.is_none() {
                 useless.push(path);
             }
         }

@@ -63,6 +63,9 @@ impl Store {
                 usage.metadata_bytes += std::fs::metadata(&path).doing("read", &path)?.len();
             }
         }
+        for path in self.lazy_paths()? {
+            usage.metadata_bytes += std::fs::metadata(&path).doing("read", &path)?.len();
+        }
         for path in self.image_disks()? {
             usage.image_disks += 1;
             usage.image_disk_bytes += exclusive_bytes(&path)?;

@@ -168,6 +168,11 @@ impl Stack {
         resolving.reference(reference, Path::new(""))?;
         Ok(resolving.stack)
     }
+
+    /// Whether a part of a reference names a file, and not an image.
+    pub fn is_file(part: &str) -> bool {
+        is_file(part)
+    }
 }
 
 struct Resolving<'a> {

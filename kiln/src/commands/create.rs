@@ -5,7 +5,7 @@ use std::io::{ErrorKind as IoErrorKind, Write};
 use std::path::PathBuf;
 
 use kiln_contract::{ErrorKind, InstanceRecord, Platform, RuntimeBackend};
-use kiln_registry::{PullOptions, PullPolicy, Registry};
+use kiln_registry::{PullOptions, PullPolicy, Registry, RegistryError};
 use kiln_store::{Image, ImageName, Store, StoreError};
 
 use super::workload::{Pull, WorkloadArgs};
@@ -100,14 +100,21 @@ fn create_named(
 /// The image, from the store first: a registry is asked only where the policy wants it.
 fn find_image(context: &Context, store: &Store, args: &WorkloadArgs, quiet: bool) -> Result<Image> {
     let policy = match args.pulling.pull {
-        Pull::Never => return context.image(store, args.image()),
+        Pull::Never => {
+            let image = context.image(store, args.image())?;
+            return if image.whole {
+                Ok(image)
+            } else {
+                Err(RegistryError::NotWhole { image: image.id }.into())
+            };
+        }
         Pull::Always => PullPolicy::Always,
         Pull::Newer => PullPolicy::Newer,
         Pull::Missing => PullPolicy::Missing,
     };
     let missing = match store.resolve(args.image()) {
         Ok(image) if policy == PullPolicy::Missing && runs_on(&image, args.pulling.platform.as_ref()) => {
-            return Ok(image);
+            return context.whole(store, image, args.pulling.registry.config(), quiet);
         }
         Ok(_) => false,
         Err(StoreError::NotFound { .. }) => true,
@@ -115,7 +122,8 @@ fn find_image(context: &Context, store: &Store, args: &WorkloadArgs, quiet: bool
     };
     let Ok(name) = ImageName::parse(args.image()) else {
         // Not a name that a registry could know, such as `name~3`: the store's answer is the whole answer.
-        return context.image(store, args.image());
+        let image = context.image(store, args.image())?;
+        return context.whole(store, image, args.pulling.registry.config(), quiet);
     };
     let platform = args.pulling.platform.clone();
     // An image that is there for another platform does not count as there.

@@ -48,6 +48,7 @@ pub(crate) mod volume;
 pub(crate) mod wait;
 pub(crate) mod workload;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -58,7 +59,7 @@ use kiln_store::ImportLimits;
 pub(crate) const DETACH_KEYS: &str = "ctrl-p,ctrl-q";
 
 /// How registries are reached.
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct RegistryArgs {
     /// Take credentials from this file ($REGISTRY_AUTH_FILE)
     #[arg(long, value_name = "FILE", help_heading = "Registry")]
@@ -109,7 +110,43 @@ impl LayerLimitArgs {
     }
 }
 
+impl Default for RegistryArgs {
+    fn default() -> Self {
+        Self {
+            authfile: None,
+            registries_conf: None,
+            cert_dir: None,
+            tls_verify: true,
+            registry_timeout: None,
+            retries: None,
+        }
+    }
+}
+
 impl RegistryArgs {
+    /// The same, as a command line has it.
+    pub(crate) fn to_arguments(&self) -> Vec<OsString> {
+        let paths = [
+            ("--authfile", &self.authfile),
+            ("--registries-conf", &self.registries_conf),
+            ("--cert-dir", &self.cert_dir),
+        ];
+        let mut arguments = Vec::new();
+        for (flag, path) in paths {
+            // Who is started may be in another directory.
+            let path = path.as_ref().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+            arguments.extend(path.into_iter().flat_map(|path| [flag.into(), path.into()]));
+        }
+        arguments.push(format!("--tls-verify={}", self.tls_verify).into());
+        if let Some(timeout) = &self.registry_timeout {
+            arguments.extend(["--registry-timeout".into(), timeout.to_string().into()]);
+        }
+        if let Some(retries) = self.retries {
+            arguments.extend(["--retries".into(), retries.to_string().into()]);
+        }
+        arguments
+    }
+
     /// As the registry takes it.
     pub(crate) fn config(&self) -> kiln_registry::Config {
         kiln_registry::Config {

@@ -3,7 +3,7 @@
 use clap_complete::engine::ArgValueCompleter;
 use kiln_view::views::{Alteration, Views};
 
-use super::{Stack, find_view, stack};
+use super::{Stack, find_view, whole_stack};
 use crate::complete;
 use crate::context::Context;
 use crate::error::Result;
@@ -40,7 +40,7 @@ impl Add {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let views = Views::open(context.home());
         let record = find_view(&views, self.view.as_deref())?;
-        let Stack { layers: new, binds, .. } = stack(&context.store()?, &self.reference)?;
+        let Stack { layers: new, binds, .. } = whole_stack(context, &context.store()?, &self.reference)?;
         let mut layers = record.layers.clone();
         for layer in new {
             // What is there already is not put over what came after it once more.
@@ -59,7 +59,7 @@ impl Switch {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let views = Views::open(context.home());
         let record = find_view(&views, self.view.as_deref())?;
-        let Stack { image, layers, binds } = stack(&context.store()?, &self.reference)?;
+        let Stack { image, layers, binds } = whole_stack(context, &context.store()?, &self.reference)?;
         views.alter(&record, &Alteration::Show { reference: self.reference, image, layers, binds })?;
         Ok(Exit::SUCCESS)
     }

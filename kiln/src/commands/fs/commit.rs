@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use clap_complete::engine::ArgValueCompleter;
 use kiln_contract::{BackendError, CommitOptions, Digest};
+use kiln_registry::Config;
 use kiln_store::{Changes, CommitRequest};
 use kiln_view::views::Views;
 
-use super::{find_view, stack};
+use super::{find_view, whole_stack};
 use crate::commands::commit::ImageArgs;
 use crate::complete;
 use crate::context::Context;
@@ -47,7 +48,9 @@ impl Args {
             Some(from) => commit_from(context, from, self.onto.as_deref(), &options)?,
             None => {
                 let views = Views::open(context.home());
-                views.commit(&find_view(&views, self.view.as_deref())?, &options)?
+                let record = find_view(&views, self.view.as_deref())?;
+                context.whole_layers(&context.store()?, &record.layers, &Config::default())?;
+                views.commit(&record, &options)?
             }
         };
         let mut out = Out::new();
@@ -64,7 +67,7 @@ fn commit_from(
     options: &CommitOptions,
 ) -> Result<Digest> {
     let store = context.store()?;
-    let base = onto.map(|onto| stack(&store, onto)).transpose()?;
+    let base = onto.map(|onto| whole_stack(context, &store, onto)).transpose()?;
     let name = from.display().to_string();
     let request = CommitRequest {
         name: &name,

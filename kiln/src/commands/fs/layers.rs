@@ -41,6 +41,10 @@ struct Row {
     files: u64,
     /// Bytes of these.
     size: u64,
+    /// How many of these files are not here: of a layer that was pulled lazily, they come when they are opened.
+    absent_files: u64,
+    /// Bytes of those that are not here.
+    absent_size: u64,
     /// Names, or ids, of the images that have it.
     images: Vec<String>,
 }
@@ -75,7 +79,15 @@ impl Args {
             names.sort();
             names.dedup();
             let diff_id = store.diff_id_of_layer(&layer).ok();
-            rows.push(Row { layer, diff_id, files: contents.objects, size: contents.bytes, images: names });
+            rows.push(Row {
+                layer,
+                diff_id,
+                files: contents.objects,
+                size: contents.bytes,
+                absent_files: contents.absent_objects,
+                absent_size: contents.absent_bytes,
+                images: names,
+            });
         }
         print_rows(self.format.format, &rows, |rows| {
             let mut table = Table::new(["LAYER", "FILES", "SIZE", "IMAGES"]).right("FILES").right("SIZE");
@@ -84,7 +96,10 @@ impl Args {
                 table.row([
                     if self.no_trunc { row.layer.to_string() } else { row.layer.short() },
                     row.files.to_string(),
-                    ByteSize(row.size).to_string(),
+                    match row.absent_size {
+                        0 => ByteSize(row.size).to_string(),
+                        absent => format!("{} ({} not here)", ByteSize(row.size), ByteSize(absent)),
+                    },
                     if self.no_trunc { names } else { clip(&names, 60) },
                 ]);
             }

@@ -24,6 +24,7 @@ mod write;
 
 use clap::Subcommand;
 use kiln_contract::{BackendError, Digest, ErrorKind};
+use kiln_registry::Config;
 use kiln_store::{Store, StoreError};
 use kiln_view::views::{VARIABLE, ViewRecord, Views};
 use kiln_view::{Bind, Fetcher, StackError, TreeContents};
@@ -155,6 +156,17 @@ fn fetcher(context: &Context) -> Result<Fetcher> {
         .map_err(|error| CliError::file("cannot tell which program this is", error))?;
     let home = context.home().path().to_owned();
     Ok(Fetcher { program, arguments: vec!["fetch-object".into()], home })
+}
+
+/// What a reference names, after what is not here of it was pulled.
+fn whole_stack(context: &Context, store: &Store, reference: &str) -> Result<Stack> {
+    let named = stack(store, reference)?;
+    if store.lazy_among(&named.layers)?.is_empty() {
+        return Ok(named);
+    }
+    context.whole_layers(store, &named.layers, &Config::default())?;
+    // A table of contents may have told another tree than the layer has.
+    stack(store, reference)
 }
 
 /// A view by its name; without one, that in which this command runs.

@@ -28,7 +28,7 @@ pub(crate) struct MountArgs {
 
 impl MountArgs {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
-        let view = create(context, &self.reference, &self.view, Some(Backend::Router), &[])?;
+        let view = create(context, &self.reference, &self.view, Some(Backend::Router), None, &[])?;
         let name = view.record().name.clone();
         view.show_to(self.pid)?;
         let mut out = Out::new();

@@ -8,7 +8,7 @@ use std::thread;
 use clap_complete::engine::ArgValueCompleter;
 use kiln_instance::archive::{Archive, Base, Confine, Devices, Top, Unpack};
 
-use super::stack;
+use super::whole_stack;
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CliError, Result};
@@ -37,7 +37,7 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let store = context.store()?;
-        let stack = stack(&store, &self.reference)?;
+        let stack = whole_stack(context, &store, &self.reference)?;
         let directory = &self.directory;
         let cannot = |error| CliError::file(format!("cannot write to {}", directory.display()), error);
         fs::create_dir_all(directory).map_err(cannot)?;

@@ -5,13 +5,17 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use clap_complete::engine::ArgValueCompleter;
 use kiln_contract::ErrorKind;
+use kiln_registry::{Config, PullOptions, PullPolicy, Registry};
+use kiln_store::{ImageName, Store, StoreError};
 use kiln_view::views::{Backend, NewView, View, Views};
 
 use super::{ended, fetcher, stack};
+use crate::commands::RegistryArgs;
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CliError, Result};
 use crate::exit::{self, Exit};
+use crate::progress;
 use crate::resolve::random_name;
 
 /// Run a command that sees an image, or several as one, at a path
@@ -31,8 +35,10 @@ pub(crate) struct Args {
     view: ViewArgs,
     #[command(flatten)]
     backend: BackendArgs,
+    #[command(flatten)]
+    pulling: PullArgs,
     /// Enter a kept view again, with what was changed in it
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["reference", "name", "edit", "keep", "at", "backend"])]
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["reference", "name", "edit", "keep", "at", "backend", "pull"])]
     rerun: Option<String>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
@@ -67,6 +73,29 @@ pub(crate) struct BackendArgs {
     backend: Choice,
 }
 
+/// What may be asked of registries.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct PullArgs {
+    /// When images are pulled
+    #[arg(long, value_name = "POLICY", default_value = "never")]
+    pull: Pull,
+    #[command(flatten)]
+    registry: RegistryArgs,
+}
+
+/// When the images of a view are pulled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Pull {
+    /// What is not in the store is an error
+    Never,
+    /// What is not in the store
+    Missing,
+    /// Of what is not in the store only what the trees take: files come when they are opened
+    Lazy,
+    /// Always
+    Always,
+}
+
 /// Which back end is to show a view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Choice {
@@ -88,7 +117,9 @@ impl Args {
                 let view = views.reopen(name, self.command.clone())?;
                 run_in(&views, view, &self.command)
             }
-            (None, Some(reference)) => run_new(context, reference, &self.view, &self.backend, &self.command),
+            (None, Some(reference)) => {
+                run_new(context, reference, &self.view, &self.backend, &self.pulling, &self.command)
+            }
             (None, None) => Err(CliError::usage("there is nothing to be seen")),
         }
     }
@@ -100,6 +131,7 @@ pub(super) fn run_new(
     reference: &str,
     args: &ViewArgs,
     backend: &BackendArgs,
+    pulling: &PullArgs,
     command: &[String],
 ) -> Result<Exit> {
     let backend = match backend.backend {
@@ -108,7 +140,8 @@ pub(super) fn run_new(
         Choice::Fuse => Some(Backend::Fuse),
         Choice::Router => Some(Backend::Router),
     };
-    run_in(&Views::open(context.home()), create(context, reference, args, backend, command)?, command)
+    let view = create(context, reference, args, backend, Some(pulling), command)?;
+    run_in(&Views::open(context.home()), view, command)
 }
 
 /// Makes a view that nobody is in yet.
@@ -117,15 +150,37 @@ pub(super) fn create(
     reference: &str,
     args: &ViewArgs,
     backend: Option<Backend>,
+    pulling: Option<&PullArgs>,
     command: &[String],
 ) -> Result<View> {
-    let views = Views::open(context.home()).fetching(fetcher(context)?);
+    let mut fetcher = fetcher(context)?;
+    if let Some(pulling) = pulling {
+        fetcher.arguments.extend(pulling.registry.to_arguments());
+    }
+    let views = Views::open(context.home()).fetching(fetcher);
     // What was killed is cleaned up by who comes next; what cannot be is no reason not to go on.
     if let Err(error) = views.prune(false) {
         tracing::warn!(%error, "a view that nobody uses cannot be removed");
     }
     let store = context.store()?;
-    let stack = stack(&store, reference)?;
+    if let Some(pulling) = pulling {
+        pull(context, &store, reference, pulling)?;
+    }
+    let mut stack = stack(&store, reference)?;
+    let mut backend = backend;
+    if !store.lazy_among(&stack.layers)?.is_empty() {
+        match backend {
+            // It shows files as they are; nobody can fetch one meanwhile.
+            Some(Backend::Overlay) => {
+                progress::new(false).note("the overlay shows only what is here: all of it is pulled");
+                let config = pulling.map_or_else(Config::default, |pulling| pulling.registry.config());
+                context.whole_layers(&store, &stack.layers, &config)?;
+                stack = super::stack(&store, reference)?;
+            }
+            None => backend = Some(Backend::Fuse),
+            Some(Backend::Fuse | Backend::Router) => {}
+        }
+    }
     drop(store);
     let at = std::path::absolute(&args.at)
         .map_err(|error| CliError::file(format!("cannot use --at {}", args.at.display()), error))?;
@@ -153,6 +208,37 @@ pub(super) fn create(
             other => break Ok(other?),
         }
     }
+}
+
+/// Pulls what the parts of a reference name, as far as that is wanted. What files name must be there.
+fn pull(context: &Context, store: &Store, reference: &str, pulling: &PullArgs) -> Result<()> {
+    if pulling.pull == Pull::Never {
+        return Ok(());
+    }
+    let config = pulling.registry.config();
+    for part in reference.split('+') {
+        let Some(name) = ImageName::parse(part).ok().filter(|_| !kiln_view::Stack::is_file(part)) else {
+            continue;
+        };
+        match store.resolve(part) {
+            Ok(_) if pulling.pull == Pull::Lazy => continue,
+            Ok(image) if pulling.pull == Pull::Missing => {
+                context.whole(store, image, config.clone(), false)?;
+                continue;
+            }
+            Ok(_) | Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let options = PullOptions {
+            policy: PullPolicy::Always,
+            lazy: pulling.pull == Pull::Lazy,
+            ..PullOptions::default()
+        };
+        let progress = progress::new(false);
+        progress.note(&format!("pulling {}", name.familiar()));
+        Registry::new(config.clone())?.pull(store, &name, &options, &*progress)?;
+    }
+    Ok(())
 }
 
 /// What `--annotation` takes.

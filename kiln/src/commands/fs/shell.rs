@@ -2,7 +2,7 @@
 
 use clap_complete::engine::ArgValueCompleter;
 
-use super::run::{BackendArgs, ViewArgs, run_new};
+use super::run::{BackendArgs, PullArgs, ViewArgs, run_new};
 use crate::complete;
 use crate::context::Context;
 use crate::error::Result;
@@ -18,6 +18,8 @@ pub(crate) struct Args {
     view: ViewArgs,
     #[command(flatten)]
     backend: BackendArgs,
+    #[command(flatten)]
+    pulling: PullArgs,
 }
 
 impl Args {
@@ -28,6 +30,7 @@ impl Args {
             &self.reference,
             &self.view,
             &self.backend,
+            &self.pulling,
             &[shell.unwrap_or_else(|| "/bin/sh".to_owned())],
         )
     }

@@ -51,6 +51,7 @@ impl Args {
         let mut images = Vec::new();
         for text in &self.images {
             let image = context.image(&store, text)?;
+            let image = context.whole(&store, image, kiln_registry::Config::default(), self.quiet)?;
             // An id, or a name from the past, is no name to give the copy.
             let name = ImageName::parse(text).ok();
             let name = name.filter(|name| {

@@ -44,6 +44,12 @@ pub(crate) struct Details {
     size: u64,
     /// Its layers in the store, bottom first.
     layers: Vec<Digest>,
+    /// Whether all of it is here: of an image that was pulled lazily, files come when they are opened.
+    whole: bool,
+    /// Files that are not here.
+    absent_files: u64,
+    /// Bytes of those files.
+    absent_size: u64,
     /// Its OCI config.
     config: ImageConfiguration,
     /// Its OCI manifest.
@@ -65,6 +71,14 @@ impl Args {
 
 /// Everything that is known of an image.
 pub(crate) fn details(store: &Store, image: &Image) -> Result<Details> {
+    let (mut absent_files, mut absent_size) = (0, 0_u64);
+    if !image.whole {
+        for layer in &image.layers {
+            let contents = store.layer_contents(layer)?;
+            absent_files += contents.absent_objects;
+            absent_size = absent_size.saturating_add(contents.absent_bytes);
+        }
+    }
     let tags = store.tags()?.into_iter().filter(|(_, entry)| entry.target == image.manifest_digest);
     Ok(Details {
         id: image.id,
@@ -75,6 +89,9 @@ pub(crate) fn details(store: &Store, image: &Image) -> Result<Details> {
         architecture: image.config.architecture().to_string(),
         size: size(image),
         layers: image.layers.clone(),
+        whole: image.whole,
+        absent_files,
+        absent_size,
         config: image.config.clone(),
         manifest: image.manifest.clone(),
     })

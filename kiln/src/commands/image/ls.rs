@@ -54,6 +54,8 @@ struct Row {
     size: u64,
     /// How many layers it has.
     layers: usize,
+    /// Whether all of it is here: of an image that was pulled lazily, files come when they are opened.
+    whole: bool,
     /// Labels of its config.
     labels: BTreeMap<String, String>,
 }
@@ -113,7 +115,11 @@ impl Args {
                 vec![row.repository.clone().unwrap_or_else(none), row.tag.clone().unwrap_or_else(none)];
             cells.extend(self.digests.then(|| row.digest.to_string()));
             let created = row.created.map_or_else(|| "-".to_owned(), |created| ago(created, now));
-            cells.extend([self.id(row), created, ByteSize(row.size).to_string()]);
+            let mut size = ByteSize(row.size).to_string();
+            if !row.whole {
+                size.push_str(" (partly here)");
+            }
+            cells.extend([self.id(row), created, size]);
             table.row(cells);
         }
         table
@@ -180,6 +186,7 @@ fn row(image: &Image, name: Option<&ImageName>) -> Row {
         created: created(image),
         size: size(image),
         layers: image.layers.len(),
+        whole: image.whole,
         labels: labels.into_iter().collect(),
     }
 }

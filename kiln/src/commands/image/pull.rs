@@ -25,6 +25,12 @@ pub(crate) struct Args {
     /// How many layers are taken at once
     #[arg(long, value_name = "NUMBER")]
     parallel: Option<usize>,
+    /// Take only what their trees take; files come when they are opened in a view
+    ///
+    /// That can be done with layers of zstd:chunked; others are taken whole. Without it, an image that was taken so is made
+    /// whole.
+    #[arg(long)]
+    lazy: bool,
     /// Show nothing while pulling
     #[arg(short, long)]
     quiet: bool,
@@ -43,6 +49,7 @@ impl Args {
             policy: PullPolicy::Always,
             limits: self.limits.limits(),
             parallel: self.parallel,
+            lazy: self.lazy,
         };
         context::each(&self.images, |text| {
             let name = image_name(text)?;
@@ -52,7 +59,11 @@ impl Args {
                 progress.note(&format!("{} is up to date", name.familiar()));
             } else {
                 let (layers, bytes) = (pulled.layers_pulled, ByteSize(pulled.bytes));
-                progress.note(&format!("pulled {}: {layers} layers, {bytes}", name.familiar()));
+                let lazy = match pulled.layers_lazy {
+                    0 => String::new(),
+                    count => format!(", of {count} more only the trees"),
+                };
+                progress.note(&format!("pulled {}: {layers} layers{lazy}, {bytes}", name.familiar()));
             }
             let mut out = Out::new();
             out.line(pulled.image.id.to_string())?;

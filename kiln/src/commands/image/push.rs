@@ -25,8 +25,11 @@ pub(crate) struct Args {
     /// The name that it gets there; its own otherwise
     destination: Option<String>,
     /// How layers are compressed that are not compressed yet
+    ///
+    /// Of zstd:chunked, views can be made before all of it is pulled; with it, layers that the registry has in another form are
+    /// sent in this one, too.
     #[arg(long, value_name = "COMPRESSION", default_value = "gzip")]
-    compression: Compression,
+    compression: Packing,
     /// How many layers are sent at once
     #[arg(long, value_name = "NUMBER")]
     parallel: Option<usize>,
@@ -35,6 +38,17 @@ pub(crate) struct Args {
     quiet: bool,
     #[command(flatten)]
     registry: RegistryArgs,
+}
+
+/// How layers are compressed for a registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Packing {
+    Gzip,
+    Zstd,
+    /// Zstd, and each file can be had alone
+    #[value(name = "zstd:chunked")]
+    Chunked,
+    None,
 }
 
 /// How layers are compressed.
@@ -60,8 +74,15 @@ impl Args {
         let to = image_name(self.destination.as_deref().unwrap_or(&self.image))?;
         let store = context.store()?;
         let image = context.image(&store, &self.image)?;
+        let image = context.whole(&store, image, self.registry.config(), self.quiet)?;
         let registry = Registry::new(self.registry.config())?;
-        let options = PushOptions { compression: self.compression.into(), parallel: self.parallel };
+        let compression = match self.compression {
+            Packing::Gzip => kiln_registry::Compression::Gzip,
+            Packing::Zstd | Packing::Chunked => kiln_registry::Compression::Zstd,
+            Packing::None => kiln_registry::Compression::None,
+        };
+        let chunked = self.compression == Packing::Chunked;
+        let options = PushOptions { compression, chunked, parallel: self.parallel };
         let progress = progress::new(self.quiet);
         let pushed = registry.push(&store, &image, &to, &options, &*progress)?;
         progress.note(&format!(

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 
 use kiln_contract::ByteSize;
 use kiln_registry::{FromRegistries, Registry};
-use kiln_store::{CheckReport, Repair, WantedDocument, WantedLayer};
+use kiln_store::{CheckReport, Repair, WantedDocument, WantedLayer, WantedRange};
 use serde::Serialize;
 
 use crate::commands::RegistryArgs;
@@ -43,6 +43,8 @@ struct Report {
     damaged: Vec<String>,
     /// What was put right.
     repaired: Vec<String>,
+    /// Layers of which not all files are here, because they were pulled lazily: no damage. A repair fetches them.
+    absent: Vec<String>,
 }
 
 /// Registries that images came from, and one that is asked before them.
@@ -68,6 +70,11 @@ impl Repair for Preferring<'_> {
         let repositories = self.repositories(&wanted.repositories);
         self.registries.layer(&WantedLayer { repositories, ..wanted.clone() })
     }
+
+    fn range(&self, wanted: &WantedRange) -> io::Result<Box<dyn Read + Send>> {
+        let repositories = self.repositories(&wanted.repositories);
+        self.registries.range(&WantedRange { repositories, ..wanted.clone() })
+    }
 }
 
 impl Args {
@@ -81,8 +88,8 @@ impl Args {
             .is_some()
             .then(|| Preferring { registries: registry.repair(&store, &*progress), first });
         let report = store.check(source.as_ref().map(|source| source as &dyn Repair))?;
-        let CheckReport { objects, layers, images, bytes, damaged, repaired } = report;
-        let report = Report { objects, layers, images, bytes, damaged, repaired };
+        let CheckReport { objects, layers, images, bytes, damaged, repaired, absent } = report;
+        let report = Report { objects, layers, images, bytes, damaged, repaired, absent };
         if self.format.format == Format::Table {
             let mut out = Out::new();
             for line in &report.damaged {
@@ -90,6 +97,9 @@ impl Args {
             }
             for line in &report.repaired {
                 out.line(format!("repaired: {line}"))?;
+            }
+            for line in &report.absent {
+                out.line(format!("not here yet: {line}"))?;
             }
             let Report { objects, layers, images, bytes, .. } = report;
             out.line(format!(
