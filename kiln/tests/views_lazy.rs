@@ -216,3 +216,90 @@ fn what_is_not_chunked_is_pulled_whole_and_that_is_said() {
         assert_eq!(place.json(&["image", "inspect", &image.reference])[0]["whole"], true);
     }
 }
+
+#[test]
+fn other_ways_to_see_an_image_whose_data_are_not_here() {
+    for place in Place::all() {
+        let Some(image) = image(&place, "zstd:chunked") else { return };
+        let at = place.at();
+        let first = hex(&image.files[0].1);
+
+        // The router's service fetches for all. Everybody sees its directory, which must be the user's own.
+        let routed = place.beside("routed");
+        fs::create_dir(&routed).unwrap();
+        if let Some((user, _)) = &place.user {
+            std::os::unix::fs::chown(&routed, Some(user.uid), Some(user.gid)).unwrap();
+        }
+        let routed = routed.to_str().unwrap();
+        let script = format!("sha256sum < {routed}/first");
+        let flags = ["--pull", "lazy"];
+        let said = place.ok(&fs_run(&image.reference, routed, "router", &flags, &["sh", "-c", &script]));
+        assert!(said.contains(&first), "{said}");
+        assert!(given(&image.server) < 100_000);
+        place.ok(&["fs", "service", "stop"]);
+
+        // Without a mount.
+        place.ok(&["image", "rm", &image.reference]);
+        place.ok(&["system", "prune", "-f"]);
+        place.ok(&["fs", "pull", "-q", "--lazy", &image.reference]);
+        assert!(place.ok(&["fs", "ls", &image.reference]).contains("middle"));
+        assert_eq!(place.ok(&["fs", "cat", &image.reference, "/tiny"]), "tiny");
+        let before = blob_requests(&image.server);
+        let whole = "first ".repeat(1000);
+        assert_eq!(place.ok(&["fs", "cat", &image.reference, "/first"]), whole.trim_end());
+        assert_eq!(blob_requests(&image.server), before + 1);
+
+        // Changed in an editable view: a file is fetched before it is copied.
+        let script = format!(
+            "printf x | dd of={at}/middle conv=notrunc status=none; head -c 1 {at}/middle; wc -c < {at}/middle"
+        );
+        let words = fs_run(&image.reference, &at, "auto", &["--edit"], &["sh", "-c", &script]);
+        assert_eq!(place.ok(&words), "x3145728");
+        assert_eq!(place.json(&["image", "inspect", &image.reference])[0]["whole"], false);
+    }
+}
+
+#[test]
+fn credentials_that_a_view_was_made_with_fetch_its_files() {
+    for place in Place::all() {
+        let account = Some(("user".to_owned(), "secret".to_owned()));
+        let options = RegistryOptions { basic_auth: account, ..RegistryOptions::default() };
+        let Some(server) = RegistryServer::start(&options) else { return };
+        let reference = format!("{}/env:1", server.address());
+        let source = place.beside("source");
+        fs::create_dir_all(&source).unwrap();
+        fs::write(source.join("file"), noise(100_000, 3)).unwrap();
+        let tar = place.beside("source.tar");
+        let made = Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(&source).arg(".").status();
+        assert!(made.unwrap().success());
+        let authfile = place.beside("auth.json");
+        let auth = serde_json::json!({"auths": {server.address(): {"auth": "dXNlcjpzZWNyZXQ="}}}).to_string();
+        fs::write(&authfile, auth).unwrap();
+        let authfile = authfile.to_str().unwrap();
+        place.ok(&["image", "import", "-q", tar.to_str().unwrap(), &reference]);
+        place.ok(&["push", "-q", "--compression", "zstd:chunked", "--authfile", authfile, &reference]);
+        forget(&place, &reference);
+        let at = place.at();
+        let script = format!("sha256sum < {at}/file");
+        let flags = ["--pull", "lazy", "--authfile", authfile];
+        let said = place.ok(&fs_run(&reference, &at, "auto", &flags, &["sh", "-c", &script]));
+        assert!(said.contains(&hex(&noise(100_000, 3))), "{said}");
+    }
+}
+
+#[test]
+fn an_instance_of_an_image_whose_data_are_not_here_gets_all_of_them_first() {
+    for place in Place::all() {
+        let Some(server) = RegistryServer::start(&RegistryOptions::default()) else { return };
+        let reference = format!("{}/busybox:1", server.address());
+        place.ok(&["image", "tag", common::IMAGE, &reference]);
+        place.ok(&["push", "-q", "--compression", "zstd:chunked", &reference]);
+        place.ok(&["image", "rm", common::IMAGE]);
+        forget(&place, &reference);
+        place.ok(&["fs", "pull", "-q", "--lazy", &reference]);
+        assert_eq!(place.json(&["image", "inspect", &reference])[0]["whole"], false);
+        let id = place.ok(&["create", "-q", &reference, "true"]);
+        assert_eq!(place.json(&["image", "inspect", &reference])[0]["whole"], true);
+        place.ok(&["rm", &id]);
+    }
+}

@@ -13,7 +13,7 @@ use std::thread;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use kiln_contract::{Digest, Platform, Progress, Step};
-use kiln_store::{Image, ImageName, ImportLimits, Store};
+use kiln_store::{Image, ImageName, ImportLimits, Store, StoreError};
 use oci_spec::image::{Descriptor, ImageManifest};
 use tokio::sync::{mpsc, oneshot};
 
@@ -144,13 +144,21 @@ fn local_image(store: &Store, name: &ImageName, platform: Option<&Platform>) -> 
     let image = match (&name.digest, &name.tag) {
         (Some(digest), _) => local_by_digest(store, name, digest, platform)?,
         (None, Some(_)) => match store.tag_history(name)?.last() {
-            Some(entry) => store.image(&entry.target)?,
+            Some(entry) => in_store(store, &entry.target)?,
             None => None,
         },
         (None, None) => None,
     };
     Ok(image
         .filter(|image| platform.is_none_or(|wanted| manifest::platform_of(&image.config).satisfies(wanted))))
+}
+
+/// An image in the store. One that lacks something is pulled as if it were not there.
+fn in_store(store: &Store, digest: &Digest) -> Result<Option<Image>> {
+    match store.image(digest) {
+        Err(StoreError::Missing { .. }) => Ok(None),
+        found => Ok(found?),
+    }
 }
 
 /// A digest may be that of an index, which then is in the store as a blob.
@@ -163,11 +171,11 @@ fn local_by_digest(
     let Some(bytes) = store.blob(digest)? else { return Ok(None) };
     let name = full_name(name);
     match Document::parse(&bytes, &name) {
-        Ok(Document::Manifest(_)) => Ok(store.image(digest)?),
+        Ok(Document::Manifest(_)) => in_store(store, digest),
         Ok(Document::Index(index)) => {
             let wanted = platform.cloned().unwrap_or_else(Platform::host);
             match manifest::choose(&index, &wanted, &name) {
-                Ok(chosen) => Ok(store.image(&manifest::descriptor_digest(chosen, &name)?)?),
+                Ok(chosen) => in_store(store, &manifest::descriptor_digest(chosen, &name)?),
                 Err(_) => Ok(None),
             }
         }
@@ -200,7 +208,7 @@ impl Pull<'_> {
     fn run(&self) -> Result<Pulled> {
         let runtime = &self.session.runtime;
         let found = runtime.block_on(self.manifest())?;
-        let before = self.store.image(&found.digest).ok().flatten();
+        let before = in_store(self.store, &found.digest)?;
         if let Some(image) = &before
             && (image.whole || self.options.lazy)
             && self.store.are_sound(&image.layers)?

@@ -443,6 +443,33 @@ fn a_table_is_believed_for_its_own_manifest_only() {
 }
 
 #[test]
+fn a_layer_whose_record_is_lost_or_of_another_version_is_pulled_again() {
+    let (registry, _conf) = plain_registry();
+    let made = made(&[1; 3000], |frames| frames);
+    let server = serve(made.image(&made.toc(), |_| ()));
+    let lose: [fn(&std::path::Path); 2] = [
+        |record| std::fs::remove_file(record).unwrap(),
+        |record| {
+            let mut bytes = std::fs::read(record).unwrap();
+            bytes[8] = 9;
+            std::fs::write(record, bytes).unwrap();
+        },
+    ];
+    for lose in lose {
+        for lazy in [true, false] {
+            let store = TestStore::new();
+            let before = pull(&store, &registry, &server.image(), true).unwrap().image;
+            for record in std::fs::read_dir(store.store.path().join("lazy")).unwrap() {
+                lose(&record.unwrap().path());
+            }
+            let again = pull(&store, &registry, &server.image(), lazy).unwrap();
+            assert_eq!((again.layers_lazy, again.image.whole), (usize::from(lazy), !lazy));
+            assert_eq!(again.image.layers, before.layers);
+        }
+    }
+}
+
+#[test]
 fn a_server_without_ranges_gives_layers_whole() {
     let (registry, _conf) = plain_registry();
     let made = made(&[1; 3000], |frames| frames);

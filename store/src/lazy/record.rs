@@ -10,7 +10,7 @@
 //!      each: SHA-256, u64 size, u64 offset in the blob, u64 length of its zstd frames; sorted by SHA-256
 //!      SHA-256 of all before it
 //! ```
-//! Numbers are little-endian. Readers refuse another version; a record may be removed at any time together with its layer.
+//! Numbers are little-endian. Of another version, or removed, the layer counts as missing, and the next pull brings it.
 
 use std::fs::File;
 use std::io::{self, Read as _};

@@ -88,13 +88,13 @@ pub(super) fn run(
         Ok(((), kiln.output(["fs", "log", &environment])?))
     })?;
     story.step("kiln fs push: an environment is an image that any registry holds", || {
-        kiln.output(["fs", "push", "--quiet", &environment])?;
+        kiln.output(["fs", "push", "--quiet", "--compression", "zstd:chunked", &environment])?;
         Ok(((), expect_layers(&environment, 7)?))
     })?;
-    story.step("the same from an empty store: it is fetched, and there", || {
+    story.step("the same from an empty store, on demand: files come when they are opened", || {
         let elsewhere = Kiln::new(program, user)?;
-        elsewhere.output(["fs", "pull", "--quiet", &environment])?;
-        let said = elsewhere.output(["fs", "run", &environment, "--", RENDER, "shot 4"])?;
+        let words = ["fs", "run", "--pull", "lazy", &environment, "--", RENDER, "shot 4"];
+        let said = elsewhere.output(words)?;
         expect(&said, "pilot: shot 4 in wide with cloth")?;
         Ok(((), said))
     })?;
