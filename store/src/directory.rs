@@ -21,7 +21,7 @@ use crate::error::Context as _;
 use crate::host_xattrs::xattrs_at;
 use crate::import::{ImportedLayer, StagedLayer, collect, join};
 use crate::limits::{Budget, ImportLimits};
-use crate::object_writer::{HostDirectory, Job, Queue};
+use crate::object_writer::{HostDirectory, Job, Queue, SeenFile};
 use crate::selection::Selection;
 use crate::source_date::SourceDate;
 use crate::stamp::{Stamp, pause};
@@ -98,6 +98,10 @@ impl Store {
     }
 }
 
+/// So many files, or bytes of them, are a worker's job: waking one costs as much as reading a small file.
+const BATCH: usize = 32;
+const BATCH_BYTES: u64 = 1 << 20;
+
 /// How often a directory is walked in which something comes, goes or is replaced meanwhile.
 const WALKS: u32 = 6;
 
@@ -164,6 +168,9 @@ struct Walk<'w> {
     budget: Budget,
     /// Nodes whose content is known by slot only.
     files: Vec<NodeId>,
+    /// Those in the directory that is being read for which nobody has been asked yet, and their bytes.
+    seen: Vec<SeenFile>,
+    seen_bytes: u64,
     /// Files with several names, by device and inode.
     linked: HashMap<(u64, u64), NodeId>,
 }
@@ -195,9 +202,20 @@ impl<'w> Walk<'w> {
     ) -> Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(root_path, flags, Mode::empty()).doing("open", root_path)?;
-        let (tree, files, linked) = (Tree::default(), Vec::new(), HashMap::new());
-        let (budget, directories) = (Budget::of_layer(options.limits), Vec::new());
-        Ok(Self { queue, root, root_path, upper, options, tree, directories, budget, files, linked })
+        Ok(Self {
+            queue,
+            root,
+            root_path,
+            upper,
+            options,
+            tree: Tree::default(),
+            directories: Vec::new(),
+            budget: Budget::of_layer(options.limits),
+            files: Vec::new(),
+            seen: Vec::new(),
+            seen_bytes: 0,
+            linked: HashMap::new(),
+        })
     }
 
     fn run(mut self) -> Result<(Tree, Vec<NodeId>)> {
@@ -281,6 +299,7 @@ impl<'w> Walk<'w> {
                 self.file(&directory, &handle, entry, &path)?;
             }
         }
+        self.hand_over(&handle);
         self.directories.push((directory.path, stamp));
         Ok(())
     }
@@ -385,10 +404,22 @@ impl<'w> Walk<'w> {
         }
         if let Some(slot) = slot {
             self.files.push(node);
-            let (directory, seen) = (Arc::clone(directory), Stamp::of(stat));
-            self.queue.push(Job::HostFile { slot, directory, name: name.to_owned(), seen });
+            self.seen.push(SeenFile { slot, name: name.to_owned(), stamp: Stamp::of(stat) });
+            self.seen_bytes += self.seen.last().map_or(0, |file| file.stamp.size());
+            if self.seen.len() >= BATCH || self.seen_bytes >= BATCH_BYTES {
+                self.hand_over(directory);
+            }
         }
         Ok(())
+    }
+
+    /// Has the files read that were seen in a directory.
+    fn hand_over(&mut self, directory: &Arc<HostDirectory>) {
+        self.seen_bytes = 0;
+        if !self.seen.is_empty() {
+            let files = std::mem::take(&mut self.seen);
+            self.queue.push(Job::HostFiles { directory: Arc::clone(directory), files });
+        }
     }
 
     fn add(

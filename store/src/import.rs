@@ -44,6 +44,9 @@ pub struct ImportedLayer {
     pub new_object_bytes: u64,
 }
 
+/// So many objects are put on the disk while the layer's tar is made.
+const MANY: u64 = 256;
+
 /// What goes to the digest thread.
 pub(crate) enum Message {
     /// The next part of the tar.
@@ -186,7 +189,13 @@ impl<'s> StagedLayer<'s> {
     pub(crate) fn publish_tree(self, tree: Tree) -> Result<ImportedLayer> {
         let mut hasher = Hasher::new();
         let open = |digest: &Digest| self.objects.open(digest);
-        let tar_size = crate::tar::write::write_tree(&tree, &mut hasher, open)?;
+        let tar_size = thread::scope(|scope| {
+            if self.objects.counts().0 >= MANY {
+                // The disk takes its time for many objects: it may begin. Whether it succeeds is asked later.
+                scope.spawn(|| self.staging.sync());
+            }
+            crate::tar::write::write_tree(&tree, &mut hasher, open)
+        })?;
         let (entries, diff_id) = (tree.len() as u64, hasher.finish());
         self.publish(&NewLayer { tree, diff_id, tar_size, entries })
     }

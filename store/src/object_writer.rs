@@ -5,12 +5,12 @@ mod queue;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
-use std::io::{Seek as _, SeekFrom, Write as _};
+use std::io::{Cursor, Read, Seek as _, SeekFrom, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kiln_contract::{Digest, Hasher};
 use kiln_erofs::Data;
@@ -24,13 +24,17 @@ use host_file::HostFile;
 use queue::Worker;
 
 pub(crate) use host_file::HostDirectory;
-pub(crate) use queue::{Job, Piece, Queue, SmallFile};
+pub(crate) use queue::{Job, Piece, Queue, SeenFile, SmallFile};
 
 /// Threads that create files in one directory wait for each other; and ext4 looks for free inodes near the directory,
 /// which takes it long where many were freed a moment ago. But removing a directory that is on the disk costs
 /// milliseconds: the first objects lie in the staging directory itself, so that small imports need no other.
 const STAGING_DIRECTORIES: u8 = 4;
 const FLAT_OBJECTS: usize = 64;
+
+/// An object of at most so many bytes is kept until its layer's tar is made, and all together are at most so many.
+const KEPT: usize = 16 << 10;
+const ALL_KEPT: usize = 32 << 20;
 
 /// The contents of files, by slot.
 #[derive(Debug, Default)]
@@ -56,6 +60,7 @@ pub(crate) struct ObjectWriter<'s> {
     full: AtomicBool,
     new_bytes: AtomicU64,
     needed_bytes: AtomicU64,
+    kept: Mutex<Kept>,
 }
 
 impl<'s> ObjectWriter<'s> {
@@ -75,6 +80,7 @@ impl<'s> ObjectWriter<'s> {
             full: AtomicBool::new(false),
             new_bytes: AtomicU64::new(0),
             needed_bytes: AtomicU64::new(0),
+            kept: Mutex::default(),
         })
     }
 
@@ -104,10 +110,13 @@ impl<'s> ObjectWriter<'s> {
                     stored.files.push((slot, data));
                 }
             }
-            Job::HostFile { slot, directory, name, seen } => {
-                let (data, now) = self.host_file(slot, &directory, &name, &seen)?;
-                stored.files.push((slot, data));
-                stored.changed.extend(now.map(|now| (slot, now)));
+            Job::HostFiles { directory, files } => {
+                let mut buffer = Vec::new();
+                for file in files {
+                    let (data, now) = self.host_file(&directory, &file, &mut buffer)?;
+                    stored.files.push((file.slot, data));
+                    stored.changed.extend(now.map(|now| (file.slot, now)));
+                }
             }
         }
         Ok(())
@@ -123,12 +132,27 @@ impl<'s> ObjectWriter<'s> {
             && !self.is_full()
         {
             let name = place.name(&digest);
-            let written = self
-                .create(&name)
-                .and_then(|mut file| slices.iter().try_for_each(|slice| file.write_all(slice)));
+            let written = self.create(&name).and_then(|mut file| {
+                slices.iter().try_for_each(|slice| file.write_all(slice))?;
+                mark_sound(&file)
+            });
             self.settle(&name, written)?;
         }
         Ok(Data::Object { digest, size })
+    }
+
+    /// Stages an object of which the layer's tar is going to be made soon.
+    fn put_and_keep(&self, bytes: &[u8]) -> Result<Data> {
+        let data = self.put(&[bytes])?;
+        if let Data::Object { digest, .. } = &data
+            && bytes.len() <= KEPT
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if kept.bytes + bytes.len() <= ALL_KEPT && kept.objects.insert(*digest, bytes.into()).is_none() {
+                kept.bytes += bytes.len();
+            }
+        }
+        Ok(data)
     }
 
     /// Stages an object that comes in pieces. `None` if its stream broke off: somebody else has an error to tell.
@@ -242,7 +266,6 @@ impl<'s> ObjectWriter<'s> {
         let staged = self.staged();
         for (digest, place) in staged.iter() {
             let (from, to) = (place.name(digest), object_name(digest));
-            self.mark_sound(&from).doing("set the time of an object in", self.layout.tmp())?;
             let rename = || rustix::fs::renameat(&self.staging, &from, &self.objects, &to);
             let mut renamed = rename();
             if renamed == Err(Errno::NOENT) {
@@ -256,14 +279,12 @@ impl<'s> ObjectWriter<'s> {
         Ok(())
     }
 
-    fn mark_sound(&self, name: &str) -> rustix::io::Result<()> {
-        let time = Timespec { tv_sec: SOUND, tv_nsec: 0 };
-        let times = Timestamps { last_access: time, last_modification: time };
-        rustix::fs::utimensat(&self.staging, name, &times, AtFlags::SYMLINK_NOFOLLOW)
-    }
-
-    /// The path of an object that is staged or in the store.
-    pub(crate) fn open(&self, digest: &Digest) -> Result<File> {
+    /// Reads an object that is staged or in the store.
+    pub(crate) fn open(&self, digest: &Digest) -> Result<ObjectReader> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).objects.get(digest).cloned();
+        if let Some(bytes) = kept {
+            return Ok(ObjectReader::Kept(Cursor::new(bytes)));
+        }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let place = self.staged().get(digest).copied();
         let opened = match place {
@@ -271,9 +292,38 @@ impl<'s> ObjectWriter<'s> {
             None => rustix::fs::openat(&self.objects, object_name(digest), flags, Mode::empty()),
         };
         match opened {
-            Ok(file) => Ok(file.into()),
+            Ok(file) => Ok(ObjectReader::File(file.into())),
             Err(Errno::NOENT) => Err(StoreError::Missing { what: "object", digest: *digest }),
             Err(error) => Err(error).doing("open", self.layout.object(digest)),
+        }
+    }
+}
+
+/// Says that the file of an object is what the store wrote ([`SOUND`]).
+fn mark_sound(file: &File) -> std::io::Result<()> {
+    let time = Timespec { tv_sec: SOUND, tv_nsec: 0 };
+    Ok(rustix::fs::futimens(file, &Timestamps { last_access: time, last_modification: time })?)
+}
+
+/// Objects that are read again soon.
+#[derive(Debug, Default)]
+struct Kept {
+    objects: HashMap<Digest, Arc<[u8]>>,
+    bytes: usize,
+}
+
+/// The bytes of an object, from its beginning.
+#[derive(Debug)]
+pub(crate) enum ObjectReader {
+    Kept(Cursor<Arc<[u8]>>),
+    File(File),
+}
+
+impl Read for ObjectReader {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Kept(bytes) => bytes.read(buffer),
+            Self::File(file) => file.read(buffer),
         }
     }
 }
@@ -334,10 +384,9 @@ impl Incoming<'_, '_> {
         let (writer, size, name) = (self.writer, self.size, self.name);
         let digest = self.hasher.finish();
         let had_file = self.file.is_some();
-        if let Some(file) = self.file
-            && self.hole > 0
-        {
-            writer.settle(&name, file.set_len(size))?;
+        if let Some(file) = self.file {
+            let lengthened = if self.hole > 0 { file.set_len(size) } else { Ok(()) };
+            writer.settle(&name, lengthened.and_then(|()| mark_sound(&file)))?;
         }
         let place = writer.place_if_new(&digest, size);
         if had_file && !writer.is_full() {

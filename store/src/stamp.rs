@@ -47,6 +47,11 @@ impl Stamp {
         (self.device, self.inode, self.kind) == (other.device, other.inode, other.kind)
     }
 
+    /// In bytes.
+    pub(crate) fn size(&self) -> u64 {
+        u64::try_from(self.size).unwrap_or(0)
+    }
+
     /// Waits until a further change must give another stamp: not at all for a file that was not changed this moment.
     #[cfg(target_os = "linux")]
     pub(crate) fn settle(&self) {

@@ -117,6 +117,8 @@ fn a_file_is_never_half_of_one_time_and_half_of_another() {
     let size = 8 << 20;
     let file = File::create(upper.join("file")).unwrap();
     let change = |round: u32| file.write_all_at(&vec![round as u8; size], 0).unwrap();
+    // It is not empty, or half as long, at any moment at which it may be seen.
+    change(255);
     commit_while_changing(&fixture, (Rest::of(60), change), 6, |layer| {
         let bytes = bytes_of(&fixture, layer, "file");
         assert!(bytes.len() == size && bytes.iter().all(|byte| *byte == bytes[0]));

@@ -11,12 +11,14 @@ use kiln_erofs::{Data, INLINE_LIMIT, Xattrs};
 use rustix::fs::{Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::ObjectWriter;
+use super::{ObjectWriter, SeenFile};
 use crate::error::Context as _;
 use crate::host_xattrs::xattrs_of;
 use crate::stamp::{Stamp, await_writes, pause};
 use crate::{Result, StoreError};
 
+/// What is read at once, in bytes.
+const BUFFER: usize = 256 << 10;
 /// How often a file is read that is being changed meanwhile.
 const READS: u32 = 6;
 
@@ -39,15 +41,14 @@ impl ObjectWriter<'_> {
     /// was then is told too.
     pub(super) fn host_file(
         &self,
-        slot: u32,
         directory: &HostDirectory,
-        name: &[u8],
-        seen: &Stamp,
+        SeenFile { slot, name, stamp: seen }: &SeenFile,
+        buffer: &mut Vec<u8>,
     ) -> Result<(Data, Option<Box<HostFile>>)> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let path = || directory.path.join(OsStr::from_bytes(name));
         let changing = |attempts| StoreError::Changing { path: path(), attempts };
-        let mut file = match rustix::fs::openat(&directory.handle, name, flags, Mode::empty()) {
+        let mut file = match rustix::fs::openat(&directory.handle, name.as_slice(), flags, Mode::empty()) {
             Ok(file) => File::from(file),
             // It has another name now, or none, or is another file: only the walker can tell.
             Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => return Err(changing(1)),
@@ -63,7 +64,7 @@ impl ObjectWriter<'_> {
             await_writes(&file);
             file.rewind().doing("read", path())?;
             let xattrs = if before == *seen { None } else { Some(xattrs_of(&file).doing("read", path())?) };
-            let read = self.read(slot, &mut file, path, |file| {
+            let read = self.read(*slot, (&mut file, before.size()), buffer, path, |file| {
                 let now = stat(file)?;
                 Ok((Stamp::of(&now) == before).then_some(now))
             })?;
@@ -76,22 +77,25 @@ impl ObjectWriter<'_> {
         Err(changing(READS))
     }
 
-    /// Stages what is in a file, if `same` says when all of it has been read that it is what it was.
+    /// Stages what is in a file of some size, if `same` says when all of it has been read that it is what it was.
     fn read(
         &self,
         slot: u32,
-        file: &mut File,
+        (file, size): (&mut File, u64),
+        buffer: &mut Vec<u8>,
         path: impl Fn() -> PathBuf,
         same: impl FnOnce(&File) -> Result<Option<Stat>>,
     ) -> Result<Option<(Data, Stat)>> {
-        let mut buffer = vec![0; 256 << 10];
-        let mut have = fill(file, &mut buffer).doing("read", path())?;
-        if have < buffer.len() {
+        buffer.resize(BUFFER, 0);
+        // A file that is longer now is another one than it was.
+        let most = size.min(BUFFER as u64) as usize;
+        let mut have = fill(file, &mut buffer[..most]).doing("read", path())?;
+        if size < BUFFER as u64 {
             let Some(stat) = same(file)? else { return Ok(None) };
             let data = if have <= INLINE_LIMIT {
                 Data::Inline(buffer[..have].to_vec())
             } else {
-                self.put(&[&buffer[..have]])?
+                self.put_and_keep(&buffer[..have])?
             };
             return Ok(Some((data, stat)));
         }
@@ -102,7 +106,7 @@ impl ObjectWriter<'_> {
             } else {
                 incoming.data(&buffer[..have])?;
             }
-            have = fill(file, &mut buffer).doing("read", path())?;
+            have = fill(file, buffer).doing("read", path())?;
         }
         match same(file)? {
             Some(stat) => incoming.end().map(|data| Some((data, stat))),

@@ -16,8 +16,17 @@ pub(crate) enum Job {
     Small(Vec<SmallFile>),
     /// A file that is still being read.
     Stream { slot: u32, pieces: Receiver<Piece> },
-    /// A file of the host that is to be read.
-    HostFile { slot: u32, directory: Arc<HostDirectory>, name: Vec<u8>, seen: Stamp },
+    /// Files in one directory of the host that are to be read.
+    HostFiles { directory: Arc<HostDirectory>, files: Vec<SeenFile> },
+}
+
+/// A file of the host, as the walker has seen it.
+#[derive(Debug)]
+pub(crate) struct SeenFile {
+    /// Where its digest goes.
+    pub(crate) slot: u32,
+    pub(crate) name: Vec<u8>,
+    pub(crate) stamp: Stamp,
 }
 
 /// A file in memory.

@@ -1,8 +1,7 @@
 //! The tar of a tree, always the same for the same tree: entries in the order of their names, parents first, ustar
 //! headers without user names, PAX records for what does not fit.
 
-use std::fs::File;
-use std::io::{Read as _, Write};
+use std::io::{Read, Write};
 
 use kiln_contract::Digest;
 use kiln_erofs::{Attributes, Content, Data, Node, NodeId, Tree};
@@ -20,20 +19,20 @@ use crate::{Result, StoreError, overlay};
 /// deep enough would make a tar of any size.
 ///
 /// Sockets are left out: tar has no form for them, and they mean nothing without their process.
-pub(crate) fn write_tree(
+pub(crate) fn write_tree<R: Read>(
     tree: &Tree,
     out: &mut impl Write,
-    open: impl Fn(&Digest) -> Result<File>,
+    open: impl Fn(&Digest) -> Result<R>,
 ) -> Result<u64> {
     write_below(tree, NodeId::ROOT, out, open)
 }
 
 /// As [`write_tree`], of one directory of the tree, which is `./` in the tar.
-pub(crate) fn write_below(
+pub(crate) fn write_below<R: Read>(
     tree: &Tree,
     top: NodeId,
     out: &mut impl Write,
-    open: impl Fn(&Digest) -> Result<File>,
+    open: impl Fn(&Digest) -> Result<R>,
 ) -> Result<u64> {
     let mut tar = TarWriter { out, written: 0, buffer: Vec::new() };
     let mut first_names: std::collections::HashMap<NodeId, Vec<u8>> = std::collections::HashMap::new();
@@ -148,7 +147,7 @@ impl<W: Write> TarWriter<'_, W> {
         self.header(&path, b'0', &Attributes::default(), &Extra::default())
     }
 
-    fn object(&mut self, digest: &Digest, size: u64, mut file: File) -> Result<()> {
+    fn object(&mut self, digest: &Digest, size: u64, mut file: impl Read) -> Result<()> {
         self.buffer.resize(256 << 10, 0);
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut left = size;
