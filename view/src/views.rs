@@ -27,7 +27,7 @@ mod startup;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -418,7 +418,7 @@ impl Views {
         let directory = self.directory(&record.name);
         let write = || -> io::Result<()> {
             let mut file = tempfile::NamedTempFile::new_in(&directory)?;
-            serde_json::to_writer(&mut file, record)?;
+            file.write_all(&serde_json::to_vec(record)?)?;
             file.persist(directory.join("view.json"))?;
             Ok(())
         };

@@ -20,7 +20,7 @@ use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid};
 use super::Owners;
 use super::attributes::{NOTHING, OverlayNames, kind, lower_attributes, send_xattr};
 use super::edit::{Editable, Upper};
-use super::objects::{RecentObjects, read_at};
+use super::objects::RecentObjects;
 use super::space::{FOR_EVER, ROOT, Space};
 use crate::objects::Objects;
 use crate::userns;
@@ -338,7 +338,7 @@ impl Filesystem for Served {
                     },
                 };
                 let mut reply = Some(reply);
-                let read = read_at(&file, offset, size as usize, |bytes| {
+                let read = file.read(offset, size as usize, |bytes| {
                     if let Some(reply) = reply.take() {
                         reply.data(bytes);
                     }

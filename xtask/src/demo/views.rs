@@ -91,13 +91,21 @@ pub(super) fn run(
         kiln.output(["fs", "push", "--quiet", "--compression", "zstd:chunked", &environment])?;
         Ok(((), expect_layers(&environment, 7)?))
     })?;
-    story.step("the same from an empty store, on demand: files come when they are opened", || {
-        let elsewhere = Kiln::new(program, user)?;
-        let words = ["fs", "run", "--pull", "lazy", &environment, "--", RENDER, "shot 4"];
-        let said = elsewhere.output(words)?;
-        expect(&said, "pilot: shot 4 in wide with cloth")?;
-        Ok(((), said))
-    })?;
+    story.step(
+        "the same from an empty store on demand: it runs, and what it did not open has not come",
+        || {
+            let elsewhere = Kiln::new(program, user)?;
+            let said =
+                elsewhere.output(["fs", "run", "--pull", "lazy", &environment, "--", RENDER, "shot 4"])?;
+            expect(&said, "pilot: shot 4 in wide with cloth")?;
+            let here = elsewhere.output(["image", "ls"])?;
+            expect(&here, "partly here")?;
+            elsewhere.output(["fs", "pull", "--quiet", &environment])?;
+            let whole = elsewhere.output(["fs", "run", &environment, "--", RENDER, "shot 5"])?;
+            expect(&whole, "pilot: shot 5 in wide with cloth")?;
+            Ok(((), format!("{said}\n{here}\n{whole}")))
+        },
+    )?;
     two_at_once(story, &kiln, user, &environment)?;
     story.step("clean up: nothing stays behind", || {
         kiln.output(["fs", "runtimes", "prune"])?;

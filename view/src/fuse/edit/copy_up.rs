@@ -9,7 +9,6 @@ use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps, XattrFlags};
 use rustix::io::{Errno, Result};
 
 use super::super::Owners;
-use super::handles::Source;
 use super::nodes::{Id, Node, Nodes};
 use super::parents::Parents;
 use super::place::Place;
@@ -187,12 +186,13 @@ impl Union {
     }
 
     fn copy_data(&self, inode: &Inode<'static>, mut to: &File, wanted: u64) -> Result<()> {
-        match self.lower_source(inode)? {
-            Source::Bytes(bytes) => {
+        match self.object(inode)? {
+            None => {
+                let bytes = inode.embedded().map_err(|error| damaged(&error))?;
                 let end = usize::try_from(wanted).unwrap_or(usize::MAX).min(bytes.len());
                 to.write_all(&bytes[..end]).map_err(|error| errno(&error))
             }
-            Source::File(from) => {
+            Some(from) => {
                 // Shared blocks where the file system has that; else the kernel copies, where it can.
                 if wanted == inode.size() && rustix::fs::ioctl_ficlone(to, &from).is_ok() {
                     return Ok(());

@@ -336,14 +336,17 @@ impl Union {
     }
 
     /// What is read from a file of the tree.
-    pub(super) fn lower_source(&self, inode: &Inode<'static>) -> Result<Source> {
-        match inode.object().map_err(|error| damaged(&error))? {
-            Some(digest) => {
-                let file = self.objects.open(&digest, inode.size());
-                file.map(Source::File).map_err(|_| Errno::IO)
-            }
+    fn lower_source(&self, inode: &Inode<'static>) -> Result<Source> {
+        match self.object(inode)? {
+            Some(file) => Ok(Source::Object(file.into())),
             None => inode.embedded().map(Source::Bytes).map_err(|error| damaged(&error)),
         }
+    }
+
+    /// The object that has the bytes of a file of the tree, if it does not have them itself.
+    pub(super) fn object(&self, inode: &Inode<'static>) -> Result<Option<File>> {
+        let digest = inode.object().map_err(|error| damaged(&error))?;
+        digest.map(|digest| self.objects.open(&digest, inode.size())).transpose().map_err(|_| Errno::IO)
     }
 
     /// Opens a file; one that is to be written must have been copied up.
