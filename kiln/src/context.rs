@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use kiln_contract::{Digest, ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
+use kiln_contract::{ErrorKind, Home, InstanceId, InstanceRecord, RuntimeBackend, Stdio};
 use kiln_instance::Volumes;
 use kiln_net::Networks;
 use kiln_registry::{Config, Registry};
@@ -92,7 +92,13 @@ impl Context {
     }
 
     /// The same for each image that has one of these layers.
-    pub(crate) fn whole_layers(&self, store: &Store, layers: &[Digest], config: &Config) -> Result<()> {
+    #[cfg(target_os = "linux")]
+    pub(crate) fn whole_layers(
+        &self,
+        store: &Store,
+        layers: &[kiln_contract::Digest],
+        config: &Config,
+    ) -> Result<()> {
         for image in store.lazy_among(layers)? {
             self.whole(store, image, config.clone(), false)?;
         }

@@ -48,7 +48,6 @@ pub(crate) mod volume;
 pub(crate) mod wait;
 pub(crate) mod workload;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -125,7 +124,8 @@ impl Default for RegistryArgs {
 
 impl RegistryArgs {
     /// The same, as a command line has it.
-    pub(crate) fn to_arguments(&self) -> Vec<OsString> {
+    #[cfg(target_os = "linux")]
+    pub(crate) fn to_arguments(&self) -> Vec<std::ffi::OsString> {
         let paths = [
             ("--authfile", &self.authfile),
             ("--registries-conf", &self.registries_conf),
