@@ -14,6 +14,7 @@ mod change;
 mod copy_up;
 mod handles;
 mod leaving;
+mod listings;
 mod nodes;
 mod parents;
 mod place;

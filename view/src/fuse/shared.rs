@@ -108,8 +108,8 @@ struct Tree {
 }
 
 enum Server {
-    ReadOnly(Served),
-    Editable(Editable),
+    ReadOnly(Box<Served>),
+    Editable(Box<Editable>),
 }
 
 impl Tree {
@@ -124,14 +124,14 @@ impl Tree {
         })?;
         let objects = Objects::of(objects, fetcher.cloned())?;
         let server = match scratch {
-            None => Server::ReadOnly(Served::among_others(image, objects, owners, space)),
+            None => Server::ReadOnly(Box::new(Served::among_others(image, objects, owners, space))),
             Some(scratch) => {
                 let upper = Upper::open(scratch, crate::userns::is_root_of_host())?;
                 let editable = Editable::new(image, objects, upper, owners, space).map_err(|error| {
                     let what = format!("cannot open the scratch {}", scratch.upper.display());
                     BackendError::caused(what, error)
                 })?;
-                Server::Editable(editable)
+                Server::Editable(Box::new(editable))
             }
         };
         Ok(Self { server, _mapping: mapping })
@@ -139,8 +139,8 @@ impl Tree {
 
     fn server(&self) -> &dyn Filesystem {
         match &self.server {
-            Server::ReadOnly(served) => served,
-            Server::Editable(editable) => editable,
+            Server::ReadOnly(served) => &**served,
+            Server::Editable(editable) => &**editable,
         }
     }
 

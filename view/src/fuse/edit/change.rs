@@ -130,7 +130,7 @@ impl Union {
         if !found.is_directory() {
             return Err(Errno::NOTDIR);
         }
-        if !self.listing(found.id)?.is_empty() {
+        if !self.is_empty(found.id)? {
             return Err(Errno::NOTEMPTY);
         }
         let below = self.lower_child(parent, name)?.is_some();

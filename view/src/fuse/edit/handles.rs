@@ -1,4 +1,4 @@
-//! Open files and listings.
+//! Open files.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -12,7 +12,6 @@ use rustix::io::{Errno, Result};
 use super::super::objects::{OpenObject, read_at};
 use super::copy_up::errno;
 use super::nodes::Id;
-use super::union::Listed;
 
 /// Where the bytes of an open file are.
 #[derive(Debug)]
@@ -38,7 +37,6 @@ pub(super) struct Handles {
     files: RwLock<HashMap<u64, Arc<Handle>>>,
     /// Those that read from the tree what may be copied up yet, by file.
     of_tree: RwLock<HashMap<Id, Vec<u64>>>,
-    listings: RwLock<HashMap<u64, Arc<Vec<Listed>>>>,
     last: AtomicU64,
 }
 
@@ -80,28 +78,6 @@ impl Handles {
             }
         }
         Ok(())
-    }
-
-    /// Keeps a listing for who reads it piece by piece.
-    pub(super) fn open_listing(&self, listing: Vec<Listed>) -> u64 {
-        let number = self.new_number();
-        write(&self.listings).insert(number, Arc::new(listing));
-        number
-    }
-
-    /// Replaces a listing by one of now.
-    pub(super) fn renew_listing(&self, number: u64, listing: Vec<Listed>) -> Arc<Vec<Listed>> {
-        let listing = Arc::new(listing);
-        write(&self.listings).insert(number, Arc::clone(&listing));
-        listing
-    }
-
-    pub(super) fn listing(&self, number: u64) -> Result<Arc<Vec<Listed>>> {
-        read(&self.listings).get(&number).cloned().ok_or(Errno::BADF)
-    }
-
-    pub(super) fn close_listing(&self, number: u64) {
-        write(&self.listings).remove(&number);
     }
 }
 

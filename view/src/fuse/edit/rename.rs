@@ -96,7 +96,7 @@ impl Union {
         match (source.is_directory(), target.is_directory()) {
             (false, true) => Err(Errno::ISDIR),
             (true, false) => Err(Errno::NOTDIR),
-            (true, true) if !self.listing(target.id)?.is_empty() => Err(Errno::NOTEMPTY),
+            (true, true) if !self.is_empty(target.id)? => Err(Errno::NOTEMPTY),
             _ => Ok(()),
         }
     }

@@ -16,16 +16,19 @@ use rustix::fs::{FallocateFlags, FileType, Timespec, Timestamps, UTIME_NOW, UTIM
 use rustix::io::{Errno as Failure, Result};
 
 use super::super::attributes::{NOTHING, send_xattr};
-use super::super::space::FOR_EVER;
+use super::super::space::{FOR_EVER, Space};
 use super::change::{Attributes, Maker, New};
 use super::place::Place;
 use super::rename::Name;
-use super::{Editable, WRITE_MOST, handles};
+use super::{Editable, WRITE_MOST, handles, listings};
 
 /// As the kernel is told.
 fn told(error: Failure) -> Errno {
     Errno::from_i32(error.raw_os_error())
 }
+
+/// What every directory has in it.
+const DOTS: [&str; 2] = [".", ".."];
 
 fn answer(result: Result<()>, reply: ReplyEmpty) {
     match result {
@@ -70,7 +73,9 @@ impl Filesystem for Editable {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, times: u64) {
-        self.union().nodes.forget(ino.0, times);
+        let mut union = self.union();
+        union.listings.forget(ino.0);
+        union.nodes.forget(ino.0, times);
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
@@ -331,29 +336,31 @@ impl Filesystem for Editable {
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let handle = self.space.listing(ino.0, self.handles.open_listing(Vec::new()));
-        reply.opened(FileHandle(handle), self.space.listing_kept(ino.0));
+        if self.space == Space::Whole {
+            // Listings need no handle, and the kernel may keep them: it never asks again.
+            return reply.error(Errno::ENOSYS);
+        }
+        reply.opened(FileHandle(self.space.listing(ino.0, 0)), self.space.listing_kept(ino.0));
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let listing = if offset == 0 {
-            self.union().listing(ino.0).map(|listing| self.handles.renew_listing(fh.0, listing))
-        } else {
-            self.handles.listing(fh.0)
-        };
-        let listing = match listing {
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let mut union = self.union();
+        let listing = match union.listing(ino.0, offset == 0) {
             Ok(listing) => listing,
             Err(error) => return reply.error(told(error)),
         };
-        for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+        for (index, name) in DOTS.into_iter().enumerate().skip(offset as usize) {
             let own = self.space.number(ino.0);
             if reply.add(own, index as u64 + 1, fuser::FileType::Directory, name) {
                 return reply.ok();
             }
         }
-        let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
-        for (index, entry) in listing.iter().enumerate().skip(from) {
-            let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
+        let rest = listings::after(&listing, offset.saturating_sub(DOTS.len() as u64));
+        if rest.is_empty() {
+            union.listings.end(ino.0);
+        }
+        for entry in rest {
+            let (next, name) = (entry.position + DOTS.len() as u64, OsStr::from_bytes(&entry.name));
             if reply.add(self.space.number(entry.id), next, entry.kind, name) {
                 break;
             }
@@ -365,22 +372,18 @@ impl Filesystem for Editable {
         &self,
         _: &Request,
         ino: INodeNo,
-        fh: FileHandle,
+        _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
         let mut union = self.union();
-        let listing = if offset == 0 {
-            union.listing(ino.0).map(|listing| self.handles.renew_listing(fh.0, listing))
-        } else {
-            self.handles.listing(fh.0)
-        };
+        let listing = union.listing(ino.0, offset == 0);
         let (listing, own) = match listing.and_then(|listing| Ok((listing, union.attributes(ino.0)?))) {
             Ok((listing, own)) => (listing, self.told(own)),
             Err(error) => return reply.error(told(error)),
         };
         let remembered = self.space.remembered(ino.0);
-        for (index, name) in [".", ".."].into_iter().enumerate().skip(offset as usize) {
+        for (index, name) in DOTS.into_iter().enumerate().skip(offset as usize) {
             if reply.add(own.ino, index as u64 + 1, name, remembered, &own, Generation(0)) {
                 return reply.ok();
             }
@@ -391,15 +394,18 @@ impl Filesystem for Editable {
         };
         // What was removed has no names.
         let listing = if union.was_removed(ino.0) { &[][..] } else { &listing[..] };
-        let from = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
-        for (index, entry) in listing.iter().enumerate().skip(from) {
+        let rest = listings::after(listing, offset.saturating_sub(DOTS.len() as u64));
+        if rest.is_empty() {
+            union.listings.end(ino.0);
+        }
+        for entry in rest {
             // Asked for again: what was removed since must not come back to the kernel's memory.
             let found = match union.find_in(ino.0, directory.as_ref(), &entry.name) {
                 Ok(Some(found)) => found,
                 Ok(None) => continue,
                 Err(error) => return reply.error(told(error)),
             };
-            let (next, name) = (index as u64 + 3, OsStr::from_bytes(&entry.name));
+            let (next, name) = (entry.position + DOTS.len() as u64, OsStr::from_bytes(&entry.name));
             let attributes = self.told(found.attributes);
             let remembered = self.remembered(&mut union, ino.0, &entry.name);
             if reply.add(attributes.ino, next, name, remembered, &attributes, Generation(0)) {
@@ -407,11 +413,6 @@ impl Filesystem for Editable {
             }
             union.nodes.count(found.id);
         }
-        reply.ok();
-    }
-
-    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        self.handles.close_listing(fh.0);
         reply.ok();
     }
 

@@ -1,9 +1,10 @@
 //! What a view shows: the scratch where it has something, else the tree.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, INodeNo};
@@ -16,6 +17,7 @@ use super::super::attributes::{kind, lower_attributes};
 use super::super::space::ROOT;
 use super::handles::{Handles, Source};
 use super::leaving::Leaving;
+use super::listings::{Listed, Listings};
 use super::nodes::{Id, Node, Nodes};
 use super::parents::Parents;
 use super::place::Place;
@@ -35,7 +37,8 @@ pub(super) struct Union {
     pub(super) nodes: Nodes,
     pub(super) leaving: Leaving,
     pub(super) owners: Owners,
-    pub(super) handles: std::sync::Arc<Handles>,
+    pub(super) handles: Arc<Handles>,
+    pub(super) listings: Listings,
     /// Made when it is first needed.
     pub(super) parents: Option<Parents>,
 }
@@ -54,13 +57,6 @@ impl Found {
     }
 }
 
-/// An entry of a directory, as it was when the directory was opened.
-pub(super) struct Listed {
-    pub(super) name: Cow<'static, [u8]>,
-    pub(super) id: Id,
-    pub(super) kind: fuser::FileType,
-}
-
 /// What is wrong with a tree goes to the log; who reads is told that it cannot be read.
 pub(super) fn damaged(error: &ImageError) -> Errno {
     tracing::error!(%error, "the tree cannot be read");
@@ -73,7 +69,7 @@ impl Union {
         objects: Objects,
         upper: Upper,
         owners: Owners,
-        handles: std::sync::Arc<Handles>,
+        handles: Arc<Handles>,
     ) -> Result<Self> {
         let mut nodes = Nodes::default();
         let inode = rustix::fs::fstat(upper.root())?.st_ino;
@@ -81,7 +77,8 @@ impl Union {
             upper.read_mark(&Place::lost(rustix::io::fcntl_dupfd_cloexec(upper.root(), 0)?), "opaque")?;
         let lower = (opaque.as_deref() != Some(b"y")).then(|| image.root_nid());
         nodes.insert(Some(ROOT), Node::new(inode, true, lower, None));
-        Ok(Self { image, objects, upper, nodes, leaving: Leaving::default(), owners, handles, parents: None })
+        let (leaving, listings) = (Leaving::default(), Listings::default());
+        Ok(Self { image, objects, upper, nodes, leaving, owners, handles, listings, parents: None })
     }
 
     /// The number of an inode of the tree.
@@ -276,56 +273,74 @@ impl Union {
         }
     }
 
-    /// Everything in a directory but `.` and `..`.
-    pub(super) fn listing(&self, id: Id) -> Result<Vec<Listed>> {
-        let mut listed = Vec::new();
-        if self.was_removed(id) {
-            return Ok(listed);
+    /// What is in a directory: what was found for its last piece, if this is not the `first`.
+    pub(super) fn listing(&mut self, id: Id, first: bool) -> Result<Arc<Vec<Listed>>> {
+        if let Some(recent) = self.listings.recent(id).filter(|_| !first) {
+            return Ok(recent);
         }
-        let mut hidden: HashSet<Vec<u8>> = HashSet::new();
-        if let Some(directory) = self.directory(id)? {
-            let readable = rustix::fs::openat(
-                &directory,
-                c".",
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )?;
-            for entry in rustix::fs::Dir::new(readable)? {
-                let entry = entry?;
-                let name = entry.file_name().to_bytes();
-                if name == b"." || name == b".." {
-                    continue;
-                }
-                hidden.insert(name.to_vec());
-                let mut file_type = entry.file_type();
-                if matches!(file_type, rustix::fs::FileType::CharacterDevice | rustix::fs::FileType::Unknown)
-                {
-                    match rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-                        Ok(stat) if is_whiteout(&stat) => continue,
-                        Ok(stat) => file_type = rustix::fs::FileType::from_raw_mode(stat.st_mode),
-                        Err(_) => continue,
+        let (of_tree, of_scratch) = self.entries(id)?;
+        Ok(self.listings.keep(id, of_tree, of_scratch))
+    }
+
+    pub(super) fn is_empty(&self, id: Id) -> Result<bool> {
+        let (of_tree, of_scratch) = self.entries(id)?;
+        Ok(of_tree.is_empty() && of_scratch.is_empty())
+    }
+
+    /// Everything in a directory but `.` and `..`: names that the tree has, in its order, and those of the scratch alone.
+    fn entries(&self, id: Id) -> Result<(Vec<Listed>, Vec<Listed>)> {
+        let (mut of_tree, mut of_scratch) = (Vec::new(), Vec::new());
+        if !self.was_removed(id) {
+            let mut scratch = self.scratch_names(id)?;
+            if let Some(directory) = self.lower_directory(id)? {
+                for (entry, position) in directory.entries(0).zip(1..) {
+                    let entry = entry.map_err(|error| damaged(&error))?;
+                    match scratch.remove(entry.name) {
+                        None => {
+                            let name = Cow::Borrowed(entry.name);
+                            let (id, kind) = (self.number(entry.nid), kind(entry.file_type));
+                            of_tree.push(Listed { name, id, kind, position });
+                        }
+                        Some(Some(found)) => of_tree.push(Listed { position, ..found }),
+                        Some(None) => {}
                     }
                 }
-                listed.push(Listed {
-                    name: Cow::Owned(name.to_vec()),
-                    id: self.nodes.id_of(entry.ino()),
-                    kind: upper_kind(file_type),
-                });
             }
+            of_scratch.extend(scratch.into_values().flatten());
         }
-        if let Some(directory) = self.lower_directory(id)? {
-            for entry in directory.entries(0) {
-                let entry = entry.map_err(|error| damaged(&error))?;
-                if !hidden.contains(entry.name) {
-                    listed.push(Listed {
-                        name: Cow::Borrowed(entry.name),
-                        id: self.number(entry.nid),
-                        kind: kind(entry.file_type),
-                    });
+        Ok((of_tree, of_scratch))
+    }
+
+    /// What the scratch has in a directory; `None` for a name that is hidden.
+    fn scratch_names(&self, id: Id) -> Result<HashMap<Vec<u8>, Option<Listed>>> {
+        let mut names = HashMap::new();
+        let Some(directory) = self.directory(id)? else { return Ok(names) };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let readable = rustix::fs::openat(&directory, c".", flags, Mode::empty())?;
+        for entry in rustix::fs::Dir::new(readable)? {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            let mut file_type = entry.file_type();
+            let mut hidden = false;
+            if matches!(file_type, rustix::fs::FileType::CharacterDevice | rustix::fs::FileType::Unknown) {
+                match rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Ok(stat) if is_whiteout(&stat) => hidden = true,
+                    Ok(stat) => file_type = rustix::fs::FileType::from_raw_mode(stat.st_mode),
+                    Err(_) => hidden = true,
                 }
             }
+            let found = (!hidden).then(|| Listed {
+                name: Cow::Owned(name.to_vec()),
+                id: self.nodes.id_of(entry.ino()),
+                kind: upper_kind(file_type),
+                position: 0,
+            });
+            names.insert(name.to_vec(), found);
         }
-        Ok(listed)
+        Ok(names)
     }
 
     pub(super) fn read_link(&self, id: Id) -> Result<Vec<u8>> {
