@@ -12,8 +12,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use tokio::io::ReadBuf;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use super::watched;
@@ -28,7 +28,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An open port.
 #[derive(Debug)]
-pub(crate) struct Port(State);
+pub(super) struct Port {
+    state: State,
+    /// How often what is waited for was replaced.
+    pub(super) changes: u64,
+}
 
 #[derive(Debug)]
 enum State {
@@ -40,7 +44,7 @@ enum State {
 
 impl Port {
     /// Finds the port by its name (its number depends on what other devices there are) and opens it.
-    pub(crate) fn open() -> Result<Self, Failure> {
+    pub(super) fn open() -> Result<Self, Failure> {
         let begun = std::time::Instant::now();
         let path = loop {
             if let Some(path) = find() {
@@ -57,13 +61,20 @@ impl Port {
             .custom_flags(libc::O_NONBLOCK)
             .open(&path)
             .doing(format_args!("open {path}"))?;
-        Ok(Self(State::Away(file, Box::pin(tokio::time::sleep(Duration::ZERO)))))
+        Ok(Self::of(file))
+    }
+
+    /// A port that is open, and must not block.
+    pub(super) fn of(file: File) -> Self {
+        Self { state: State::Away(file, Box::pin(tokio::time::sleep(Duration::ZERO))), changes: 0 }
     }
 
     /// The port, once there is a host.
     fn poll_here(&mut self, context: &mut Context<'_>) -> Poll<io::Result<&AsyncFd<File>>> {
-        while let State::Away(file, sleep) = &mut self.0 {
+        while let State::Away(file, sleep) = &mut self.state {
             ready!(sleep.as_mut().poll(context));
+            // A timer knows one who waits for it.
+            self.changes += 1;
             let hung_up = {
                 let mut looked = [PollFd::new(file, PollFlags::IN)];
                 poll(&mut looked, Some(&rustix::event::Timespec::default()))?;
@@ -73,18 +84,19 @@ impl Port {
                 sleep.as_mut().reset(tokio::time::Instant::now() + LOOK);
                 continue;
             }
-            let State::Away(file, _) = std::mem::replace(&mut self.0, State::Between) else { continue };
-            self.0 = State::Here(watched(file)?);
+            let State::Away(file, _) = std::mem::replace(&mut self.state, State::Between) else { continue };
+            self.state = State::Here(watched(file)?);
         }
-        match &self.0 {
+        match &self.state {
             State::Here(port) => Poll::Ready(Ok(port)),
             _ => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
     }
 
     fn host_has_gone(&mut self) {
-        if let State::Here(port) = std::mem::replace(&mut self.0, State::Between) {
-            self.0 = State::Away(port.into_inner(), Box::pin(tokio::time::sleep(LOOK)));
+        if let State::Here(port) = std::mem::replace(&mut self.state, State::Between) {
+            self.state = State::Away(port.into_inner(), Box::pin(tokio::time::sleep(LOOK)));
+            self.changes += 1;
         }
     }
 }
@@ -99,9 +111,10 @@ fn find() -> Option<String> {
     None
 }
 
-impl AsyncRead for Port {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
+impl Port {
+    /// As [`tokio::io::AsyncRead::poll_read`].
+    pub(super) fn poll_read(
+        &mut self,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
@@ -122,14 +135,9 @@ impl AsyncRead for Port {
             }
         }
     }
-}
 
-impl AsyncWrite for Port {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    /// As [`tokio::io::AsyncWrite::poll_write`].
+    pub(super) fn poll_write(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let port = ready!(self.poll_here(context))?;
             let mut guard = ready!(port.poll_write_ready(context))?;
@@ -140,13 +148,5 @@ impl AsyncWrite for Port {
                 Err(_) => {}
             }
         }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 }

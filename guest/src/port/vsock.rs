@@ -6,12 +6,11 @@
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, accept_with, listen, socket_with};
+use tokio::io::ReadBuf;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::watched;
 use crate::failure::{Doing as _, Failure, failed};
@@ -21,14 +20,16 @@ const BACKLOG: i32 = 2;
 
 /// A port that is listened on.
 #[derive(Debug)]
-pub(crate) struct Port {
+pub(super) struct Port {
     listener: AsyncFd<File>,
     connection: Option<AsyncFd<File>>,
+    /// How often what is waited for was replaced.
+    pub(super) changes: u64,
 }
 
 impl Port {
     /// Listens on the port `number`, for whatever address the machine has.
-    pub(crate) fn open(number: u32) -> Result<Self, Failure> {
+    pub(super) fn open(number: u32) -> Result<Self, Failure> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)
             .doing("make a vsock socket for the link")?;
@@ -43,7 +44,11 @@ impl Port {
             return Err(failed(format_args!("bind the vsock port {number}"), io::Error::last_os_error()));
         }
         listen(&socket, BACKLOG).doing("listen for the host")?;
-        Ok(Self { listener: watched(File::from(socket)).doing("watch the link")?, connection: None })
+        Ok(Self {
+            listener: watched(File::from(socket)).doing("watch the link")?,
+            connection: None,
+            changes: 0,
+        })
     }
 
     /// The connection, once there is one.
@@ -52,7 +57,10 @@ impl Port {
             let mut guard = ready!(self.listener.poll_read_ready(context))?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             match guard.try_io(|listener| Ok(accept_with(listener.get_ref(), flags)?)) {
-                Ok(Ok(socket)) => self.connection = Some(watched(File::from(socket))?),
+                Ok(Ok(socket)) => {
+                    self.connection = Some(watched(File::from(socket))?);
+                    self.changes += 1;
+                }
                 // It went before it was here.
                 Ok(Err(error)) if is_gone(&error) => {}
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
@@ -63,6 +71,11 @@ impl Port {
             Some(connection) => Poll::Ready(Ok(connection)),
             None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
         }
+    }
+
+    fn host_has_gone(&mut self) {
+        self.connection = None;
+        self.changes += 1;
     }
 }
 
@@ -78,9 +91,10 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
-impl AsyncRead for Port {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
+impl Port {
+    /// As [`tokio::io::AsyncRead::poll_read`].
+    pub(super) fn poll_read(
+        &mut self,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
@@ -88,41 +102,28 @@ impl AsyncRead for Port {
             let connection = ready!(self.poll_here(context))?;
             let mut guard = ready!(connection.poll_read_ready(context))?;
             match guard.try_io(|connection| connection.get_ref().read(buffer.initialize_unfilled())) {
-                Ok(Ok(0)) => self.connection = None,
+                Ok(Ok(0)) => self.host_has_gone(),
                 Ok(Ok(count)) => {
                     buffer.advance(count);
                     return Poll::Ready(Ok(()));
                 }
-                Ok(Err(error)) if is_gone(&error) => self.connection = None,
+                Ok(Err(error)) if is_gone(&error) => self.host_has_gone(),
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
                 Err(_) => {}
             }
         }
     }
-}
 
-impl AsyncWrite for Port {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    /// As [`tokio::io::AsyncWrite::poll_write`].
+    pub(super) fn poll_write(&mut self, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let connection = ready!(self.poll_here(context))?;
             let mut guard = ready!(connection.poll_write_ready(context))?;
             match guard.try_io(|connection| connection.get_ref().write(bytes)) {
-                Ok(Err(error)) if is_gone(&error) => self.connection = None,
+                Ok(Err(error)) if is_gone(&error) => self.host_has_gone(),
                 Ok(written) => return Poll::Ready(written),
                 Err(_) => {}
             }
         }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
     }
 }
