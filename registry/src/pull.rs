@@ -436,7 +436,8 @@ impl Pull<'_> {
         diff_id: Digest,
         blob: Blob,
     ) -> Result<()> {
-        if self.options.lazy {
+        // One that is here and was whole is to be whole again.
+        if self.options.lazy && self.store.layer_of_diff_id(&diff_id)?.is_none() {
             match self.lazy_layer(scope, descriptor, diff_id, &blob).await? {
                 Ok(()) => return Ok(()),
                 Err(why) => {

@@ -144,6 +144,8 @@ impl Store {
             }
             if let Err(error) = Record::open(&path) {
                 findings.add(&path, error);
+                // It is made again with the tree.
+                findings.trees.extend(head.map(|head| head.layer));
             }
         }
         Ok(())

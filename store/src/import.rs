@@ -190,11 +190,11 @@ impl<'s> StagedLayer<'s> {
         let mut hasher = Hasher::new();
         let open = |digest: &Digest| self.objects.open(digest);
         let tar_size = thread::scope(|scope| {
-            if self.objects.counts().0 >= MANY {
-                // The disk takes its time for many objects: it may begin. Whether it succeeds is asked later.
-                scope.spawn(|| self.staging.sync());
-            }
-            crate::tar::write::write_tree(&tree, &mut hasher, open)
+            // The disk takes its time for many objects: it may begin. An error of it is told once only.
+            let begun = (self.objects.counts().0 >= MANY).then(|| scope.spawn(|| self.staging.sync()));
+            let written = crate::tar::write::write_tree(&tree, &mut hasher, open);
+            begun.map_or(Ok(()), join)?;
+            written
         })?;
         let (entries, diff_id) = (tree.len() as u64, hasher.finish());
         self.publish(&NewLayer { tree, diff_id, tar_size, entries })

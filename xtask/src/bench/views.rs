@@ -358,7 +358,10 @@ pub(super) fn commits(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
     };
     let mut round = 0;
     let copy = format!("cp -r {} @/new", plain.display());
-    let [many, tar, one] = medians(
+    let copies = bed.directory.path().join("copies");
+    fs::create_dir(&copies).map_err(|error| format!("cannot make {}: {error}", copies.display()))?;
+    let mut copied = 0;
+    let [many, tar, files_copied, one] = medians(
         5,
         [
             Box::new(|| {
@@ -374,6 +377,12 @@ pub(super) fn commits(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
                 );
                 timed(|| quietly(&mut shell(&script)))
             }),
+            // What it takes to have so many files on the disk at all.
+            Box::new(|| {
+                copied += 1;
+                let (from, to) = (plain.display(), copies.display());
+                timed(|| quietly(&mut shell(&format!("cp -r {from} {to}/{copied} && sync -f {to}"))))
+            }),
             Box::new(|| commit("bench/most:1", "date > @/changed")),
         ],
     )?;
@@ -381,7 +390,7 @@ pub(super) fn commits(program: &Path, _: &Images) -> Outcome<Vec<Row>> {
         ratio_row(
             &format!("commit of {files} new small files"),
             many,
-            &[("`tar` and `sha256sum` of the same", tar)],
+            &[("`tar` and `sha256sum` of the same", tar), ("`cp -r` and `sync` of the same", files_copied)],
             0.7,
         ),
         bounded(&format!("commit of one file among {most}"), one, 0.060),

@@ -226,7 +226,8 @@ fn pull(context: &Context, store: &Store, reference: &str, pulling: &PullArgs) -
                 context.whole(store, image, config.clone(), false)?;
                 continue;
             }
-            Ok(_) | Err(StoreError::NotFound { .. }) => {}
+            // What lacks something in the store is pulled as if it were not there.
+            Ok(_) | Err(StoreError::NotFound { .. } | StoreError::Missing { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         let options = PullOptions {

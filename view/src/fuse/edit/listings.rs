@@ -11,8 +11,9 @@ use std::sync::Arc;
 
 use super::nodes::Id;
 
-/// Listings that are kept for their next pieces.
+/// So many listings are kept for their next pieces, and so many entries of them together.
 const KEPT: usize = 64;
+const KEPT_ENTRIES: usize = 1 << 18;
 /// Where the positions of names begin that the tree does not have. No directory of a tree has so many.
 const OF_SCRATCH: u64 = 1 << 40;
 
@@ -30,7 +31,9 @@ pub(super) struct Listed {
 #[derive(Debug, Default)]
 pub(super) struct Listings {
     recent: HashMap<Id, Arc<Vec<Listed>>>,
+    /// The one that was read last is the last.
     order: VecDeque<Id>,
+    entries: usize,
     given: HashMap<Id, Given>,
 }
 
@@ -43,8 +46,11 @@ struct Given {
 
 impl Listings {
     /// The listing that is being read.
-    pub(super) fn recent(&self, directory: Id) -> Option<Arc<Vec<Listed>>> {
-        self.recent.get(&directory).cloned()
+    pub(super) fn recent(&mut self, directory: Id) -> Option<Arc<Vec<Listed>>> {
+        let listing = Arc::clone(self.recent.get(&directory)?);
+        self.order.retain(|kept| *kept != directory);
+        self.order.push_back(directory);
+        Some(listing)
     }
 
     /// Keeps a listing, in the order of its positions: `of_tree` in the tree's order, `of_scratch` in any, without positions.
@@ -71,12 +77,13 @@ impl Listings {
         let mut listing = of_tree;
         listing.append(&mut of_scratch);
         let listing = Arc::new(listing);
-        if self.recent.insert(directory, Arc::clone(&listing)).is_none() {
-            self.order.push_back(directory);
-            if self.order.len() > KEPT
-                && let Some(oldest) = self.order.pop_front()
-            {
-                self.recent.remove(&oldest);
+        self.end(directory);
+        self.entries += listing.len();
+        self.recent.insert(directory, Arc::clone(&listing));
+        self.order.push_back(directory);
+        while self.order.len() > KEPT || self.entries > KEPT_ENTRIES && self.order.len() > 1 {
+            if let Some(oldest) = self.order.front().copied() {
+                self.end(oldest);
             }
         }
         listing
@@ -84,7 +91,8 @@ impl Listings {
 
     /// A listing was read to its end.
     pub(super) fn end(&mut self, directory: Id) {
-        if self.recent.remove(&directory).is_some() {
+        if let Some(listing) = self.recent.remove(&directory) {
+            self.entries -= listing.len();
             self.order.retain(|kept| *kept != directory);
         }
     }
@@ -141,5 +149,11 @@ mod tests {
         assert_eq!((listings.recent.len(), listings.order.len(), listings.given.len()), (KEPT, KEPT, 0));
         listings.end(999);
         assert!(listings.recent(999).is_none() && listings.recent(998).is_some());
+        let many = || (1..KEPT_ENTRIES as u64).map(|position| listed("a", position)).collect();
+        listings.keep(1, many(), Vec::new());
+        listings.keep(2, many(), Vec::new());
+        assert_eq!((listings.order.len(), listings.entries), (1, KEPT_ENTRIES - 1));
+        listings.forget(2);
+        assert_eq!(listings.entries, 0);
     }
 }

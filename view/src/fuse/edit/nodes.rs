@@ -103,16 +103,18 @@ impl Nodes {
         }
     }
 
-    /// The kernel forgets a number that it was given `times` times.
-    pub(super) fn forget(&mut self, id: Id, times: u64) {
-        let Some(node) = self.nodes.get_mut(&id) else { return };
+    /// The kernel forgets a number that it was given `times` times. Whether it does not know it any more.
+    pub(super) fn forget(&mut self, id: Id, times: u64) -> bool {
+        let Some(node) = self.nodes.get_mut(&id) else { return true };
         node.lookups = node.lookups.saturating_sub(times);
+        let forgotten = node.lookups == 0;
         let removed = node.names.is_empty() && id != ROOT;
         let unknown = node.lookups == 0 && !Self::is_of_tree(id);
         // The kernel forgets all at once. A directory stays as long as it has a name: others have their names in it.
         if removed && (unknown || Self::is_of_tree(id)) || unknown && !node.is_directory {
             self.drop_node(id);
         }
+        forgotten
     }
 
     fn drop_node(&mut self, id: Id) {

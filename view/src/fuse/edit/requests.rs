@@ -74,8 +74,9 @@ impl Filesystem for Editable {
 
     fn forget(&self, _: &Request, ino: INodeNo, times: u64) {
         let mut union = self.union();
-        union.listings.forget(ino.0);
-        union.nodes.forget(ino.0, times);
+        if union.nodes.forget(ino.0, times) {
+            union.listings.forget(ino.0);
+        }
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
