@@ -17,7 +17,6 @@ mod slirp;
 mod table;
 mod view_trees;
 mod views;
-mod views_on_demand;
 
 use std::process::Command;
 
