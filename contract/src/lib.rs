@@ -25,6 +25,7 @@ mod platform;
 mod progress;
 mod quantity;
 mod runtime;
+mod spec;
 mod view;
 
 pub use backend::{BackendError, Capabilities, Capability, ErrorKind};
@@ -35,10 +36,7 @@ pub use disk::{
 pub use home::{Home, InstanceDir};
 pub use hypervisor::{BootConfig, Driver, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
 pub use instance::{
-    CpuLimit, ExitStatus, HealthCheck, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceSpec,
-    InstanceStatus, Isolation, MachineSpec, MountKind, MountSpec, NetworkSpec, ProcessId, ProcessSpec,
-    Protocol, PublishSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec, StopSpec, TmpfsOptions,
-    Ulimit,
+    ExitStatus, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceStatus, ProcessId,
 };
 pub use network::{Attachment, NetworkBackend, NetworkRequest};
 pub use platform::Platform;
@@ -47,5 +45,10 @@ pub use quantity::{ByteSize, HumanDuration, QuantityError};
 pub use runtime::{
     AttachEnd, AttachOptions, Change, ChangeKind, CommitOptions, ExecSpec, LogLine, LogQuery, LogStream,
     ProcessTable, RemoveOptions, RuntimeBackend, Snapshot, SnapshotOptions, StartMode, Stats, Stdio, Update,
+};
+pub use spec::{
+    CpuLimit, HealthCheck, InstanceSpec, Isolation, MachineSpec, MountKind, MountSpec, NetworkSpec,
+    ProcessSpec, Protocol, PublishSpec, Resources, RestartPolicy, RuntimeChoice, SecuritySpec, StopSpec,
+    TmpfsOptions, Ulimit,
 };
 pub use view::{Scratch, ViewBackend, ViewRequest};

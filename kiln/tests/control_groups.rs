@@ -26,7 +26,7 @@ static HOST: LazyLock<Option<Home>> = LazyLock::new(|| {
         return None;
     }
     let busybox = kiln_fixtures::busybox_rootfs()?;
-    let home = Home::new();
+    let home = Home::new().until_the_end();
     let kernels = Kernels::open(&kiln_contract::Home::at(home.path()));
     kernels.install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();
     let root = home.beside("root");

@@ -14,7 +14,7 @@ use common::{Home, IMAGE, finish, finish_within, until};
 use rustix::process::{Pid, Signal, kill_process};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
-    let home = Home::with_kernel()?;
+    let home = Home::with_kernel()?.until_the_end();
     // The template of machines that have a disk is made at the second start of one.
     home.ok(["create", "--vm", "--memory", "256m", "--name", "warm", IMAGE, "true"]);
     for _ in 0..2 {

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
     kiln_fixtures::require("nft")?;
-    let home = Home::with_kernel()?;
+    let home = Home::with_kernel()?.until_the_end();
     // A program that speaks UDP, which busybox does not.
     common::compile("udp", &home.beside("udp"));
     Some(home)

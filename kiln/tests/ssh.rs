@@ -19,7 +19,7 @@ static HOME: LazyLock<Option<Home>> = LazyLock::new(|| {
     kiln_fixtures::require("scp")?;
     kiln_fixtures::require("sftp")?;
     let package = kiln_fixtures::debian_kernel()?;
-    let home = Home::with_busybox()?;
+    let home = Home::with_busybox()?.until_the_end();
     let kernels = Kernels::open(&kiln_contract::Home::at(home.path()));
     kernels.install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();
     let ended = home.kiln(["run", "--vm", "--rm", "--memory", "256m", IMAGE, "true"]);
@@ -66,16 +66,6 @@ fn host_key(home: &Home, name: &str) -> String {
     line.trim().to_owned()
 }
 
-/// The state of a generator is all there is to these bytes.
-fn noise(count: usize) -> Vec<u8> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        state.to_le_bytes()[6]
-    };
-    (0..count).map(|_| next()).collect()
-}
-
 #[test]
 fn a_machine_without_an_ssh_server_is_logged_in_to_and_files_are_carried() {
     let Some(home) = &*HOME else { return };
@@ -92,7 +82,7 @@ fn a_machine_without_an_ssh_server_is_logged_in_to_and_files_are_carried() {
     assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended:?}");
     assert_eq!(ended.stdout, home.ok(["exec", "dev", "hostname"]) + "\n");
 
-    let content = noise((2 << 20) + 5);
+    let content = kiln_fixtures::noise((2 << 20) + 5, 1);
     let (local, back) = (home.beside("local"), home.beside("back"));
     fs::write(&local, &content).unwrap();
     fs::set_permissions(&local, fs::Permissions::from_mode(0o750)).unwrap();

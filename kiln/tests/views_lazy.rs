@@ -6,24 +6,10 @@ use std::fs;
 use std::process::{Command, Stdio};
 
 use common::place::{Place, fs_run};
-use kiln_fixtures::{RegistryOptions, RegistryServer};
+use kiln_fixtures::{RegistryOptions, RegistryServer, noise};
 
 fn hex(bytes: &[u8]) -> String {
     kiln_contract::Digest::of(bytes).hex()
-}
-
-/// Bytes that do not compress.
-fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64 ^ seed;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(length)
-    .collect()
 }
 
 /// An image in a registry, which is not in the store any more, and its files.

@@ -26,6 +26,7 @@ static BED: LazyLock<Option<Bed>> = LazyLock::new(|| {
     let package = kiln_fixtures::debian_kernel()?;
     let rootfs = kiln_fixtures::busybox_rootfs()?;
     let directory = tempfile::tempdir().unwrap();
+    kiln_fixtures::at_the_end("rm -rf \"$1\"", &[directory.path().as_os_str()]);
     let home = Home::at(directory.path());
     let kernel =
         Kernels::open(&home).install(&Source::Packages(vec![package]), None, &kiln_contract::Silent).unwrap();

@@ -4,6 +4,7 @@ use std::io::{self, BufReader, Read, Write};
 
 use flate2::bufread::MultiGzDecoder;
 use flate2::write::GzEncoder;
+use kiln_store::ZSTD_WINDOW_LOG;
 
 /// How a layer is packed when it leaves the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -21,9 +22,6 @@ const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Frames that carry no data may come first (RFC 8878 §3.1.2): 0x184D2A50 to 0x184D2A5F.
 const ZSTD_SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
-/// What RFC 8878 asks every decoder to accept is 8 MiB; zstd's own `--long` default is 128 MiB. A frame that wants more
-/// could make us allocate gigabytes.
-const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// Unpacks by what the stream itself begins with: media types are often wrong, and no tar begins like these.
 ///

@@ -175,7 +175,7 @@ impl Export<'_> {
             return Ok(done.clone());
         }
         let step = self.progress.begin(Step { name: diff_id.short(), verb: "export", total: None });
-        let packing = Packing { compression, chunked: false };
+        let packing = Packing::Stream(compression);
         let Spooled { mut file, digest, length, .. } = pack::into_file(self.store, diff_id, packing)?;
         let name = path(&digest);
         if self.written.insert(name.clone()) {

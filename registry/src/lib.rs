@@ -66,6 +66,7 @@ pub use config::Config;
 pub use error::{RegistryError, Result};
 pub use export::export;
 pub use import::{Named, import};
+pub use pack::Packing;
 pub use pull::{PullOptions, PullPolicy, Pulled};
 pub use push::{PushOptions, Pushed};
 pub use registry::Registry;

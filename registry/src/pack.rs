@@ -21,12 +21,28 @@ pub(crate) enum Packed {
     Failed(RegistryError),
 }
 
-/// How layers are packed.
+/// How layers are packed for a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Packing {
-    pub(crate) compression: Compression,
-    /// As zstd:chunked, if it is zstd.
-    pub(crate) chunked: bool,
+pub enum Packing {
+    /// As one stream.
+    Stream(Compression),
+    /// With zstd, and so that a part of them can be had alone (zstd:chunked); also those that the registry has in another form.
+    Chunked,
+}
+
+impl Packing {
+    pub(crate) fn compression(self) -> Compression {
+        match self {
+            Self::Stream(compression) => compression,
+            Self::Chunked => Compression::Zstd,
+        }
+    }
+}
+
+impl Default for Packing {
+    fn default() -> Self {
+        Self::Stream(Compression::default())
+    }
 }
 
 /// Where a packed layer has its table of contents; or why it has none, if it was to have one.
@@ -34,13 +50,17 @@ pub(crate) type Table = Option<std::result::Result<TocPlace, String>>;
 
 /// Packs a layer into `out`, which is given back.
 fn pack<W: Write>(store: &Store, diff_id: &Digest, packing: Packing, out: W) -> Result<(W, Table)> {
-    if packing.chunked && packing.compression == Compression::Zstd {
-        let (out, table) = write::pack(store, diff_id, out)?;
-        return Ok((out, Some(table)));
+    match packing {
+        Packing::Chunked => {
+            let (out, table) = write::pack(store, diff_id, out)?;
+            Ok((out, Some(table)))
+        }
+        Packing::Stream(compression) => {
+            let mut compressor = Compressor::new(compression, out).map_err(packing_failed)?;
+            store.export_diff(diff_id, &mut compressor)?;
+            Ok((compressor.finish().map_err(packing_failed)?, None))
+        }
     }
-    let mut compressor = Compressor::new(packing.compression, out).map_err(packing_failed)?;
-    store.export_diff(diff_id, &mut compressor)?;
-    Ok((compressor.finish().map_err(packing_failed)?, None))
 }
 
 /// Packs a layer into chunks of `size` bytes.

@@ -35,10 +35,7 @@ use crate::{RegistryError, Result};
 #[derive(Debug, Clone, Default)]
 pub struct PushOptions {
     /// How layers are packed that the registry does not have.
-    pub compression: Compression,
-    /// Layers of zstd are to be such that a part of them can be had alone (zstd:chunked), also those that the registry
-    /// has in another form.
-    pub chunked: bool,
+    pub packing: Packing,
     /// How many layers are pushed at a time; 3 unless set.
     pub parallel: Option<usize>,
 }
@@ -232,14 +229,9 @@ impl Push<'_> {
         Ok(placed(descriptor, How::Pushed, bytes))
     }
 
-    fn packing(&self) -> Packing {
-        let PushOptions { compression, chunked, .. } = *self.options;
-        Packing { compression, chunked: chunked && compression == Compression::Zstd }
-    }
-
     /// The descriptor of a layer that was packed and sent.
     fn described(&self, layer: &Layer, digest: &Digest, length: u64, table: &Table) -> Descriptor {
-        let media_type = manifest::layer_media_type(self.options.compression);
+        let media_type = manifest::layer_media_type(self.options.packing.compression());
         let mut descriptor = manifest::descriptor(media_type, digest, length);
         match table {
             Some(Ok(place)) => place.annotate(&mut descriptor),
@@ -261,13 +253,14 @@ impl Push<'_> {
         {
             let Ok(digest) = manifest::descriptor_digest(descriptor, "") else { continue };
             let known = candidates.iter().any(|(other, _)| *other == digest);
-            let fits = !self.packing().chunked || matches!(TocPlace::of(descriptor), Ok(Some(_)));
+            let fits =
+                self.options.packing != Packing::Chunked || matches!(TocPlace::of(descriptor), Ok(Some(_)));
             if !known && fits && manifest::compression_of(descriptor.media_type()).is_some() {
                 candidates.push((digest, descriptor.clone()));
             }
         }
         let original = manifest::descriptor_digest(&layer.original, "").ok();
-        let wanted = self.options.compression;
+        let wanted = self.options.packing.compression();
         candidates.sort_by_key(|(digest, descriptor)| {
             let packed = manifest::compression_of(descriptor.media_type());
             let unpacked = packed == Some(Compression::None) && wanted != Compression::None;
@@ -344,7 +337,8 @@ impl Push<'_> {
     ) -> std::result::Result<Descriptor, UploadError> {
         let mut session = self.uploads.begin().await?;
         let (sender, mut chunks) = mpsc::channel(1);
-        let (store, packing, size, diff_id) = (self.store, self.packing(), session.chunk, layer.diff_id);
+        let (store, packing, size, diff_id) =
+            (self.store, self.options.packing, session.chunk, layer.diff_id);
         scope.spawn(move || pack::in_chunks(store, &diff_id, packing, size, &sender));
         let mut total = 0;
         loop {
@@ -378,7 +372,7 @@ impl Push<'_> {
         spooled: &mut Option<Whole>,
         sent: &(dyn Fn(u64) + Sync),
     ) -> std::result::Result<Descriptor, UploadError> {
-        let (store, packing, diff_id) = (self.store, self.packing(), layer.diff_id);
+        let (store, packing, diff_id) = (self.store, self.options.packing, layer.diff_id);
         let whole = match spooled {
             Some(whole) => whole,
             None => {

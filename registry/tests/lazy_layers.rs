@@ -7,7 +7,7 @@ use std::sync::Barrier;
 
 use kiln_contract::{Digest, Home, Silent};
 use kiln_fixtures::{RegistryOptions, RegistryServer};
-use kiln_registry::{Compression, PullOptions, PullPolicy, Pulled, PushOptions, Registry, RegistryError};
+use kiln_registry::{Packing, PullOptions, PullPolicy, Pulled, PushOptions, Registry, RegistryError};
 use kiln_store::{GcOptions, ImageName, ImportLimits, Store, StoreError, TOC_DIGEST, TOC_POSITION};
 use serde_json::{Value, json};
 use support::{HandMade, Reply, Server, TestStore, name, noise, plain_registry, tar, tar_header};
@@ -139,7 +139,7 @@ fn layers_are_plain_zstd_and_give_the_same_trees_lazily_and_whole() {
         let layer = here.store.import_tar(&tar[..], None, ImportLimits::default()).unwrap();
         let image = here.store.make_image(&Default::default(), &[layer.layer]).unwrap();
         let to = name(&format!("{}/odd/t{at}:1", server.address()));
-        let options = PushOptions { compression: Compression::Zstd, chunked: true, ..PushOptions::default() };
+        let options = PushOptions { packing: Packing::Chunked, ..PushOptions::default() };
         let pushed = registry.push(&here.store, &image, &to, &options, &Silent).unwrap();
         assert_eq!(pushed.layers_pushed, 1, "{what}");
         let again = registry.push(&here.store, &image, &to, &options, &Silent).unwrap();
@@ -538,7 +538,7 @@ fn collections_keep_what_is_here_of_lazy_layers_and_repairs_make_them_whole() {
     let layer = here.store.import_tar(&tar[..], None, ImportLimits::default()).unwrap().layer;
     let image = here.store.make_image(&Default::default(), &[layer]).unwrap();
     let to = name(&format!("{}/team/app:1", server.address()));
-    let options = PushOptions { compression: Compression::Zstd, chunked: true, ..PushOptions::default() };
+    let options = PushOptions { packing: Packing::Chunked, ..PushOptions::default() };
     registry.push(&here.store, &image, &to, &options, &Silent).unwrap();
 
     let directory = tempfile::tempdir().unwrap();

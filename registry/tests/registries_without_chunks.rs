@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kiln_contract::{Digest, Silent};
 use kiln_fixtures::{RegistryOptions, RegistryServer, require};
-use kiln_registry::{Compression, PushOptions, Pushed, RegistryError};
+use kiln_registry::{Compression, Packing, PushOptions, Pushed, RegistryError};
 use kiln_store::Image;
 use support::{Reply, Request, Server, TestStore, forward, name, noise, plain_registry, registry, run, tar};
 
@@ -35,8 +35,7 @@ fn proxy(
 fn push(store: &TestStore, image: &Image, server: &Server, parallel: usize) -> Result<Pushed, RegistryError> {
     // A registry on a busy machine takes its time for a large blob, and what is counted here must not be repeated.
     let (registry, _conf) = registry(|config, _| config.timeout = Some(Duration::from_secs(60)));
-    let options =
-        PushOptions { compression: Compression::None, parallel: Some(parallel), ..PushOptions::default() };
+    let options = PushOptions { packing: Packing::Stream(Compression::None), parallel: Some(parallel) };
     registry.push(&store.store, image, &server.image(), &options, &Silent)
 }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use kiln_contract::{Digest, Silent};
 use kiln_fixtures::{RegistryOptions, RegistryServer, busybox_rootfs, oci_layout, require};
-use kiln_registry::{Compression, PullOptions, PullPolicy, PushOptions, Registry, RegistryError};
+use kiln_registry::{Compression, Packing, PullOptions, PullPolicy, PushOptions, Registry, RegistryError};
 use support::{TestStore, gzip, name, noise, plain_registry, registry, run, tar};
 
 fn always() -> PullOptions {
@@ -147,7 +147,7 @@ fn images_made_here_are_packed_on_the_way_and_remembered() {
         (Compression::None, "application/vnd.oci.image.layer.v1.tar", "plain:1"),
     ] {
         let to = name(&format!("{}/{repository}", setup.server.address()));
-        let options = PushOptions { compression, ..PushOptions::default() };
+        let options = PushOptions { packing: Packing::Stream(compression), ..PushOptions::default() };
         let before = setup.writes().len();
         let pushed = registry.push(&store.store, &image, &to, &options, &Silent).unwrap();
         assert_eq!((pushed.layers_mounted, pushed.layers_pushed), (1, 1), "{repository}");

@@ -234,11 +234,10 @@ impl Store {
                 }
                 findings.users.entry(object).or_default().push(layer);
             }
-            if is_lazy && findings.superseded.contains(&layer) {
-                continue;
-            }
             if is_lazy {
-                report.absent.push(format!("layer {layer}: {here} of {all} files are here"));
+                if !findings.superseded.contains(&layer) {
+                    report.absent.push(format!("layer {layer}: {here} of {all} files are here"));
+                }
                 continue;
             }
             self.check_split(&self.layout.layer_split(&layer), &layer, findings);
@@ -333,11 +332,10 @@ impl Store {
         }
         for (diff_id, needed) in &needs.layers {
             let by = &needed.by;
-            let recorded = self.recorded_layer(diff_id)?;
-            if recorded.is_none() && findings.lazy.contains_key(diff_id) {
-                continue;
-            }
-            let Some(layer) = recorded else {
+            let Some(layer) = self.recorded_layer(diff_id)? else {
+                if findings.lazy.contains_key(diff_id) {
+                    continue;
+                }
                 let path = self.layout.diff(diff_id);
                 findings.add(&path, format!("no layer is known for the tar {diff_id}, {by} needs it"));
                 findings.tars.insert(*diff_id);

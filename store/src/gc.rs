@@ -132,19 +132,14 @@ impl Store {
                 live.layers.extend(image.layers);
             }
         }
-        // Also of layers that something uses whose images have gone: their files come from there.
         for path in self.lazy_paths()? {
-            if let (Some(key), Ok(Some(head))) = (digest_of_name(&path), Record::head(&path))
-                && live.layers.contains(&head.layer)
-            {
+            let (Some(key), Some(head)) = (digest_of_name(&path), Record::head(&path)?) else { continue };
+            // Also of layers that something uses whose images have gone: their files come from there.
+            if live.lazy.contains(&key) || live.layers.contains(&head.layer) {
                 live.lazy.insert(key);
-            }
-        }
-        for key in &live.lazy {
-            if let Some(head) = Record::head(&self.layout.lazy_record(key))?
-                && self.layer_of_diff_id(&head.diff_id)?.is_none()
-            {
-                live.layers.insert(head.layer);
+                if self.layer_of_diff_id(&head.diff_id)?.is_none() {
+                    live.layers.insert(head.layer);
+                }
             }
         }
         for layer in live.layers.clone() {

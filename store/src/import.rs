@@ -110,10 +110,10 @@ pub(crate) struct StagedLayer<'s> {
 
 /// A layer that is complete but not visible.
 struct NewLayer {
-    pub(crate) tree: Tree,
-    pub(crate) diff_id: Digest,
-    pub(crate) tar_size: u64,
-    pub(crate) entries: u64,
+    tree: Tree,
+    diff_id: Digest,
+    tar_size: u64,
+    entries: u64,
 }
 
 impl<'s> StagedLayer<'s> {

@@ -13,7 +13,7 @@ use crate::layer_tree::{LayerTree, Name};
 use crate::limits::{Budget, ImportLimits};
 use crate::object_writer::{Job, Piece, Queue, SmallFile};
 use crate::split::Segment;
-use crate::tar::entry::{self, Entry, Kind, Sparse, TarSource, padding};
+use crate::tar::entry::{self, EntryKind, LayerEntry, Sparse, TarSource, padding};
 use crate::tar::header::BLOCK;
 use crate::{Result, StoreError, overlay};
 
@@ -119,12 +119,12 @@ impl<'q, R: Read> LayerReader<'q, R> {
         Ok(())
     }
 
-    fn entry(&mut self, entry: Entry) -> Result<()> {
-        let Entry { path, kind, mode, uid, gid, mtime, xattrs } = entry;
+    fn entry(&mut self, entry: LayerEntry) -> Result<()> {
+        let LayerEntry { path, kind, mode, uid, gid, mtime, xattrs } = entry;
         let xattrs = xattrs.into_iter().map(|(name, value)| (overlay::own_xattr(&name), value)).collect();
         let attributes = Attributes { mode, uid, gid, mtime, xattrs };
         let content = match kind {
-            Kind::Regular { size, sparse } => {
+            EntryKind::Regular { size, sparse } => {
                 let real_size = sparse.as_ref().map_or(size, |sparse| sparse.real_size);
                 self.tree.budget().bytes(&path, size, real_size - size)?;
                 if LayerTree::classify(&path)? != Name::Entry {
@@ -139,18 +139,18 @@ impl<'q, R: Read> LayerReader<'q, R> {
                 self.skip_padding(size)?;
                 Content::Regular(Data::Inline(expand(data, real_size, sparse.as_ref())))
             }
-            Kind::HardLink(target) => return self.tree.hard_link(&path, &target),
-            Kind::Symlink(target) => {
+            EntryKind::HardLink(target) => return self.tree.hard_link(&path, &target),
+            EntryKind::Symlink(target) => {
                 if target.is_empty() || target.len() > 4095 {
                     let what = format!("its link target has {} bytes (1 to 4095 are possible)", target.len());
                     return Err(StoreError::Entry { path, what });
                 }
                 Content::Symlink(target)
             }
-            Kind::Directory => Content::Directory,
-            Kind::CharDevice(device) => Content::CharDevice(device),
-            Kind::BlockDevice(device) => Content::BlockDevice(device),
-            Kind::Fifo => Content::Fifo,
+            EntryKind::Directory => Content::Directory,
+            EntryKind::CharDevice(device) => Content::CharDevice(device),
+            EntryKind::BlockDevice(device) => Content::BlockDevice(device),
+            EntryKind::Fifo => Content::Fifo,
         };
         self.tree.add(&path, content, attributes)?;
         Ok(())

@@ -6,8 +6,7 @@ use std::thread;
 use kiln_contract::Digest;
 
 use crate::import::join;
-use crate::lazy::{EntryKind, LayerEntry};
-use crate::tar::entry::{self, Entry, Kind, TarSource, padding};
+use crate::tar::entry::{self, EntryKind, LayerEntry, TarSource, padding};
 use crate::tar::header::BLOCK;
 use crate::{Result, Store, StoreError};
 
@@ -71,9 +70,10 @@ fn tell(tar: impl Read, parts: &mut dyn TarParts) -> Result<()> {
     let input = BufReader::with_capacity(256 << 10, tar);
     let mut source = Source { input, offset: 0, parts };
     while let Some(entry) = entry::next(&mut source)? {
-        let size = if let Kind::Regular { size, .. } = entry.kind { size } else { 0 };
-        let entry = layer_entry(entry);
-        let is_file = matches!(entry.kind, EntryKind::Regular(_));
+        let (size, is_file) = match &entry.kind {
+            EntryKind::Regular { size, sparse } => (*size, sparse.is_none()),
+            _ => (0, false),
+        };
         source.parts.entry(entry).map_err(failed)?;
         if is_file && size > 0 {
             source.copy(size, |parts, bytes| parts.file(bytes))?;
@@ -85,21 +85,6 @@ fn tell(tar: impl Read, parts: &mut dyn TarParts) -> Result<()> {
         source.pass(padding(size), |parts, bytes| parts.between(bytes))?;
     }
     source.pass(u64::MAX, |parts, bytes| parts.between(bytes)).map(drop)
-}
-
-fn layer_entry(entry: Entry) -> LayerEntry {
-    let Entry { path, kind, mode, uid, gid, mtime, xattrs } = entry;
-    let kind = match kind {
-        Kind::Regular { sparse: Some(_), .. } => EntryKind::Sparse,
-        Kind::Regular { size, sparse: None } => EntryKind::Regular(size),
-        Kind::Directory => EntryKind::Directory,
-        Kind::Symlink(target) => EntryKind::Symlink(target),
-        Kind::HardLink(target) => EntryKind::HardLink(target),
-        Kind::CharDevice(device) => EntryKind::CharDevice(device),
-        Kind::BlockDevice(device) => EntryKind::BlockDevice(device),
-        Kind::Fifo => EntryKind::Fifo,
-    };
-    LayerEntry { path, kind, mode, uid, gid, mtime, xattrs }
 }
 
 struct Source<'a, R> {

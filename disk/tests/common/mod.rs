@@ -164,7 +164,7 @@ pub(crate) fn snapshot(name: &str) -> SnapshotName {
 /// Writes bytes that depend on `seed` and cannot be compressed, and puts them on the storage.
 pub(crate) fn scribble(path: &Path, at: u64, length: usize, seed: u64) {
     let file = File::options().write(true).open(path).unwrap();
-    file.write_all_at(&noise(length, seed), at).unwrap();
+    file.write_all_at(&kiln_fixtures::noise(length, seed), at).unwrap();
     file.sync_all().unwrap();
 }
 
@@ -172,17 +172,5 @@ pub(crate) fn scribble(path: &Path, at: u64, length: usize, seed: u64) {
 pub(crate) fn has_scribble(path: &Path, at: u64, length: usize, seed: u64) -> bool {
     let mut bytes = vec![0; length];
     File::open(path).unwrap().read_exact_at(&mut bytes, at).unwrap();
-    bytes == noise(length, seed)
-}
-
-fn noise(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = vec![0; length];
-    for word in bytes.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        word.copy_from_slice(&state.to_le_bytes()[..word.len()]);
-    }
-    bytes
+    bytes == kiln_fixtures::noise(length, seed)
 }

@@ -220,7 +220,6 @@ fn a_disk_grows_online_over_every_kind_of_boundary_and_stays_whole() {
 }
 
 #[test]
-#[ignore = "takes a minute under emulation"]
 fn a_disk_grows_online_to_two_tebibytes() {
     grow_and_check(2048 * GIB, &[64 * GIB, 2048 * GIB]);
 }

@@ -91,6 +91,15 @@ impl Home {
         self.directory.path().join("home")
     }
 
+    /// For a static, which is never dropped: it goes, with all that runs in it, when the test program has ended.
+    pub(crate) fn until_the_end(self) -> Self {
+        let script = "export KILN_HOME=\"$2\"/home; for id in $(\"$1\" ps --all --quiet --no-trunc); do \
+                      \"$1\" rm --force --volumes $id; done; rm -rf \"$2\"";
+        let program = std::ffi::OsStr::new(env!("CARGO_BIN_EXE_kiln"));
+        kiln_fixtures::at_the_end(script, &[program, self.directory.path().as_os_str()]);
+        self
+    }
+
     /// A file beside the home.
     pub(crate) fn beside(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

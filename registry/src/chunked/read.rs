@@ -5,7 +5,7 @@ use std::io::{self, Read};
 
 use kiln_contract::Digest;
 use kiln_erofs::INLINE_LIMIT;
-use kiln_store::{ImportLimits, LazyLayer, LazySource, Store};
+use kiln_store::{ImportLimits, LazyLayer, LazySource, Store, ZSTD_WINDOW_LOG};
 use oci_spec::image::Descriptor;
 
 use super::{TocPlace, toc};
@@ -20,7 +20,6 @@ const GAP: u64 = 64 << 10;
 const SPANS_MOST: usize = 32;
 /// And so many bytes of them together.
 const BYTES_MOST: u64 = 64 << 20;
-const WINDOW_LOG: u32 = 27;
 
 /// What came of a layer for a lazy pull.
 #[derive(Debug)]
@@ -124,7 +123,7 @@ fn invalid(blob: &Blob, reason: String) -> RegistryError {
 /// Decompresses what must have `size` bytes then.
 fn unpack(packed: &[u8], size: u64) -> io::Result<Vec<u8>> {
     let mut decoder = zstd::Decoder::with_buffer(packed)?;
-    decoder.window_log_max(WINDOW_LOG)?;
+    decoder.window_log_max(ZSTD_WINDOW_LOG)?;
     let mut bytes = Vec::new();
     decoder.take(size + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 == size {

@@ -85,8 +85,10 @@ impl TocEntry {
             (toc.dev_major, toc.dev_minor) = (device.major.into(), device.minor.into());
         };
         toc.kind = match &entry.kind {
-            EntryKind::Regular(_) => "reg",
-            EntryKind::Sparse => return Err(format!("`{}` is sparse", entry.path.escape_ascii())),
+            EntryKind::Regular { sparse: None, .. } => "reg",
+            EntryKind::Regular { sparse: Some(_), .. } => {
+                return Err(format!("`{}` is sparse", entry.path.escape_ascii()));
+            }
             EntryKind::Directory => "dir",
             EntryKind::Symlink(_) => "symlink",
             EntryKind::HardLink(_) => "hardlink",
@@ -102,7 +104,7 @@ impl TocEntry {
         }
         .to_owned();
         match entry.kind {
-            EntryKind::Regular(size) => toc.size = size,
+            EntryKind::Regular { size, .. } => toc.size = size,
             EntryKind::Symlink(target) | EntryKind::HardLink(target) => toc.link_name = text(target)?,
             _ => {}
         }
@@ -143,7 +145,7 @@ impl TocEntry {
                 if self.size > 0 {
                     bytes = Some(self.bytes(data).map_err(wrong)?);
                 }
-                EntryKind::Regular(self.size)
+                EntryKind::Regular { size: self.size, sparse: None }
             }
             "dir" => EntryKind::Directory,
             "symlink" => EntryKind::Symlink(link()),

@@ -110,16 +110,7 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// Bytes that do not compress and are the same every time.
 pub fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(length)
-    .collect()
+    kiln_fixtures::noise(length, 1)
 }
 
 /// An image made by hand, as a registry would serve it.

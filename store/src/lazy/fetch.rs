@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use kiln_contract::{Digest, Hasher};
 use rustix::fs::{Timespec, Timestamps};
 
-use super::{Placed, Record};
+use super::{Placed, Record, ZSTD_WINDOW_LOG};
 use crate::error::{Context as _, is_full};
 use crate::format::{OBJECT_MODE, SOUND};
 use crate::import::disk_full;
@@ -20,8 +20,6 @@ use crate::{Repair, Result, Store, StoreError, WantedRange};
 
 /// So many bytes of a blob are asked for at once, if no single object takes more.
 const AHEAD: u64 = 1 << 20;
-/// The windows of frames that are read, as for layers that come whole.
-const WINDOW_LOG: u32 = 27;
 
 impl Store {
     /// Fetches an object of a lazy layer, and whether there is one that has it.
@@ -124,7 +122,7 @@ impl Store {
         let failed = |source| StoreError::Stream { doing: "decompress a file of a layer", source };
         let mut decoder =
             zstd::Decoder::with_buffer(BufReader::with_capacity(128 << 10, frames)).map_err(failed)?;
-        decoder.window_log_max(WINDOW_LOG).map_err(failed)?;
+        decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(failed)?;
         let mut file = File::create(path).doing("create", path)?;
         let mut hasher = Hasher::new();
         let mut buffer = vec![0; 128 << 10];

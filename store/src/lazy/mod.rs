@@ -19,7 +19,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::path::PathBuf;
 
 use kiln_contract::Digest;
-use kiln_erofs::{Attributes, Content, Data, Device, INLINE_LIMIT, Time, Tree, Xattrs};
+use kiln_erofs::{Attributes, Content, Data, INLINE_LIMIT, Tree};
 use oci_spec::image::{Descriptor, ImageManifest};
 
 use crate::error::Context as _;
@@ -30,6 +30,7 @@ use crate::layer_tree::{LayerTree, Name};
 use crate::limits::{Budget, ImportLimits};
 use crate::staging::Staging;
 use crate::tag::files_below;
+use crate::tar::entry::{EntryKind, LayerEntry};
 use crate::{Result, Store, StoreError, overlay};
 
 pub(crate) use self::record::Record;
@@ -40,45 +41,10 @@ pub const TOC_DIGEST: &str = "io.github.containers.zstd-chunked.manifest-checksu
 /// The annotation that says where that table is: `offset:length:uncompressed length:type`, decimal.
 pub const TOC_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
 
-/// What a tar or its table of contents says of one name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerEntry {
-    /// As the tar has it.
-    pub path: Vec<u8>,
-    /// What it is.
-    pub kind: EntryKind,
-    /// Permission bits, at most 0o7777.
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// When it was changed.
-    pub mtime: Time,
-    /// Extended attributes.
-    pub xattrs: Xattrs,
-}
-
-/// What a name is of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EntryKind {
-    /// A file of so many bytes.
-    Regular(u64),
-    /// A file of which the tar has only a part: no table tells which.
-    Sparse,
-    /// A directory.
-    Directory,
-    /// A link to this path.
-    Symlink(Vec<u8>),
-    /// A further name of what has this name.
-    HardLink(Vec<u8>),
-    /// A character device.
-    CharDevice(Device),
-    /// A block device.
-    BlockDevice(Device),
-    /// A named pipe.
-    Fifo,
-}
+/// How far back a zstd frame may refer, as a power of two of bytes, for whoever reads layers or parts of them. What RFC 8878
+/// asks every decoder to accept is 8 MiB; zstd's own `--long` default is 128 MiB. A frame that wants more could make us
+/// allocate gigabytes.
+pub const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// What a table knows of the bytes of a file that is not empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,7 +125,8 @@ impl LazyLayer {
         let xattrs = xattrs.into_iter().map(|(name, value)| (overlay::own_xattr(&name), value)).collect();
         let attributes = Attributes { mode: mode & 0o7777, uid, gid, mtime, xattrs };
         let content = match kind {
-            EntryKind::Regular(size) => {
+            EntryKind::Regular { sparse: Some(_), .. } => return Err(refuse(path, "it is sparse")),
+            EntryKind::Regular { size, sparse: None } => {
                 self.tree.budget().bytes(&path, size, 0)?;
                 if LayerTree::classify(&path)? != Name::Entry {
                     self.tree.add(&path, Content::Fifo, Attributes::default())?;
@@ -179,7 +146,6 @@ impl LazyLayer {
                     _ => return Err(refuse(path, "what is told of its bytes does not fit its size")),
                 }
             }
-            EntryKind::Sparse => return Err(refuse(path, "it is sparse")),
             EntryKind::HardLink(target) => return self.tree.hard_link(&path, &target),
             EntryKind::Symlink(target) => {
                 if target.is_empty() || target.len() > 4095 {

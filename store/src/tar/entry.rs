@@ -20,37 +20,52 @@ pub(crate) trait TarSource {
     fn offset(&self) -> u64;
 }
 
-/// An entry of an archive. Its data, if any, come next in the source, then [`padding`].
-#[derive(Debug)]
-pub(crate) struct Entry {
-    /// As the archive has it.
-    pub(crate) path: Vec<u8>,
-    pub(crate) kind: Kind,
-    pub(crate) mode: u32,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) mtime: Time,
-    pub(crate) xattrs: Xattrs,
+/// What a tar, or a table of contents of one, says of one name. Its data, if any, come next in a tar, then padding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerEntry {
+    /// As the tar has it.
+    pub path: Vec<u8>,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Permission bits, at most 0o7777.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// When it was changed.
+    pub mtime: Time,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
 }
 
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+/// What a name is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A file.
     Regular {
-        /// Bytes of data in the archive.
+        /// Bytes of data in the tar.
         size: u64,
+        /// Where they belong, if the tar has only a part of the file.
         sparse: Option<Sparse>,
     },
+    /// A directory.
     Directory,
+    /// A link to this path.
     Symlink(Vec<u8>),
+    /// A further name of what has this name.
     HardLink(Vec<u8>),
+    /// A character device.
     CharDevice(Device),
+    /// A block device.
     BlockDevice(Device),
+    /// A named pipe.
     Fifo,
 }
 
-/// A file of which the archive has only a part; the rest is zeros.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Sparse {
+/// A file of which the tar has only a part; the rest is zeros.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sparse {
     pub(crate) real_size: u64,
     /// Offset and length of what the archive has: ascending, not overlapping, of the entry's size in sum.
     pub(crate) segments: Vec<(u64, u64)>,
@@ -63,7 +78,7 @@ pub(crate) fn padding(size: u64) -> u64 {
 
 /// Reads up to and including the next entry's headers. `None` at the end marker (two blocks of zeros), which is then
 /// consumed, or where the stream ends between entries.
-pub(crate) fn next(source: &mut impl TarSource) -> Result<Option<Entry>> {
+pub(crate) fn next(source: &mut impl TarSource) -> Result<Option<LayerEntry>> {
     let mut block = [0; BLOCK];
     let mut long = Long::default();
     loop {
@@ -117,7 +132,7 @@ fn extension(source: &mut impl TarSource, offset: u64, size: u64) -> Result<Vec<
     Ok(bytes)
 }
 
-fn entry(source: &mut impl TarSource, header: &Header<'_>, size: u64, long: Long) -> Result<Entry> {
+fn entry(source: &mut impl TarSource, header: &Header<'_>, size: u64, long: Long) -> Result<LayerEntry> {
     let Long { name, link, pax, .. } = long;
     let sparse_name = pax.sparse.name.clone();
     let path = name.or(sparse_name).or_else(|| pax.path.clone()).unwrap_or_else(|| header.name());
@@ -143,22 +158,22 @@ fn entry(source: &mut impl TarSource, header: &Header<'_>, size: u64, long: Long
         Ok::<_, StoreError>(Device { major: number(major)?, minor: number(minor)? })
     };
     let kind = match header.kind() {
-        0 if path.ends_with(b"/") => Kind::Directory,
+        0 if path.ends_with(b"/") => EntryKind::Directory,
         0 | b'0' | b'7' => pax_regular(source, &path, size, &pax)?,
         b'S' => gnu_sparse(source, header, &path, size)?,
-        b'1' => Kind::HardLink(link()),
-        b'2' => Kind::Symlink(link()),
-        b'3' => Kind::CharDevice(device()?),
-        b'4' => Kind::BlockDevice(device()?),
-        b'5' => Kind::Directory,
-        b'6' => Kind::Fifo,
+        b'1' => EntryKind::HardLink(link()),
+        b'2' => EntryKind::Symlink(link()),
+        b'3' => EntryKind::CharDevice(device()?),
+        b'4' => EntryKind::BlockDevice(device()?),
+        b'5' => EntryKind::Directory,
+        b'6' => EntryKind::Fifo,
         other => return Err(fail(format!("its type is `{}`, which is not known", other.escape_ascii()))),
     };
     let mtime = match pax.mtime {
         Some(time) => time,
         None => Time { seconds: field("modification time", header.mtime())?, nanoseconds: 0 },
     };
-    Ok(Entry {
+    Ok(LayerEntry {
         mode: (field("mode", header.mode())? & 0o7777) as u32,
         uid: id("owner", pax.uid, header.uid())?,
         gid: id("group", pax.gid, header.gid())?,
@@ -169,16 +184,16 @@ fn entry(source: &mut impl TarSource, header: &Header<'_>, size: u64, long: Long
     })
 }
 
-fn pax_regular(source: &mut impl TarSource, path: &[u8], size: u64, pax: &Pax) -> Result<Kind> {
+fn pax_regular(source: &mut impl TarSource, path: &[u8], size: u64, pax: &Pax) -> Result<EntryKind> {
     let fail = |what: &'static str| StoreError::Entry { path: path.to_owned(), what: what.to_owned() };
     let (size, segments) = match (&pax.sparse.map, pax.sparse.in_data) {
         (_, true) => map_in_data(source, path, size)?,
         (Some(map), false) => (size, map.clone()),
-        (None, false) => return Ok(Kind::Regular { size, sparse: None }),
+        (None, false) => return Ok(EntryKind::Regular { size, sparse: None }),
     };
     let real_size = pax.sparse.real_size.ok_or_else(|| fail("a sparse file without its size"))?;
     let sparse = Sparse { real_size, segments }.checked(size).map_err(fail)?;
-    Ok(Kind::Regular { size, sparse: Some(sparse) })
+    Ok(EntryKind::Regular { size, sparse: Some(sparse) })
 }
 
 /// The map of format 1.0: decimal numbers, a line each (how many pairs; offset, length; …), padded to a block.
@@ -206,7 +221,7 @@ fn map_in_data(source: &mut impl TarSource, path: &[u8], size: u64) -> Result<(u
     }
 }
 
-fn gnu_sparse(source: &mut impl TarSource, header: &Header<'_>, path: &[u8], size: u64) -> Result<Kind> {
+fn gnu_sparse(source: &mut impl TarSource, header: &Header<'_>, path: &[u8], size: u64) -> Result<EntryKind> {
     let fail = |what: &'static str| StoreError::Entry { path: path.to_owned(), what: what.to_owned() };
     let malformed = || fail("its sparse map is malformed");
     let (inline, mut more, real_size) = header.sparse().ok_or_else(malformed)?;
@@ -226,7 +241,7 @@ fn gnu_sparse(source: &mut impl TarSource, header: &Header<'_>, path: &[u8], siz
     }
     let real_size = u64::try_from(real_size).map_err(|_| malformed())?;
     let sparse = Sparse { real_size, segments }.checked(size).map_err(fail)?;
-    Ok(Kind::Regular { size, sparse: Some(sparse) })
+    Ok(EntryKind::Regular { size, sparse: Some(sparse) })
 }
 
 impl Sparse {

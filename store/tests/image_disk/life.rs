@@ -6,11 +6,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kiln_contract::{Digest, Home, Progress, Silent, Step, StepId};
+use kiln_fixtures::noise;
 use kiln_store::{CheckReport, GcOptions, GcReport, ImportLimits, Repair, Store, StoreError};
 
 use crate::common::{Fixture, Tar, fixture};
 use crate::file_system::fresh;
-use crate::{Heard, expected, make, noise, open};
+use crate::{Heard, expected, make, open};
 
 #[test]
 fn progress_is_told_in_bytes_and_a_disk_that_is_there_is_not_made_again() {
@@ -214,7 +215,7 @@ fn a_disk_of_objects_that_are_not_whole_is_refused_and_leaves_nothing() {
     let fixture = fixture();
     let store = &fixture.store;
     let image = make(store, "a:1");
-    let object = Digest::of(&noise(92, 700_000));
+    let object = Digest::of(&noise(700_000, 92));
     let path = store.object_path(&object);
     let whole = std::fs::read(&path).unwrap();
     for (content, wanted) in
@@ -240,7 +241,7 @@ fn a_full_disk_says_how_much_was_missing_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let Some(mounted) = fresh("tmpfs", 12, directory.path()) else { return };
     let (_home, store) = open(&mounted.0);
-    let tar = Tar::new().file("a", &noise(1, 7_000_000)).file("b", &noise(2, 70)).end();
+    let tar = Tar::new().file("a", &noise(7_000_000, 1)).file("b", &noise(70, 2)).end();
     let layer = store.import_tar(&tar[..], None, ImportLimits::default()).unwrap().layer;
     let error = store.image_disk(&[layer], &Silent).unwrap_err();
     let StoreError::DiskFull { needed, available, .. } = &error else { panic!("{error}") };

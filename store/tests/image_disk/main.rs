@@ -15,6 +15,7 @@ use std::sync::Mutex;
 use common::Tar;
 use kiln_contract::{Digest, Home, Progress, Step, StepId};
 use kiln_erofs::{Image as Erofs, ObjectSource};
+use kiln_fixtures::noise;
 use kiln_store::{Image, ImageName, ImportLimits, Store};
 
 /// Objects as a writer of images reads them.
@@ -35,20 +36,6 @@ fn expected(store: &Store, layers: &[Digest]) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that do not repeat and do not compress.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(length + 8);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(length);
-    bytes
-}
-
 /// Two layers: files of all lengths that are treated in a way of their own, the same ones again, and some that go.
 fn make(store: &Store, tag: &str) -> Image {
     let mut below = Tar::new().dir("./").dir("d").dir("gone");
@@ -57,20 +44,20 @@ fn make(store: &Store, tag: &str) -> Image {
             .into_iter()
             .enumerate()
     {
-        below = below.file(&format!("d/{number}"), &noise(number as u64, length));
+        below = below.file(&format!("d/{number}"), &noise(length, number as u64));
     }
     let below = below
-        .file("same", &noise(8, 100_000))
+        .file("same", &noise(100_000, 8))
         .entry("link", b'1', "same")
         .file("zeros", &[0; 50_000])
-        .file("gone/a", &noise(90, 5000))
-        .file("gone-too", &noise(91, 5000));
+        .file("gone/a", &noise(5000, 90))
+        .file("gone-too", &noise(5000, 91));
     let above = Tar::new()
         .dir("./")
         .dir("gone")
         .file("gone/.wh..wh..opq", b"")
         .file(".wh.gone-too", b"")
-        .file("new", &noise(92, 700_000));
+        .file("new", &noise(700_000, 92));
     let layers: Vec<_> = [below, above]
         .map(|tar| store.import_tar(&tar.end()[..], None, ImportLimits::default()).unwrap().layer)
         .into();

@@ -4,12 +4,12 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::process::Command;
 
 use kiln_contract::Silent;
-use kiln_fixtures::require;
+use kiln_fixtures::{noise, require};
 use kiln_store::ImportLimits;
 
 use crate::common::{Tar, fixture};
 use crate::file_system::{fresh, run};
-use crate::{expected, make, noise, open};
+use crate::{expected, make, open};
 
 /// Where blocks are shared, a disk has only its tree, ends of files, and files of less than a block for itself.
 const OWN: u64 = 300 << 10;
@@ -58,7 +58,7 @@ fn ten_gigabytes_of_holes_take_no_room() {
         let at = mounted.as_ref().map_or(directory.path(), |mounted| &mounted.0);
         let (_home, store) = open(at);
         let size: u64 = 10 << 30;
-        let data = noise(1, 100_000);
+        let data = noise(100_000, 1);
         // Data at 5 GiB and nowhere else.
         let map = format!("{},{}", 5_u64 << 30, data.len());
         let tar = Tar::new()
@@ -70,7 +70,7 @@ fn ten_gigabytes_of_holes_take_no_room() {
                 ("GNU.sparse.map", map.as_bytes()),
             ])
             .file("sparse", &data)
-            .file("after", &noise(2, 100_000));
+            .file("after", &noise(100_000, 2));
         let layer = store.import_tar(&tar.end()[..], None, ImportLimits::default()).unwrap().layer;
         let disk = store.image_disk(&[layer], &Silent).unwrap();
         let metadata = disk.metadata().unwrap();

@@ -20,7 +20,7 @@ use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid};
 use super::Owners;
 use super::attributes::{NOTHING, OverlayNames, kind, lower_attributes, send_xattr};
 use super::edit::{Editable, Upper};
-use super::objects::RecentObjects;
+use super::objects::{RecentObjects, read_at};
 use super::space::{FOR_EVER, ROOT, Space};
 use crate::objects::Objects;
 use crate::userns;
@@ -338,7 +338,7 @@ impl Filesystem for Served {
                     },
                 };
                 let mut reply = Some(reply);
-                let read = file.read(offset, size as usize, |bytes| {
+                let read = read_at(&file, offset, size as usize, |bytes| {
                     if let Some(reply) = reply.take() {
                         reply.data(bytes);
                     }
@@ -388,11 +388,7 @@ impl Filesystem for Served {
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        if self.space == Space::Whole {
-            // Listings need no state: the kernel never asks again, and keeps listings.
-            return reply.error(Errno::ENOSYS);
-        }
-        reply.opened(FileHandle(self.space.listing(ino.0, 0)), self.space.listing_kept(ino.0));
+        self.space.open_directory(ino.0, reply);
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {

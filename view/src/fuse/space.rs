@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use fuser::{FopenFlags, INodeNo};
+use fuser::{Errno, FileHandle, FopenFlags, INodeNo, ReplyOpen};
 
 /// As long as the kernel can count: nothing in a tree changes.
 pub(super) const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
@@ -83,25 +83,22 @@ impl Space {
         })
     }
 
-    /// What the kernel is told for the handle of a listing of a directory.
-    pub(crate) fn listing(self, directory: u64, handle: u64) -> u64 {
-        match self {
-            Self::Share(share) if directory == ROOT => share.join(handle),
-            _ => handle,
-        }
-    }
-
     /// How long the kernel may remember a directory, its names and their attributes.
     pub(crate) fn remembered(self, directory: u64) -> &'static Duration {
         if self.is_everybodys(directory) { &Duration::ZERO } else { &FOR_EVER }
     }
 
-    /// Whether the kernel may keep the listing of a directory.
-    pub(crate) fn listing_kept(self, directory: u64) -> FopenFlags {
+    /// Answers who opens a directory.
+    pub(crate) fn open_directory(self, directory: u64, reply: ReplyOpen) {
+        let Self::Share(share) = self else {
+            // Listings need no handle, and the kernel may keep them: it never asks again.
+            return reply.error(Errno::ENOSYS);
+        };
         if self.is_everybodys(directory) {
-            FopenFlags::empty()
+            // Whose listing it is.
+            reply.opened(FileHandle(share.join(0)), FopenFlags::empty());
         } else {
-            FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR
+            reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR);
         }
     }
 

@@ -85,6 +85,7 @@ impl Bed {
     fn make(driver: Driver) -> Option<Self> {
         let hypervisor = driver.open()?;
         let directory = tempfile::tempdir().unwrap();
+        kiln_fixtures::at_the_end("rm -rf \"$1\"", &[directory.path().as_os_str()]);
         let boot = boot(driver, directory.path())?;
         let bed = Self { hypervisor, directory, boot, count: AtomicU32::new(0) };
         bed.save_template();

@@ -41,6 +41,7 @@ pub(crate) const OF_VIEWS: &[Measure] = &[
     super::views::walks,
     super::views::data,
     super::views::commits,
+    super::views_on_demand::first_byte,
     super::router::resolution,
 ];
 

@@ -17,6 +17,7 @@ mod slirp;
 mod table;
 mod view_trees;
 mod views;
+mod views_on_demand;
 
 use std::process::Command;
 

@@ -41,7 +41,7 @@ pub(crate) struct Args {
 }
 
 /// How layers are compressed for a registry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum Packing {
     Gzip,
     Zstd,
@@ -49,6 +49,17 @@ enum Packing {
     #[value(name = "zstd:chunked")]
     Chunked,
     None,
+}
+
+impl From<Packing> for kiln_registry::Packing {
+    fn from(packing: Packing) -> Self {
+        match packing {
+            Packing::Gzip => Self::Stream(kiln_registry::Compression::Gzip),
+            Packing::Zstd => Self::Stream(kiln_registry::Compression::Zstd),
+            Packing::None => Self::Stream(kiln_registry::Compression::None),
+            Packing::Chunked => Self::Chunked,
+        }
+    }
 }
 
 /// How layers are compressed.
@@ -76,13 +87,7 @@ impl Args {
         let image = context.image(&store, &self.image)?;
         let image = context.whole(&store, image, self.registry.config(), self.quiet)?;
         let registry = Registry::new(self.registry.config())?;
-        let compression = match self.compression {
-            Packing::Gzip => kiln_registry::Compression::Gzip,
-            Packing::Zstd | Packing::Chunked => kiln_registry::Compression::Zstd,
-            Packing::None => kiln_registry::Compression::None,
-        };
-        let chunked = self.compression == Packing::Chunked;
-        let options = PushOptions { compression, chunked, parallel: self.parallel };
+        let options = PushOptions { packing: self.compression.into(), parallel: self.parallel };
         let progress = progress::new(self.quiet);
         let pushed = registry.push(&store, &image, &to, &options, &*progress)?;
         progress.note(&format!(

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::io::{Errno, Result};
 
-use super::super::objects::{OpenObject, read_at};
+use super::super::objects::read_at;
 use super::copy_up::errno;
 use super::nodes::Id;
 
@@ -18,9 +18,7 @@ use super::nodes::Id;
 pub(super) enum Source {
     /// In the tree itself.
     Bytes(Cow<'static, [u8]>),
-    /// In an object.
-    Object(OpenObject),
-    /// In the scratch.
+    /// In an object, or in the scratch.
     File(File),
 }
 
@@ -90,7 +88,6 @@ impl Handle {
                 let to = from.saturating_add(size).min(bytes.len());
                 Ok(then(&bytes[from..to]))
             }
-            Source::Object(object) => object.read(offset, size, then).map_err(|error| errno(&error)),
             Source::File(file) => read_at(file, offset, size, then).map_err(|error| errno(&error)),
         }
     }
@@ -99,7 +96,6 @@ impl Handle {
     pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
         match &*read_lock(&self.source) {
             Source::File(file) => then(file),
-            Source::Object(object) => then(object.file()),
             Source::Bytes(_) => Err(Errno::BADF),
         }
     }
@@ -109,15 +105,12 @@ impl Handle {
         match &*read_lock(&self.source) {
             Source::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
             Source::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
-            Source::File(file) => seek(file, offset, hole),
-            Source::Object(object) => seek(object.file(), offset, hole),
+            Source::File(file) => {
+                use rustix::fs::SeekFrom;
+                rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+            }
         }
     }
-}
-
-fn seek(file: &File, offset: u64, hole: bool) -> Result<u64> {
-    use rustix::fs::SeekFrom;
-    rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
 }
 
 fn read<K: Eq + Hash, V>(lock: &RwLock<HashMap<K, V>>) -> std::sync::RwLockReadGuard<'_, HashMap<K, V>> {

@@ -16,7 +16,7 @@ use rustix::fs::{FallocateFlags, FileType, Timespec, Timestamps, UTIME_NOW, UTIM
 use rustix::io::{Errno as Failure, Result};
 
 use super::super::attributes::{NOTHING, send_xattr};
-use super::super::space::{FOR_EVER, Space};
+use super::super::space::FOR_EVER;
 use super::change::{Attributes, Maker, New};
 use super::place::Place;
 use super::rename::Name;
@@ -337,11 +337,7 @@ impl Filesystem for Editable {
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        if self.space == Space::Whole {
-            // Listings need no handle, and the kernel may keep them: it never asks again.
-            return reply.error(Errno::ENOSYS);
-        }
-        reply.opened(FileHandle(self.space.listing(ino.0, 0)), self.space.listing_kept(ino.0));
+        self.space.open_directory(ino.0, reply);
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {

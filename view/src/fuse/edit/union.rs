@@ -353,7 +353,7 @@ impl Union {
     /// What is read from a file of the tree.
     fn lower_source(&self, inode: &Inode<'static>) -> Result<Source> {
         match self.object(inode)? {
-            Some(file) => Ok(Source::Object(file.into())),
+            Some(file) => Ok(Source::File(file)),
             None => inode.embedded().map(Source::Bytes).map_err(|error| damaged(&error)),
         }
     }
