@@ -5,7 +5,7 @@ use std::error::Error;
 use std::fs;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -94,50 +94,24 @@ impl Birth<'_> {
             }
             Streams::Pipes { .. } => (None, None),
         };
-        let rootfs = self.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-        let args = ContainerArgs {
-            container_type: ContainerType::InitContainer,
-            syscall: SyscallType::Linux,
-            spec: Rc::new(self.spec),
-            rootfs,
-            console_socket: container_console.as_ref().map(AsRawFd::as_raw_fd),
-            notify_listener: notified_listener(self.directory)?,
-            preserve_fds: 0,
-            container: None,
-            user_ns_config: None,
-            cgroup_config: libcgroups::common::CgroupConfig {
-                cgroup_path: PathBuf::new(),
-                systemd_cgroup: false,
-                container_name: String::new(),
-            },
-            detached: false,
-            executor: Box::new(WorkloadExecutor(Rc::new(workload))),
-            no_pivot: false,
-            // Set by our own child, which copes with descriptors that are 0, 1 or 2 themselves.
-            stdin: None,
-            stdout: None,
-            stderr: None,
-            as_sibling: false,
-            pid_file: None,
-        };
-        let (mut main_sender, mut main_receiver) = channel::main_channel().map_err(failed)?;
-        let (init_sender, mut init_receiver) = channel::init_channel().map_err(failed)?;
-        let pid = fork_into_new_namespace(|| {
-            let child = Child {
-                group: self.group,
-                plan: self.plan,
-                streams: &self.streams,
-                unused: [go.as_raw_fd(), report.as_raw_fd()],
-            };
-            child.live(&args, &mut main_sender, &mut init_receiver)
-        })?;
-        // The child's ends are closed here, so that the end of either side is seen by the other.
         let size = match self.streams {
             Streams::Terminal { size } => size,
             Streams::Pipes { .. } => None,
         };
-        drop(args);
-        drop(container_console);
+        let (mut main_sender, mut main_receiver) = channel::main_channel().map_err(failed)?;
+        let (init_sender, mut init_receiver) = channel::init_channel().map_err(failed)?;
+        let child = Child {
+            group: self.group,
+            plan: self.plan,
+            streams: self.streams,
+            unused: [go.as_raw_fd(), report.as_raw_fd()],
+            spec: self.spec,
+            console: container_console,
+            directory: self.directory,
+            workload,
+        };
+        // The child's ends are closed with what this takes, so that the end of either side is seen by the other.
+        let pid = fork_into_new_namespace(|| child.live(&mut main_sender, &mut init_receiver))?;
         let _ = (main_sender.close(), init_receiver.close(), init_sender.close());
         let ready = main_receiver.wait_for_init_ready();
         let _ = main_receiver.close();
@@ -182,29 +156,21 @@ pub(super) fn reap(pid: u32) {
 }
 
 /// `libcontainer` waits for a connection to a socket before it calls the executor's `exec`. The executor waits by
-/// itself, so this one is made at once.
-fn notified_listener(directory: &Path) -> Result<NotifyListener, RuntimeError> {
-    let path = directory.join(format!("notify-{}", std::process::id()));
-    let failed = |source| RuntimeError::Io { doing: "make a socket at", path: path.clone(), source };
-    let listener = NotifyListener::new(&path).map_err(failed_socket(&path))?;
+/// itself, so this one is made at once. To be called by a process of one thread: the working directory changes
+/// meanwhile.
+fn notified_listener(directory: &Path) -> io::Result<NotifyListener> {
+    let path = directory.join("notify");
+    // One that is here is of a process that was killed before it came to remove it.
+    let _ = fs::remove_file(&path);
+    let listener = NotifyListener::new(&path).map_err(io::Error::other)?;
     // A socket's path may have 107 bytes; through a descriptor every path is short.
     let handle =
-        rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| failed(errno.into()))?;
-    let name = path.file_name().unwrap_or_default();
-    let short = Path::new("/proc/self/fd").join(handle.as_raw_fd().to_string()).join(name);
+        rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let short = Path::new("/proc/self/fd").join(handle.as_raw_fd().to_string()).join("notify");
     let connected = UnixStream::connect(short);
-    fs::remove_file(&path).map_err(failed)?;
-    connected.map(drop).map_err(failed)?;
+    fs::remove_file(&path)?;
+    connected?;
     Ok(listener)
-}
-
-fn failed_socket(path: &Path) -> impl Fn(libcontainer::notify_socket::NotifyListenerError) -> RuntimeError {
-    move |error| RuntimeError::Io {
-        doing: "make a socket at",
-        path: path.to_owned(),
-        source: io::Error::other(error),
-    }
 }
 
 /// Forks into a new PID namespace.
@@ -286,21 +252,27 @@ pub(super) fn receive_terminal(
 struct Child<'a> {
     group: Option<&'a Prepared>,
     plan: &'a ProcessPlan,
-    streams: &'a Streams,
+    streams: Streams,
     /// Descriptors of the parent.
     unused: [RawFd; 2],
+    spec: Spec,
+    /// Where the terminal's master is sent to.
+    console: Option<OwnedFd>,
+    directory: &'a Path,
+    workload: Workload,
 }
 
 impl Child<'_> {
-    fn live(&self, args: &ContainerArgs, main: &mut MainSender, init: &mut InitReceiver) -> ! {
+    fn live(self, main: &mut MainSender, init: &mut InitReceiver) -> ! {
         // What `libcontainer` logs would go to the workload's standard error.
         let quiet = tracing::subscriber::NoSubscriber::default();
         let ended = tracing::subscriber::with_default(quiet, || {
             catch_unwind(AssertUnwindSafe(|| {
-                if let Err(text) = self.prepare() {
-                    return text;
-                }
-                match container_init_process(args, main, init) {
+                let args = match self.prepare().and_then(|()| self.into_arguments()) {
+                    Ok(args) => args,
+                    Err(text) => return text,
+                };
+                match container_init_process(&args, main, init) {
                     Ok(()) => "its process went on without a command".to_owned(),
                     Err(error) => with_causes(&error),
                 }
@@ -328,11 +300,44 @@ impl Child<'_> {
         privileges::set_limits(self.plan)?;
         privileges::set_groups(&self.plan.user.groups, host::in_user_namespace())
             .map_err(say("set the supplementary groups"))?;
-        if let Streams::Pipes { stdin, stdout, stderr } = self.streams {
+        if let Streams::Pipes { stdin, stdout, stderr } = &self.streams {
             set_streams([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])
                 .map_err(say("set the standard streams"))?;
         }
         Ok(())
+    }
+
+    fn into_arguments(self) -> Result<ContainerArgs, String> {
+        let notify_listener = notified_listener(self.directory)
+            .map_err(|error| format!("cannot make a socket in {}: {error}", self.directory.display()))?;
+        // They may be 0, 1 or 2 themselves, which the workload has.
+        std::mem::forget(self.streams);
+        Ok(ContainerArgs {
+            container_type: ContainerType::InitContainer,
+            syscall: SyscallType::Linux,
+            rootfs: self.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default(),
+            spec: Rc::new(self.spec),
+            // `libcontainer` closes it.
+            console_socket: self.console.map(IntoRawFd::into_raw_fd),
+            notify_listener,
+            preserve_fds: 0,
+            container: None,
+            user_ns_config: None,
+            cgroup_config: libcgroups::common::CgroupConfig {
+                cgroup_path: PathBuf::new(),
+                systemd_cgroup: false,
+                container_name: String::new(),
+            },
+            detached: false,
+            executor: Box::new(WorkloadExecutor(Rc::new(self.workload))),
+            no_pivot: false,
+            // Set by our own child, which copes with descriptors that are 0, 1 or 2 themselves.
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            as_sibling: false,
+            pid_file: None,
+        })
     }
 }
 

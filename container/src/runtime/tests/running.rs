@@ -372,3 +372,28 @@ fn a_profile_of_the_users_is_applied() {
         assert!(outcome.stderr.contains("No space left"), "{runtime:?}: {outcome:?}");
     }
 }
+
+#[test]
+fn containers_are_made_side_by_side_by_one_process_whose_working_directory_stays() {
+    let here = std::env::current_dir().unwrap();
+    std::thread::scope(|threads| {
+        let makers: Vec<_> = (0..8)
+            .map(|_| {
+                threads.spawn(|| {
+                    for _ in 0..8 {
+                        let Some(mut bed) = Bed::new(&RuntimeChoice::Native, &["echo", "made"]) else {
+                            return;
+                        };
+                        // What a process that was killed while it made one leaves.
+                        std::fs::write(bed.dir.path().join("notify"), "").unwrap();
+                        let outcome = bed.run().unwrap_or_else(|error| panic!("{error}"));
+                        assert_eq!(outcome.stdout, "made\n", "{outcome:?}");
+                    }
+                })
+            })
+            .collect();
+        while !makers.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+            assert_eq!(std::env::current_dir().unwrap(), here);
+        }
+    });
+}
