@@ -2,6 +2,8 @@
 //!
 //! The agent is in the root itself, so no link of the workload's can lead out of it.
 
+mod large;
+
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt as _;
@@ -9,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_link::message::{self, Answer, MAX_CHUNK};
 use kiln_link::{LinkError, Stream};
+use rustix::fs::{Mode, OFlags};
+use tar::EntryType;
 use tokio::sync::mpsc;
 
 use crate::agent::aside;
@@ -97,7 +101,22 @@ fn unpack_at(at: &Path, input: &mut dyn Read) -> io::Result<()> {
     archive.set_preserve_mtime(true);
     archive.set_unpack_xattrs(false);
     archive.set_overwrite(true);
-    archive.unpack(at)
+    let at = at.canonicalize()?;
+    let open = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(&at, open, Mode::empty())?;
+    // Their modes may keep what is in them from being made, and their times do not outlast it.
+    let mut directories = Vec::new();
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        if entry.header().entry_type() == EntryType::Directory {
+            directories.push(entry);
+        } else if !large::unpack(&mut entry, &directory)? {
+            entry.unpack_in(&at)?;
+        }
+    }
+    // Those that are in another first.
+    directories.sort_by(|one, other| other.path_bytes().cmp(&one.path_bytes()));
+    directories.iter_mut().try_for_each(|entry| entry.unpack_in(&at).map(drop))
 }
 
 fn outcome(doing: &str, path: &[u8], done: Result<io::Result<()>, tokio::task::JoinError>) -> Answer {

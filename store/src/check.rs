@@ -378,8 +378,12 @@ impl Store {
         Ok(())
     }
 
-    /// Finds merged trees and image disks that are wrong.
+    /// Finds merged trees, image disks and what is kept of stacks that are wrong.
     fn check_renders(&self, findings: &mut Findings) -> Result<()> {
+        for path in self.wrong_stacks()? {
+            findings.add(&path, "it is not what its image says");
+            findings.renders.push(path);
+        }
         let mut buffer = vec![0; 256 << 10];
         for id in self.image_ids()? {
             let Ok(Some(image)) = self.image(&id) else { continue };

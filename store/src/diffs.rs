@@ -88,6 +88,9 @@ impl Store {
     }
 
     pub(crate) fn record_diff(&self, diff_id: &Digest, layer: &Digest) -> Result<()> {
+        if self.recorded_layer(diff_id)?.is_some_and(|before| before != *layer) {
+            self.forget_stacks()?;
+        }
         lines::add(&self.layout.diff(diff_id), &format!("layer {layer}"))
     }
 }

@@ -21,6 +21,7 @@
 //! tags/<repository>/:<tag>    a tag's history (`tag` module)
 //! renders/merged/<sha256>     merged trees, named by the SHA-256 of the stack's layer digests (32 bytes each)
 //! renders/disks/<sha256>       image disks (`image_disk` module), named in the same way
+//! renders/stacks/<sha256>     the layers of an image (`stacks` module)
 //! damaged                     what the last check found wrong and could not repair (`known_damage` module), a line each:
 //!                               `object sha256:…`, `layer sha256:…`, `split sha256:…` (a layer whose stream is wrong)
 //! tmp/<pid>-<n>               staging of one writer: a directory or file that it holds an flock on; swept when free
@@ -190,6 +191,15 @@ impl Layout {
 
     pub(crate) fn merged_tree(&self, key: &Digest) -> PathBuf {
         self.root.join(format!("renders/merged/{}.erofs", key.hex()))
+    }
+
+    /// Not one of [`Layout::DIRECTORIES`]: it comes and goes with what is in it.
+    pub(crate) fn stacks(&self) -> PathBuf {
+        self.root.join("renders/stacks")
+    }
+
+    pub(crate) fn stack(&self, digest: &Digest) -> PathBuf {
+        self.root.join(format!("renders/stacks/{}", digest.hex()))
     }
 
     /// Not one of [`Layout::DIRECTORIES`]: it is made with the first disk.

@@ -174,6 +174,9 @@ impl Store {
 
     fn sweep(&self, live: &Live, sweep: &mut Sweep, report: &mut GcReport) -> Result<()> {
         let layout = &self.layout;
+        if !sweep.dry_run {
+            self.forget_stacks()?;
+        }
         // In this order: whoever is killed in between leaves no layer without its objects.
         for path in self.image_disks()? {
             if !digest_of_name(&path).is_some_and(|key| live.disks.contains(&key)) {

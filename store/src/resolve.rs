@@ -15,25 +15,30 @@ impl Store {
     /// [`StoreError::NotFound`] with names that look alike; [`StoreError::Ambiguous`] with the images that a prefix
     /// fits; [`StoreError::NoSuchVersion`].
     pub fn resolve(&self, text: &str) -> Result<Image> {
+        self.resolve_by(text, |digest| self.image(digest))
+    }
+
+    /// Finds what `get` knows of an image by the digest that it is found by.
+    pub(crate) fn resolve_by<T>(&self, text: &str, get: impl Fn(&Digest) -> Result<Option<T>>) -> Result<T> {
         let (base, back) = versions_back(text);
         if back.is_none() {
             if let Ok(digest) = text.parse::<Digest>() {
-                return self.image(&digest)?.ok_or_else(|| self.not_found(text));
+                return get(&digest)?.ok_or_else(|| self.not_found(text));
             }
             if let Ok(digest) = Digest::from_hex(text) {
-                return self.image(&digest)?.ok_or_else(|| self.not_found(text));
+                return get(&digest)?.ok_or_else(|| self.not_found(text));
             }
         }
         let parsed = ImageName::parse(base);
         if let Ok(name) = &parsed {
             if let Some(digest) = name.digest {
-                return self.image(&digest)?.ok_or_else(|| self.not_found(text));
+                return get(&digest)?.ok_or_else(|| self.not_found(text));
             }
             let history = self.tag_history(name)?;
             let back = back.unwrap_or(0);
             if history.len() > back {
                 let target = history[history.len() - 1 - back].target;
-                return self.image(&target)?.ok_or(StoreError::Missing { what: "manifest", digest: target });
+                return get(&target)?.ok_or(StoreError::Missing { what: "manifest", digest: target });
             }
             if !history.is_empty() {
                 let (name, versions) = (name.familiar(), history.len());
@@ -41,7 +46,7 @@ impl Store {
             }
         }
         if back.is_none()
-            && let Some(image) = self.by_prefix(text)?
+            && let Some(image) = self.by_prefix(text, get)?
         {
             return Ok(image);
         }
@@ -51,7 +56,7 @@ impl Store {
         }
     }
 
-    fn by_prefix(&self, text: &str) -> Result<Option<Image>> {
+    fn by_prefix<T>(&self, text: &str, get: impl Fn(&Digest) -> Result<Option<T>>) -> Result<Option<T>> {
         let prefix = text.strip_prefix("sha256:").unwrap_or(text);
         let is_hex = prefix.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
         if prefix.len() < SHORTEST_PREFIX || !is_hex {
@@ -61,7 +66,7 @@ impl Store {
             self.image_ids()?.into_iter().filter(|id| id.hex().starts_with(prefix)).collect();
         match fitting.as_slice() {
             [] => Ok(None),
-            [id] => self.image(id),
+            [id] => get(id),
             several => {
                 let mut candidates = Vec::new();
                 for id in several.iter().take(10) {

@@ -52,6 +52,8 @@ pub struct Stack {
     pub image: Option<Digest>,
     /// The layers, bottom first. One that is there already is not put over what came after it once more.
     pub layers: Vec<Digest>,
+    /// Of some of its layers not all files need be here.
+    pub is_partial: bool,
     /// What of the host's is shown in it.
     pub binds: Vec<Bind>,
 }
@@ -198,9 +200,10 @@ impl Resolving<'_> {
             return self.file(&relative_to.join(part));
         }
         let failed = |source| StackError::Store { part: part.to_owned(), source };
-        let image = self.store.resolve(part).map_err(failed)?;
-        self.stack.image.get_or_insert(image.id);
-        for layer in image.layers {
+        let found = self.store.resolve_stack(part).map_err(failed)?;
+        self.stack.image.get_or_insert(found.image);
+        self.stack.is_partial |= !found.whole;
+        for layer in found.layers {
             if !self.stack.layers.contains(&layer) {
                 self.stack.layers.push(layer);
             }

@@ -59,7 +59,7 @@ impl Switch {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let views = Views::open(context.home());
         let record = find_view(&views, self.view.as_deref())?;
-        let Stack { image, layers, binds } = whole_stack(context, &context.store()?, &self.reference)?;
+        let Stack { image, layers, binds, .. } = whole_stack(context, &context.store()?, &self.reference)?;
         views.alter(&record, &Alteration::Show { reference: self.reference, image, layers, binds })?;
         Ok(Exit::SUCCESS)
     }

@@ -119,28 +119,30 @@ impl Command {
 struct Stack {
     image: Digest,
     layers: Vec<Digest>,
+    /// Of some of them not all files need be here.
+    is_partial: bool,
     /// What of the host's is shown in a view of it.
     binds: Vec<Bind>,
 }
 
 fn stack(store: &Store, reference: &str) -> Result<Stack> {
-    let kiln_view::Stack { image, layers, binds } =
-        kiln_view::Stack::resolve(store, reference).map_err(|error| {
-            let StackError::Store { part, source } = error else {
-                return CliError::from(BackendError::from(error));
-            };
-            let missing = matches!(source, StoreError::NotFound { .. });
-            let error = CliError::from(source);
-            if missing && error.hint().is_none() {
-                return error.with_hint(format!("fetch it first: kiln fs pull {part}"));
-            }
-            error
-        })?;
+    let kiln_view::Stack { image, layers, is_partial, binds } = kiln_view::Stack::resolve(store, reference)
+        .map_err(|error| {
+        let StackError::Store { part, source } = error else {
+            return CliError::from(BackendError::from(error));
+        };
+        let missing = matches!(source, StoreError::NotFound { .. });
+        let error = CliError::from(source);
+        if missing && error.hint().is_none() {
+            return error.with_hint(format!("fetch it first: kiln fs pull {part}"));
+        }
+        error
+    })?;
     let image = image.ok_or_else(|| {
         CliError::usage(format!("`{reference}` names no image"))
             .with_hint("live layers are shown in a view of something: join them to it by `+`")
     })?;
-    Ok(Stack { image, layers, binds })
+    Ok(Stack { image, layers, is_partial, binds })
 }
 
 /// What a reference names, to be looked at.
@@ -161,7 +163,7 @@ fn fetcher(context: &Context) -> Result<Fetcher> {
 /// What a reference names, after what is not here of it was pulled.
 fn whole_stack(context: &Context, store: &Store, reference: &str) -> Result<Stack> {
     let named = stack(store, reference)?;
-    if store.lazy_among(&named.layers)?.is_empty() {
+    if !named.is_partial {
         return Ok(named);
     }
     context.whole_layers(store, &named.layers, &Config::default())?;

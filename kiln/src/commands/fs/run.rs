@@ -168,7 +168,7 @@ pub(super) fn create(
     }
     let mut stack = stack(&store, reference)?;
     let mut backend = backend;
-    if !store.lazy_among(&stack.layers)?.is_empty() {
+    if stack.is_partial {
         match backend {
             // It shows files as they are; nobody can fetch one meanwhile.
             Some(Backend::Overlay) => {
