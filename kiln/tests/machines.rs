@@ -81,6 +81,14 @@ fn a_machine_keeps_its_disk_and_has_the_verbs_of_containers() {
     home.ok(["cp", "verbs:/new/there", home.beside("back").to_str().unwrap()]);
     assert_eq!(fs::read_to_string(home.beside("back")).unwrap(), "from the host\n");
 
+    // As large as the guest writes it by another way, and as what is no whole number of blocks.
+    let large = home.beside("large");
+    let content: Vec<u8> = (0..(3 << 20) + 17_u32).map(|index| (index / 11 % 253) as u8).collect();
+    fs::write(&large, &content).unwrap();
+    home.ok(["cp", large.to_str().unwrap(), "verbs:/new/large"]);
+    home.ok(["cp", "verbs:/new/large", home.beside("large-back").to_str().unwrap()]);
+    assert!(fs::read(home.beside("large-back")).unwrap() == content);
+
     let changes = home.ok(["diff", "verbs"]);
     for line in ["D /etc/group", "A /kept", "A /new", "A /new/there"] {
         assert!(changes.lines().any(|found| found == line), "{line} in {changes}");

@@ -175,7 +175,7 @@ pub(crate) fn shares(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
     let words = ["run", "-d", "--vm", "--name", "bench", "-v", &share, &images.busybox, "sleep", "100000"];
     quietly(&mut kiln.command(words))?;
     settle();
-    let count = format!("count={}", BYTES >> 16);
+    let count = format!("count={}", BYTES >> 20);
     let exec =
         |command: &[&str]| timed(|| quietly(&mut kiln.command(["exec", "bench"].iter().chain(command))));
     let inward = || {
@@ -186,12 +186,12 @@ pub(crate) fn shares(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
                 "bench",
                 "sh",
                 "-c",
-                "dd iflag=fullblock of=/dev/null bs=64k 2>&1",
+                "dd iflag=fullblock of=/dev/null bs=1M 2>&1",
             ]);
             let file = std::fs::File::open(shared.join("file")).map_err(fail)?;
             let output = command.stdin(Stdio::from(file)).output().map_err(fail)?;
             let said = String::from_utf8_lossy(&output.stdout);
-            if said.starts_with(&format!("{}+0 records in", BYTES >> 16)) {
+            if said.starts_with(&format!("{}+0 records in", BYTES >> 20)) {
                 Ok(())
             } else {
                 Err(format!("a machine took only: {said}"))
@@ -204,9 +204,9 @@ pub(crate) fn shares(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         ROUNDS,
         [
             Box::new(inward),
-            Box::new(|| exec(&["dd", "if=/dev/zero", "bs=64k", &count])),
+            Box::new(|| exec(&["dd", "if=/dev/zero", "bs=1M", &count])),
             Box::new(|| exec(&["dd", "if=/shared/file", "of=/dev/null", "bs=1M"])),
-            Box::new(|| exec(&["dd", "if=/dev/zero", "of=/shared/new", "bs=64k", &count])),
+            Box::new(|| exec(&["dd", "if=/dev/zero", "of=/shared/new", "bs=1M", &count])),
             Box::new(|| copy(&there, "bench:/copied")),
             Box::new(|| copy("bench:/copied", &back.display().to_string())),
         ],

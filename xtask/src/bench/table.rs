@@ -105,7 +105,8 @@ pub(crate) fn document(taken: &[(Part, Vec<Row>)], earlier: &str, facts: &[(&str
         - **`usernet`**: both guests have one processor, 512 MiB and Debian's kernel, run the same two commands of busybox, and \
         are timed by the host: from the connection to the last byte.\n\
         - **9P and `cp`**: beside them `kiln exec` with a file or `/dev/zero` at one end and `/dev/null` at the other, which is \
-        a stream of the link and nothing else. A rate of 0.7 is a time of 1.43.\n\
+        a stream of the link and nothing else, written and read in pieces of 1 MiB as files are. A rate of 0.7 is a time of \
+        1.43.\n\
         - **Views**: from the start of `kiln fs run` to its end, as root; their images are of tars of one layer. Cold is after the \
         kernel has forgotten names and attributes, and has mounting in it for those that mount; warm is the second time in one \
         view, timed within. The kernel's overlay and fuse-overlayfs lie over plain directories with the same files. Files are \
