@@ -85,12 +85,12 @@ impl Store {
         Ok(wrong)
     }
 
-    /// To be called when what is kept may not be true any more.
+    /// To be called when what is kept may not be true any more. All goes at once, whoever keeps more meanwhile.
     pub(crate) fn forget_stacks(&self) -> Result<()> {
-        let directory = self.layout.stacks();
-        match std::fs::remove_dir_all(&directory) {
+        let (directory, staging) = (self.layout.stacks(), Staging::new(&self.layout)?);
+        match std::fs::rename(&directory, staging.path("stacks")) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            removed => removed.doing("remove", &directory),
+            moved => moved.doing("rename", &directory),
         }
     }
 }
