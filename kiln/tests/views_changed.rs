@@ -173,3 +173,29 @@ fn what_a_boot_left_is_nobodys_although_a_namespace_has_the_same_number() {
     assert!(refused.code == 125 && refused.stderr.contains("nobody is in"), "{refused:?}");
     assert_eq!(place.ok(&["fs", "runtimes", "prune"]), "old");
 }
+
+#[test]
+fn who_looks_at_a_view_or_is_about_to_leave_it_is_waited_for() {
+    let Some(place) = Place::of_root() else { return };
+    let at = place.at();
+    let make = ["fs", "run", IMAGE, "-e", "--keep", "--name", "kept", "--at", &at, "--", "true"];
+    let states = |place: &Place| place.ok(&["fs", "runtimes", "ls"]).matches("active").count();
+    type Lock = fn(&fs::File) -> std::io::Result<()>;
+    for (lock, active) in [(fs::File::lock_shared as Lock, 0), (fs::File::lock as Lock, 1)] {
+        for take in [&["fs", "run", "--rerun", "kept", "--", "true"][..], &["fs", "runtimes", "rm", "kept"]] {
+            if take.contains(&"--rerun") {
+                place.ok(&make);
+            }
+            let held = fs::File::open(place.home().join("views/kept/lock")).unwrap();
+            lock(&held).unwrap();
+            assert_eq!(states(&place), active, "only who looks is not seen by others who do");
+            let letting_go = std::thread::spawn(move || {
+                std::thread::sleep(std::time::Duration::from_millis(200));
+                drop(held);
+            });
+            place.ok(take);
+            letting_go.join().unwrap();
+        }
+        assert_eq!(place.views(), "");
+    }
+}

@@ -30,6 +30,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use kiln_contract::{BackendError, Change, CommitOptions, Digest, ErrorKind, Home, Scratch};
@@ -48,6 +49,9 @@ type Result<T> = std::result::Result<T, BackendError>;
 
 /// The longest name of a view, in bytes.
 const NAME_MOST: usize = 100;
+
+/// How long somebody may have the lock of a view in which nobody is.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The views of one home.
 #[derive(Debug, Clone)]
@@ -186,9 +190,7 @@ impl Views {
     /// # Errors
     /// There is none of that name, or it is in use.
     pub fn reopen(&self, name: &str, command: Vec<String>) -> Result<View> {
-        let mut record = self.find(name)?;
-        let lock = self.lock(name)?.filter(|_| !self.in_use(&record));
-        let lock = lock.ok_or_else(|| {
+        let (lock, mut record) = self.hold(name, PATIENCE)?.ok_or_else(|| {
             BackendError::new(ErrorKind::State, format!("the view `{name}` is in use"))
                 .hint(format!("run something in it with: kiln fs join {name} -- COMMAND"))
         })?;
@@ -297,7 +299,8 @@ impl Views {
 
     /// Whether somebody is in a view.
     pub fn is_active(&self, record: &ViewRecord) -> bool {
-        !matches!(self.lock(&record.name), Ok(Some(_))) || self.in_use(record)
+        let looked = self.flock(&record.name, FlockOperation::NonBlockingLockShared);
+        !matches!(looked, Ok(Some(_))) || self.in_use(record)
     }
 
     /// Whether a process is in the mount namespace of a view, or the router shows it to one.
@@ -313,8 +316,7 @@ impl Views {
     /// # Errors
     /// There is none of that name, it is in use, or something of it cannot be removed.
     pub fn remove(&self, name: &str) -> Result<()> {
-        let record = self.find(name)?;
-        let Some(_lock) = self.lock(name)?.filter(|_| !self.in_use(&record)) else {
+        let Some((_lock, _)) = self.hold(name, PATIENCE)? else {
             return Err(BackendError::new(ErrorKind::State, format!("the view `{name}` is in use")));
         };
         self.delete(name)
@@ -327,9 +329,15 @@ impl Views {
     pub fn prune(&self, all: bool) -> Result<Vec<String>> {
         let mut removed = Vec::new();
         for record in self.list()?.into_iter().filter(|record| all || !record.keep) {
-            if let Some(_lock) = self.lock(&record.name)?.filter(|_| !self.in_use(&record)) {
-                self.delete(&record.name)?;
-                removed.push(record.name);
+            match self.hold(&record.name, Duration::ZERO) {
+                Ok(Some((_lock, record))) if all || !record.keep => {
+                    self.delete(&record.name)?;
+                    removed.push(record.name);
+                }
+                Ok(_) => {}
+                // It went by itself.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(removed)
@@ -426,12 +434,41 @@ impl Views {
             .map_err(|error| BackendError::caused(format!("cannot write to {}", directory.display()), error))
     }
 
+    /// The lock of a view in which nobody is, and its record. `None` if somebody is.
+    ///
+    /// Who has the lock although nobody is there will not have it for long: it is the view's keeper after the last process,
+    /// or who looks. That is waited for, `patience` at most.
+    fn hold(&self, name: &str, patience: Duration) -> Result<Option<(File, ViewRecord)>> {
+        let limit = Instant::now() + patience;
+        loop {
+            let record = self.find(name)?;
+            let lock = match self.lock(name) {
+                // It went between the two.
+                Err(error) if !self.directory(name).exists() => return self.find(name).and(Err(error)),
+                lock => lock?,
+            };
+            if self.in_use(&record) {
+                return Ok(None);
+            }
+            match lock {
+                // What was read before the lock was had may have been another's last word.
+                Some(lock) => return Ok(Some((lock, self.find(name)?))),
+                None if Instant::now() >= limit => return Ok(None),
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
     /// `None` if somebody else has it.
     fn lock(&self, name: &str) -> Result<Option<File>> {
+        self.flock(name, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn flock(&self, name: &str, operation: FlockOperation) -> Result<Option<File>> {
         let path = self.directory(name).join("lock");
         let failed = |error| BackendError::caused(format!("cannot lock {}", path.display()), error);
         let file = File::options().create(true).append(true).open(&path).map_err(failed)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match rustix::fs::flock(&file, operation) {
             Ok(()) => Ok(Some(file)),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(error) => Err(failed(error.into())),

@@ -1,6 +1,6 @@
 //! Reading a log, and following it.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
@@ -96,37 +96,44 @@ fn catch_up(
 
 fn same(a: &File, b: &File) -> bool {
     match (a.metadata(), b.metadata()) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        (Ok(a), Ok(b)) => identity(&a) == identity(&b),
         _ => false,
     }
 }
 
-/// All files of a log, oldest first. A rotation meanwhile makes one appear twice or not at all: looked at again, but
-/// not for ever, since a writer may have been killed in the middle of one.
+/// All files of a log, oldest first, as they were at one moment.
+///
+/// A rotation meanwhile can make one be opened twice, or be missed. They are looked at again in the other order: as long
+/// as the oldest keeps its name, none can leave the name before it, so that what each name has at both looks it had all
+/// the time between.
 fn open_all(path: &Path) -> io::Result<Vec<File>> {
-    let mut attempts = 0;
     loop {
-        let mut files: Vec<File> = Vec::new();
+        let mut files = Vec::new();
         for n in (0..FILES).rev() {
-            match File::open(rotated(path, n)) {
-                Ok(file) => files.push(file),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+            files.push(if_there(File::open(rotated(path, n)))?);
         }
-        let stable = match (files.last(), File::open(path)) {
-            (Some(newest), Ok(now)) => {
-                same(newest, &now) && !files.windows(2).any(|pair| same(&pair[0], &pair[1]))
-            }
-            (None, Err(_)) => true,
-            _ => false,
-        };
-        attempts += 1;
-        if stable || attempts > 100 {
-            return Ok(files);
+        let mut unchanged = true;
+        for (n, file) in (0..FILES).zip(files.iter().rev()) {
+            let now = if_there(fs::metadata(rotated(path, n)))?;
+            let opened = file.as_ref().map(File::metadata).transpose()?;
+            unchanged &= now.as_ref().map(identity) == opened.as_ref().map(identity);
         }
-        std::thread::yield_now();
+        if unchanged {
+            return Ok(files.into_iter().flatten().collect());
+        }
     }
+}
+
+fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
 }
 
 /// Moves the files forward so that only the last `count` lines are left to be read.
@@ -298,6 +305,36 @@ mod tests {
         std::fs::write(&path, torn).unwrap();
         LogWriter::open(&path).unwrap().write(LogStream::Stdout, b"next\n").unwrap();
         assert_eq!(collect(&path, &LogQuery::default()), ["whole\n", "next\n"]);
+    }
+
+    #[test]
+    fn files_are_in_order_and_none_is_missed_while_they_are_rotated() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log.jsonl");
+        // Every line is a file.
+        let mut writer = LogWriter::with_limit(&path, 1).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for line in numbers(0..10_000) {
+                    writer.write(LogStream::Stdout, line.as_bytes()).unwrap();
+                }
+                done.store(true, std::sync::atomic::Ordering::SeqCst);
+            });
+            let mut looks = 0;
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                let mut seen = Vec::new();
+                for file in open_all(&path).unwrap() {
+                    let _ = Lines::of(file).drain(&mut |line| {
+                        seen.push(String::from_utf8(line.bytes).unwrap().trim_end().parse::<u32>().unwrap());
+                        ControlFlow::Continue(())
+                    });
+                }
+                assert!(seen.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{seen:?}");
+                looks += 1;
+            }
+            assert!(looks > 10, "{looks}");
+        });
     }
 
     #[test]

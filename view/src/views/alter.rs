@@ -73,7 +73,7 @@ impl Views {
         if keeper::ask(self, &record.name, alteration)?.is_some() {
             return Ok(());
         }
-        let Some(_lock) = self.lock(&record.name)?.filter(|_| !self.in_use(record)) else {
+        let Some((_lock, _)) = self.hold(&record.name, super::PATIENCE)? else {
             let what =
                 format!("the view `{}` has no keeper any more, which would have to change it", record.name);
             return Err(BackendError::new(ErrorKind::State, what).hint(
