@@ -252,6 +252,20 @@ pub trait DiskBackend: Send + Sync {
     /// There is no such disk; `size` is less than it has, or more than its file system can have.
     fn resize(&self, id: &DiskId, size: u64) -> Result<(), BackendError>;
 
+    /// Whether [`rename`](Self::rename) works.
+    fn can_rename(&self) -> bool {
+        false
+    }
+
+    /// Gives a disk another name, with its snapshots and its directory; a machine that is using it goes on. Returns its path
+    /// from now on.
+    ///
+    /// # Errors
+    /// There is no such disk; the name is taken; this back end cannot.
+    fn rename(&self, id: &DiskId, _to: &DiskId) -> Result<PathBuf, BackendError> {
+        Err(BackendError::unsupported(format!("cannot rename the disk `{id}` on {}", self.name())))
+    }
+
     /// What each disk takes, and what all take together. Reads the extents of all of them.
     ///
     /// # Errors

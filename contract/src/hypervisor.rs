@@ -109,6 +109,22 @@ pub enum VmState {
     Stopped,
 }
 
+/// A running machine on its way from one process to another, which is going to own it.
+#[derive(Debug)]
+pub struct VmHandle {
+    /// The hypervisor's process.
+    pub pid: u32,
+    /// Where the machine's memory is in that process.
+    pub memory_address: u64,
+    /// What belongs to it, in an order that is the driver's own.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+impl VmHandle {
+    /// How many descriptors there are, whatever the driver.
+    pub const DESCRIPTORS: usize = 5;
+}
+
 /// A hypervisor that can make machines on this host.
 pub trait Hypervisor: Send + Sync {
     /// The driver's name: `qemu`, `firecracker`, `vz`.
@@ -124,6 +140,21 @@ pub trait Hypervisor: Send + Sync {
     /// being asked to: whoever waits for it hears from its guest. It ends with the calling thread.
     fn restore(&self, _config: &VmConfig, _saved: &Path) -> Result<Box<dyn Vm>, BackendError> {
         Err(BackendError::unsupported(format!("{} cannot restore machines", self.name())))
+    }
+    /// Whether each of its processes translates what its machine executes, and executes what it has translated already much
+    /// faster: a machine that has done something before does it sooner.
+    fn translates(&self) -> bool {
+        false
+    }
+    /// Takes a machine over that another process gave up with [`Vm::hand_over`]. It ends with that process, which ends it when
+    /// the connection `owner` to it is closed.
+    fn adopt(
+        &self,
+        _config: &VmConfig,
+        _handle: VmHandle,
+        _owner: OwnedFd,
+    ) -> Result<Box<dyn Vm>, BackendError> {
+        Err(BackendError::unsupported(format!("{} cannot take machines over", self.name())))
     }
 }
 
@@ -155,6 +186,11 @@ pub trait Vm: Send {
     /// The writable disk has another size now: tells the guest.
     fn disk_resized(&mut self, _bytes: u64) -> Result<(), BackendError> {
         Err(BackendError::unsupported("this hypervisor cannot resize disks of running machines"))
+    }
+    /// What another process needs to use this machine in place of this one, which keeps it only to end it. `link` is the
+    /// machine's, of a guest that is parked.
+    fn hand_over(&mut self, _link: OwnedFd) -> Result<VmHandle, BackendError> {
+        Err(BackendError::unsupported("this hypervisor cannot hand machines over"))
     }
     /// Asks the guest to leave it `bytes` of memory.
     fn balloon(&mut self, _bytes: u64) -> Result<(), BackendError> {

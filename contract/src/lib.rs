@@ -34,7 +34,7 @@ pub use disk::{
     DiskBackend, DiskId, DiskNameError, DiskSnapshot, DiskUsage, DisksUsage, PendingDisk, SnapshotName,
 };
 pub use home::{Home, InstanceDir};
-pub use hypervisor::{BootConfig, Driver, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
+pub use hypervisor::{BootConfig, Driver, Hypervisor, MemoryKind, Vm, VmConfig, VmHandle, VmState};
 pub use instance::{
     ExitStatus, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceStatus, ProcessId,
 };

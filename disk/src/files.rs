@@ -263,6 +263,17 @@ impl FileDisks {
         Ok(())
     }
 
+    fn rename_disk(&self, id: &DiskId, to: &DiskId) -> Result<PathBuf> {
+        let (from, home) = (self.home(id), self.home(to));
+        match renameat_with(CWD, &from, CWD, &home, RenameFlags::NOREPLACE) {
+            Err(rustix::io::Errno::EXIST) => return Err(DiskError::Exists { disk: to.clone() }),
+            Err(rustix::io::Errno::NOENT) => return Err(DiskError::NotFound { disk: id.clone() }),
+            renamed => renamed.doing("rename", &from)?,
+        }
+        sync_directory(&self.root)?;
+        Ok(self.image(to))
+    }
+
     fn delete(&self, id: &DiskId, name: &SnapshotName) -> Result<()> {
         let path = self.snapshot_file(id, name);
         match fs::remove_file(&path) {
@@ -442,6 +453,14 @@ impl DiskBackend for FileDisks {
 
     fn resize(&self, id: &DiskId, size: u64) -> std::result::Result<(), BackendError> {
         Ok(self.grow(id, size)?)
+    }
+
+    fn can_rename(&self) -> bool {
+        true
+    }
+
+    fn rename(&self, id: &DiskId, to: &DiskId) -> std::result::Result<PathBuf, BackendError> {
+        Ok(self.rename_disk(id, to)?)
     }
 
     fn usage(&self) -> std::result::Result<DisksUsage, BackendError> {

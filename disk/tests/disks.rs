@@ -125,6 +125,35 @@ fn copies_are_independent_of_their_originals() {
 }
 
 #[test]
+fn a_disk_is_renamed_with_all_that_it_has_while_it_is_in_use() {
+    in_each_place(|bed| {
+        let (spare, web, other) = (disk("spare"), disk("web"), disk("other"));
+        assert!(bed.disks.can_rename());
+        let path = bed.disks.create(&spare, GIB).unwrap();
+        let in_use = fs::File::open(&path).unwrap();
+        bed.disks.snapshot(&spare, &snapshot("before")).unwrap();
+        let moved = bed.disks.rename(&spare, &web).unwrap();
+        assert_eq!(moved, bed.disks.path(&web).unwrap());
+        scribble(&moved, 1 << 20, 4096, 1);
+        let mut read = vec![0; 4096];
+        std::os::unix::fs::FileExt::read_exact_at(&in_use, &mut read, 1 << 20).unwrap();
+        assert!(read.iter().any(|byte| *byte != 0), "it is the same disk");
+        assert_eq!(bed.disks.list().unwrap(), std::slice::from_ref(&web));
+        assert_eq!(bed.disks.snapshots(&web).unwrap().len(), 1);
+
+        bed.disks.create(&other, GIB).unwrap();
+        let taken = bed.disks.rename(&web, &other).unwrap_err();
+        assert_eq!(taken.kind(), ErrorKind::Conflict, "{taken}");
+        let gone = bed.disks.rename(&spare, &disk("new")).unwrap_err();
+        assert_eq!(gone.kind(), ErrorKind::NotFound, "{gone}");
+        for id in [&web, &other] {
+            bed.disks.remove(id).unwrap();
+        }
+        assert_eq!(bed.leavings(), [""; 0]);
+    });
+}
+
+#[test]
 fn a_restore_brings_back_content_and_size_and_keeps_all_snapshots() {
     in_each_place(|bed| {
         let web = disk("web");

@@ -15,10 +15,11 @@
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, openat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, mkdirat, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount_bind, mount_remount};
 use rustix::thread::UnshareFlags;
@@ -32,6 +33,8 @@ pub(crate) const MOUNT: &str = "/cgroup";
 const SEEN: &str = "/sys/fs/cgroup";
 const AGENT: &str = "agent";
 const WORKLOAD: &str = "workload";
+/// For what is neither's.
+const APART: &str = "apart";
 /// How long processes may take to freeze.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -93,6 +96,24 @@ impl Workload {
     /// Where a process writes `0` to join. For use between fork and exec.
     pub(crate) fn entrance(&self) -> BorrowedFd<'_> {
         self.init.as_fd()
+    }
+
+    /// The same of a group that is none of the workload's, and is there until [`forget_apart`](Self::forget_apart).
+    pub(crate) fn apart(&self) -> Result<Arc<OwnedFd>, Failure> {
+        match mkdirat(&self.root, APART, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(failed(format_args!("make the control group {APART}"), errno)),
+        }
+        let entrance = self.open(APART, "cgroup.procs", OFlags::WRONLY);
+        entrance.map(|file| Arc::new(file.into())).doing(format_args!("open the control group {APART}"))
+    }
+
+    /// Removes that group, which must be empty.
+    pub(crate) fn forget_apart(&self) -> Result<(), Failure> {
+        match unlinkat(&self.root, APART, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(failed(format_args!("remove the control group {APART}"), errno)),
+        }
     }
 
     /// The namespace that a process of a system enters to see the groups as its init does.

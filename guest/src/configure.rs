@@ -63,6 +63,22 @@ pub(crate) fn prepare(machine: &Machine, files: &[String]) -> Result<(), Failure
     }
 }
 
+/// Does what [`configure`] does to a machine whose root is prepared, and leaves it as nobody's: so that the hypervisor, if it
+/// translates what is executed, has done so before somebody waits for it. What is drawn and what the clock shows in between is
+/// seen by nobody, and both are set again.
+pub(crate) fn rehearse(machine: &Machine, wanted: &Configure) -> Result<(), Failure> {
+    let root = machine.root();
+    let root = root.as_ref().filter(|root| root.is_nobodys);
+    let root = root.ok_or_else(|| invalid("only a machine that is prepared and nobody yet can rehearse"))?;
+    identity::check_machine_id(&wanted.machine_id)?;
+    let uname = rustix::system::uname();
+    let hostname = uname.nodename().to_string_lossy().into_owned();
+    identity::assume(&Configure { hostname, ..wanted.clone() })?;
+    mounts::write_host_files(root, &wanted.files)?;
+    mounts::empty_host_files(root, &wanted.files)?;
+    machine.workload.thaw()
+}
+
 fn make_root(machine: &Machine, files: &[String], disk_size: Option<u64>) -> Result<(), Failure> {
     let parts = machine.ready.take_root().ok_or_else(|| invalid("this machine has a root already"))?;
     let made = root::make(parts, disk_size)?;

@@ -19,6 +19,7 @@ pub(crate) async fn answer(
             configure::configure(machine, &wanted, opener).await.map(|()| Answer::Done)
         }
         Request::Prepare { files } => configure::prepare(machine, &files).map(|()| Answer::Done),
+        Request::Rehearse(wanted) => configure::rehearse(machine, &wanted).map(|()| Answer::Done),
         Request::Signal { process, signal } => {
             process::signal(machine, process, signal).await.map(|()| Answer::Done)
         }

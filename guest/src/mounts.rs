@@ -47,6 +47,13 @@ pub(crate) fn write_host_files(root: &Root, files: &[HostFile]) -> Result<(), Fa
     Ok(())
 }
 
+/// Takes their content away again.
+pub(crate) fn empty_host_files(root: &Root, files: &[HostFile]) -> Result<(), Failure> {
+    let empty: Vec<_> =
+        files.iter().map(|file| HostFile { path: file.path.clone(), content: Vec::new() }).collect();
+    write_host_files(root, &empty)
+}
+
 /// What the host decides for a system only: its `/run` is memory, so files in it are made, and it has an id even where its
 /// image has no file for that, which its init would write one of its own to.
 pub(crate) fn files_of_system(root: &Root, files: &[HostFile]) -> Result<(), Failure> {

@@ -22,7 +22,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
 use crate::agent::{Entry, Machine, aside};
-use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
+use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid, say};
 
 /// How long an init may take until it hears signals.
 const INIT_BEGINS: std::time::Duration = std::time::Duration::from_secs(30);
@@ -67,6 +67,13 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
     let entry = |number| machine.processes().get(&number).cloned();
     let outcome = match first {
         Input::Start { number, process } => match start(machine, number, process).await {
+            Ok(attach) => {
+                message::send(&mut writer, &Output::Started).await?;
+                Ok(attach)
+            }
+            Err(failure) => Err(failure),
+        },
+        Input::Rehearse { process } => match rehearse(machine, *process).await {
             Ok(attach) => {
                 message::send(&mut writer, &Output::Started).await?;
                 Ok(attach)
@@ -121,6 +128,7 @@ fn name_of(input: &Input) -> &'static str {
         Input::Close => "the end of input",
         Input::Resize(_) => "a terminal's size",
         Input::BecomeInit { .. } => "an init",
+        Input::Rehearse { .. } => "a rehearsal",
     }
 }
 
@@ -166,6 +174,19 @@ pub(crate) async fn begin(entrance: Arc<OwnedFd>, process: Process) -> Result<Ru
     let running = Running { pid: child.id().unwrap_or(0), attach, ended: ends.ended.subscribe(), terminal };
     tokio::spawn(own(child, ends, attachments));
     Ok(running)
+}
+
+/// Starts a process that is none of the workload. Nothing of it stays.
+async fn rehearse(machine: &Arc<Machine>, process: Process) -> Result<mpsc::Sender<Attachment>, Failure> {
+    let Running { attach, mut ended, .. } = begin(machine.workload.apart()?, process).await?;
+    let machine = Arc::clone(machine);
+    tokio::spawn(async move {
+        let _ = ended.wait_for(Option::is_some).await;
+        if let Err(failure) = machine.workload.forget_apart() {
+            say(failure);
+        }
+    });
+    Ok(attach)
 }
 
 /// This end of a process's streams.

@@ -6,7 +6,7 @@ mod linux;
 mod macos;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -36,8 +36,11 @@ pub(crate) fn accept(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
 }
 
 /// The user at the other end.
-pub(crate) fn peer(socket: &OwnedFd) -> io::Result<u32> {
-    platform::peer(socket)
+///
+/// # Errors
+/// If it is not connected, or no Unix socket.
+pub fn peer(socket: &impl AsFd) -> io::Result<u32> {
+    platform::peer(socket.as_fd())
 }
 
 /// Sends, without a signal if the other end is gone. `wait`: until there is room.

@@ -131,6 +131,8 @@ enum Command {
     #[command(hide = true)]
     Monitor(commands::monitor::Args),
     #[command(hide = true)]
+    Spare(commands::spare::Args),
+    #[command(hide = true)]
     SshProxy(commands::ssh_proxy::Args),
     #[command(hide = true)]
     FetchObject(commands::fetch_object::Args),
@@ -165,6 +167,8 @@ enum QuickCommand {
     #[command(hide = true)]
     Monitor(commands::monitor::Args),
     #[command(hide = true)]
+    Spare(commands::spare::Args),
+    #[command(hide = true)]
     SshProxy(commands::ssh_proxy::Args),
 }
 
@@ -175,6 +179,7 @@ impl From<Quick> for Cli {
             QuickCommand::Exec(args) => Command::Exec(args),
             QuickCommand::Supervise(args) => Command::Supervise(args),
             QuickCommand::Monitor(args) => Command::Monitor(args),
+            QuickCommand::Spare(args) => Command::Spare(args),
             QuickCommand::SshProxy(args) => Command::SshProxy(args),
         };
         Self { global: quick.global, command }
@@ -183,7 +188,7 @@ impl From<Quick> for Cli {
 
 fn parse(words: &[OsString]) -> std::result::Result<Cli, clap::Error> {
     match exit::verb(words) {
-        Some("run" | "exec" | "supervise" | "monitor" | "ssh-proxy") => {
+        Some("run" | "exec" | "supervise" | "monitor" | "spare" | "ssh-proxy") => {
             Quick::try_parse_from(words).map(Cli::from)
         }
         _ => Cli::try_parse_from(words),
@@ -348,6 +353,7 @@ impl Command {
             Self::Fs(command) => command.run(context),
             Self::System(command) => command.run(context),
             Self::Supervise(args) => args.run(context),
+            Self::Spare(args) => args.run(context),
             Self::Monitor(args) => args.run(context),
             Self::SshProxy(args) => args.run(context),
             Self::FetchObject(args) => args.run(context),

@@ -281,6 +281,10 @@ pub enum Request {
         #[n(0)]
         files: Vec<String>,
     },
+    /// Do what [`Configure`](Self::Configure) does, as far as nothing of it stays: after [`Prepare`](Self::Prepare), in a
+    /// machine that is nobody yet and will be somebody soon. Answer: [`Answer::Done`].
+    #[n(12)]
+    Rehearse(#[n(0)] Box<Configure>),
 }
 
 /// What the guest answers.
@@ -375,8 +379,8 @@ pub struct Stats {
 /// The number of the machine's first process, its workload.
 pub const WORKLOAD: u32 = 1;
 
-/// What the host sends on [`PROCESS`](crate::service::PROCESS). The first is [`Start`](Self::Start) or
-/// [`Attach`](Self::Attach), and no other is.
+/// What the host sends on [`PROCESS`](crate::service::PROCESS). The first says what process it is about, and no
+/// other does.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Input {
     /// Start a process under a number that no other has. [`WORKLOAD`] ends with the machine.
@@ -409,6 +413,14 @@ pub enum Input {
     #[n(5)]
     BecomeInit {
         /// What to execute.
+        #[n(0)]
+        process: Box<Process>,
+    },
+    /// Start a process that is none of the workload, and has no number: for a machine that is nobody yet, so that starting one
+    /// has been done before. Otherwise as `Start`.
+    #[n(6)]
+    Rehearse {
+        /// What to start.
         #[n(0)]
         process: Box<Process>,
     },

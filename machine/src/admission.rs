@@ -4,7 +4,7 @@ use std::fs;
 
 use kiln_contract::{BackendError, ByteSize, ErrorKind, InstanceSpec};
 
-use crate::plan;
+use crate::{Shape, plan};
 
 /// Memory that must be there for a start: what a machine touches until its workload runs, and room for the host.
 const LEAST: u64 = 96 << 20;
@@ -51,6 +51,16 @@ pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
     }
 }
 
+/// Whether a machine that nobody has asked for may be made: there is room for it and for one that is.
+pub(crate) fn has_room(shape: Shape) -> bool {
+    Host::look().is_none_or(|host| host.available / 2 >= needed(shape))
+}
+
+/// What must be there for a start, in bytes.
+fn needed(shape: Shape) -> u64 {
+    (shape.memory / PART).max(LEAST)
+}
+
 fn fits(spec: &InstanceSpec, host: Host) -> Result<(), BackendError> {
     let (name, shape) = (&spec.name, plan::shape(spec)?);
     let size = |bytes| ByteSize(bytes).to_string();
@@ -75,7 +85,7 @@ fn fits(spec: &InstanceSpec, host: Host) -> Result<(), BackendError> {
         )
         .hint("give it fewer with --cpus"));
     }
-    let needed = (shape.memory / PART).max(LEAST);
+    let needed = needed(shape);
     if host.available < needed {
         return Err(BackendError::new(
             ErrorKind::State,

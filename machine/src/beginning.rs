@@ -15,6 +15,7 @@ use crate::boot::booting;
 use crate::last_words::LastWords;
 use crate::life::{Life, Paths};
 use crate::saved::Saved;
+use crate::spare::{self, Next, Taken};
 use crate::template::{DISK_SIZE, Shape, Templates, disk_of};
 use crate::{console, plan};
 
@@ -30,6 +31,8 @@ pub(crate) struct Ground {
     pub(crate) is_own: bool,
     /// Bytes of its writable disk.
     pub(crate) disk_size: u64,
+    /// The spare machine that is to be made for the next start from the same template.
+    pub(crate) next: Option<Next>,
 }
 
 /// The kernel of a machine.
@@ -113,6 +116,8 @@ fn own_disk(
 enum Beginning {
     /// It is restored.
     Saved(Saved),
+    /// It was restored before, and has waited; of the same template.
+    Spare(Saved, Taken),
     /// Its kernel boots.
     Boot(Shape, BootConfig),
 }
@@ -121,7 +126,7 @@ enum Beginning {
 pub(crate) struct Found {
     pub(crate) home: Home,
     hypervisor: Box<dyn Hypervisor>,
-    beginning: Beginning,
+    beginning: Option<Beginning>,
     pub(crate) paths: Paths,
     pub(crate) ground: Ground,
     /// Keeps the template from being removed.
@@ -140,6 +145,7 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let size = plan::disk_size(&record.spec);
     let own = Saved::load(&plan::saved(&dir));
     let is_own = own.is_some();
+    let mut next = None;
     let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
         let (kernel, shape) = (kernel(home, &record)?, plan::shape(&record.spec)?);
         let base = Saved::nothing(&plan::base(&dir), kernel.name(), &*hypervisor, shape)?;
@@ -154,26 +160,61 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
             None => template(home, &record, &*hypervisor, (&*disks, &image), &Silent)?,
         };
         let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
-        let path = own_disk(&*disks, &disk, &saved, is_own, size)?;
-        (Beginning::Saved(saved), base, path)
+        let is_new = !is_own && disks.path(&disk).is_err();
+        let mut taken = None;
+        if is_new && spare::is_for(&saved, &*hypervisor, &*disks) {
+            next = Some(Next::new(home, &saved, &image));
+            if size == DISK_SIZE {
+                taken = spare::take(&saved, &*disks, &disk, &dir);
+            }
+        }
+        match taken {
+            Some(taken) => {
+                let path = taken.disk.clone();
+                (Beginning::Spare(saved, taken), base, path)
+            }
+            None => {
+                let path = own_disk(&*disks, &disk, &saved, is_own, size)?;
+                (Beginning::Saved(saved), base, path)
+            }
+        }
     };
     let held = base.hold()?;
     let disk_size = disks.size(&disk)?;
     let memory = base.memory();
     let paths =
         Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size, network: None };
-    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size };
-    Ok(Found { home: home.clone(), hypervisor, beginning, paths, ground, _held: held })
+    let ground = Ground { record, dir, disks, disk, base, is_own, disk_size, next };
+    Ok(Found { home: home.clone(), hypervisor, beginning: Some(beginning), paths, ground, _held: held })
 }
 
 impl Found {
-    /// Restores or boots it. The guest waits to be configured.
-    pub(crate) async fn begin(&self) -> Result<Life, BackendError> {
-        match &self.beginning {
-            Beginning::Saved(saved) => Life::restore(&*self.hypervisor, saved, &self.paths).await,
+    /// Restores or boots it. The guest waits to be configured. It begins once.
+    pub(crate) async fn begin(&mut self) -> Result<Life, BackendError> {
+        let Some(beginning) = self.beginning.take() else {
+            return Err(BackendError::new(ErrorKind::State, "the machine has begun already"));
+        };
+        match beginning {
+            Beginning::Saved(saved) => Life::restore(&*self.hypervisor, &saved, &self.paths).await,
+            Beginning::Spare(saved, Taken { handle, owner, .. }) => {
+                let given = (handle, owner.into());
+                match Life::adopt(&*self.hypervisor, &saved, &self.paths, given).await {
+                    Ok(life) => Ok(life),
+                    Err(error) => {
+                        tracing::warn!(
+                            "the spare machine is lost, and one is restored: {}",
+                            error.with_causes()
+                        );
+                        let Ground { disks, disk, .. } = &self.ground;
+                        disks.remove(disk)?;
+                        self.paths.disk = own_disk(&**disks, disk, &saved, false, DISK_SIZE)?;
+                        Life::restore(&*self.hypervisor, &saved, &self.paths).await
+                    }
+                }
+            }
             Beginning::Boot(shape, boot) => {
                 let console = self.ground.dir.path().join(console::LOG);
-                let life = Life::boot(&*self.hypervisor, *shape, boot.clone(), &self.paths).await;
+                let life = Life::boot(&*self.hypervisor, shape, boot, &self.paths).await;
                 life.map_err(|error| LastWords::whole(&console).explain(error))
             }
         }

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::{Machines, carry, door, stream};
 
 /// The console's socket, in the machine's directory: QEMU listens at it.
-const SOCKET: &str = "console.sock";
+pub(crate) const SOCKET: &str = "console.sock";
 /// What was written to the console, in the machine's directory.
 pub(crate) const LOG: &str = "console.log";
 /// Held by whoever is at the console.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_contract::{BackendError, BootConfig, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig};
+use kiln_contract::{BackendError, BootConfig, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig, VmHandle};
 use kiln_link::message::{self, Answer, Configure, Failure, FailureKind, Input, Output, Process, Request};
 use kiln_link::{HostLink, HostSession, LinkError, Opener, Parker, Stream, service};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -18,6 +18,10 @@ use crate::{plan, stream};
 const TO_BOOT: Duration = Duration::from_secs(180);
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
+/// How long a guest may take to rehearse, when everything else on the host goes first.
+const TO_REHEARSE: Duration = Duration::from_secs(120);
+/// How often a spare machine does what a start will ask of it. The second time still goes other ways than the first.
+const REHEARSALS: u32 = 3;
 
 /// What a machine is made of on this host.
 #[derive(Debug, Clone)]
@@ -69,6 +73,51 @@ impl Life {
         Ok(Self { vm, session })
     }
 
+    /// Restores a machine, has its guest rehearse what a start will ask of it, and gives it up for another process to adopt.
+    /// The machine lives until it is dropped here. Must be called in a runtime, on a thread that outlives the machine.
+    pub(crate) async fn rehearsed(
+        hypervisor: &dyn Hypervisor,
+        saved: &Saved,
+        paths: &Paths,
+    ) -> Result<(Box<dyn Vm>, VmHandle), BackendError> {
+        let mut vm = hypervisor.restore(&config(saved.record().shape, None, paths), saved.directory())?;
+        let socket = vm.link()?;
+        let copy = socket.try_clone();
+        let copy = copy.map_err(|error| BackendError::caused("cannot use a socket", error))?;
+        let session = begin(&mut *vm, HostLink::restored(stream::adopt(socket)?)).await?;
+        let life = Self { vm, session };
+        let rehearsed = tokio::time::timeout(TO_REHEARSE, async {
+            for _ in 0..REHEARSALS {
+                life.rehearse().await?;
+            }
+            Ok::<_, BackendError>(())
+        });
+        rehearsed.await.map_err(|_| lost(LinkError::TimedOut { what: "rehearse", after: TO_REHEARSE }))??;
+        let parked = life.parker().park(TO_BEGIN).await;
+        let parked =
+            parked.map_err(|error| BackendError::caused("cannot keep the machine waiting", error))?;
+        let Self { mut vm, session } = life;
+        drop(session);
+        // Its guest stays parked: nothing of this session is said any more.
+        drop(parked);
+        let handle = vm.hand_over(copy)?;
+        Ok((vm, handle))
+    }
+
+    /// Goes on with a machine that another process has given up, as if it had been restored here. `owner` is the connection to
+    /// that process. The guest waits to be configured. Must be called in a runtime.
+    pub(crate) async fn adopt(
+        hypervisor: &dyn Hypervisor,
+        saved: &Saved,
+        paths: &Paths,
+        (handle, owner): (VmHandle, OwnedFd),
+    ) -> Result<Self, BackendError> {
+        let mut vm = hypervisor.adopt(&config(saved.record().shape, None, paths), handle, owner)?;
+        let link = HostLink::restored(stream::adopt(vm.link()?)?);
+        let session = begin(&mut *vm, link).await?;
+        Ok(Self { vm, session })
+    }
+
     /// Boots a machine. The guest waits to be configured. Must be called in a runtime, on a thread that outlives the machine.
     ///
     /// # Errors
@@ -114,6 +163,21 @@ impl Life {
     pub async fn prepare(&self) -> Result<(), BackendError> {
         let files = plan::HOST_FILES.map(str::to_owned).to_vec();
         ask(&self.opener(), Request::Prepare { files }).await.map(drop)
+    }
+
+    /// Has the guest do once what a start will ask of it, and leave no trace of it.
+    async fn rehearse(&self) -> Result<(), BackendError> {
+        ask(&self.opener(), Request::Rehearse(Box::new(plan::rehearsal()?))).await?;
+        for program in plan::REHEARSED {
+            let process = Box::new(plan::rehearsed(program));
+            match start(&self.opener(), Input::Rehearse { process }).await {
+                Ok(stream) => return ended(stream).await,
+                // Not every image has it.
+                Err(error) if error.kind() == ErrorKind::CommandNotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Tells the guest who it is.
@@ -212,6 +276,17 @@ pub(crate) async fn start(opener: &Opener, first: Input) -> Result<Stream, Backe
         Some(Output::Failed(failure)) => Err(refused(&failure)),
         Some(_) => Err(BackendError::new(ErrorKind::Failed, "the guest speaks before the process runs")),
         None => Err(lost(LinkError::Closed)),
+    }
+}
+
+/// Waits until a process has ended, whatever it says.
+async fn ended(mut stream: Stream) -> Result<(), BackendError> {
+    loop {
+        match message::receive(&mut stream).await.map_err(lost)? {
+            Some(Output::Exited(_)) => return Ok(()),
+            Some(_) => {}
+            None => return Err(lost(LinkError::Closed)),
+        }
     }
 }
 

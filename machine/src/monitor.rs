@@ -160,6 +160,9 @@ async fn live(
     };
     let workload = start(&opener, first).await?;
     tell(supervisor, &News::Started);
+    if let Some(next) = &ground.next {
+        next.make();
+    }
     let keeper = Arc::new(Keeper {
         parker: life.parker(),
         opener: opener.clone(),

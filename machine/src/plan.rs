@@ -88,6 +88,15 @@ pub(crate) fn network_of(spec: &InstanceSpec) -> Option<&str> {
     kiln_net::tap_network(mode).or(Some(mode)).filter(|name| !matches!(*name, "default" | "usernet" | "none"))
 }
 
+/// Random bytes for a guest's generator.
+fn entropy() -> Result<Vec<u8>, BackendError> {
+    let mut entropy = vec![0; ENTROPY];
+    getrandom::fill(&mut entropy).map_err(|error| {
+        BackendError::new(ErrorKind::Failed, format!("cannot draw random bytes: {error}"))
+    })?;
+    Ok(entropy)
+}
+
 /// What the guest is told of who it is. `disk` is the size of its writable disk in bytes, and `None` for a machine that has a
 /// root already; `device` is its place on the network that it has a device for.
 ///
@@ -99,10 +108,6 @@ pub(crate) fn configure(
     device: Option<Device>,
 ) -> Result<Configure, BackendError> {
     let spec = &record.spec;
-    let mut entropy = vec![0; ENTROPY];
-    getrandom::fill(&mut entropy).map_err(|error| {
-        BackendError::new(ErrorKind::Failed, format!("cannot draw random bytes: {error}"))
-    })?;
     let hostname = hostname(record);
     let machine_id = Digest::of(format!("machine-id {}", record.id).as_bytes()).hex()[..32].to_owned();
     let file =
@@ -129,7 +134,7 @@ pub(crate) fn configure(
         hostname,
         machine_id,
         clock: now(),
-        entropy,
+        entropy: entropy()?,
         root: disk.map(root),
         mounts: mounts(spec),
         files,
@@ -168,6 +173,29 @@ fn resolv_conf(spec: &InstanceSpec) -> String {
         let _ = writeln!(text, "search {}", spec.network.dns_search.join(" "));
     }
     text
+}
+
+/// What a guest is told that rehearses being told who it is: as long as what will be, and true of nobody.
+///
+/// # Errors
+/// If the operating system gives no random bytes.
+pub(crate) fn rehearsal() -> Result<Configure, BackendError> {
+    let file = |path: &str| HostFile { path: path.to_owned(), content: vec![b'\n'; 64] };
+    Ok(Configure {
+        machine_id: "0".repeat(32),
+        clock: now(),
+        entropy: entropy()?,
+        files: HOST_FILES.map(file).to_vec(),
+        ..Configure::default()
+    })
+}
+
+/// What it then executes, the first that there is: what a start may be asked for, or the guest's own program.
+pub(crate) const REHEARSED: [&str; 2] = ["true", "/proc/self/exe"];
+
+/// A program that does nothing, as a process.
+pub(crate) fn rehearsed(program: &str) -> Process {
+    Process { args: vec![program.to_owned()], env: with_defaults(&[], false), ..Process::default() }
 }
 
 /// Mounts in the order in which they are made: parents before what is mounted in them.

@@ -38,8 +38,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::beginning::disks;
 use crate::boot::COMMAND_LINE;
-use crate::guest;
 use crate::saved::{self, DELTA, FORMAT, MEMORY, RECORD, STATE, Saved, TemplateRecord};
+use crate::{guest, spare};
 use making::Place;
 
 /// Templates that are kept besides the newest; each has a size, a kernel or an image of its own.
@@ -144,6 +144,7 @@ impl<'a> Templates<'a> {
             )
             .hint("stop the machine first"));
         }
+        spare::end(template, self.disks)?;
         // Out of sight first, so that no half of it is ever found.
         let aside = self.root.join(format!(".gone-{}", key.hex()));
         match fs::rename(template.directory(), &aside) {
@@ -398,8 +399,8 @@ pub fn prune_templates(home: &Home, dry_run: bool) -> Result<Vec<Saved>, Backend
     Ok(unused)
 }
 
-/// Removes the disks that are neither a machine's nor a template's: what was killed while it made them left them. Those that
-/// were, or with `dry_run` would be.
+/// Ends the spare machines, and removes the disks that are neither a machine's nor a template's: a spare one's, and what was
+/// killed while it made them left. Those that were, or with `dry_run` would be.
 ///
 /// # Errors
 /// If one cannot be removed.
@@ -409,10 +410,14 @@ pub fn prune_disks(home: &Home, dry_run: bool) -> Result<Vec<DiskId>, BackendErr
     }
     let disks = disks(home)?;
     let all = disks.list()?;
+    if !dry_run {
+        templates(home)?.iter().try_for_each(|template| spare::end(template, &*disks))?;
+    }
     let mut unowned = Templates::open(home, &*disks).orphans(&all)?;
     let instances: Vec<_> = Instances::of(home).ids()?.iter().map(DiskId::from).collect();
     let is_template = |disk: &DiskId| disk.as_str().starts_with(DISK_PREFIX);
-    unowned.extend(all.into_iter().filter(|disk| !is_template(disk) && !instances.contains(disk)));
+    let is_owned = |disk: &DiskId| is_template(disk) || instances.contains(disk);
+    unowned.extend(all.into_iter().filter(|disk| !is_owned(disk)));
     for disk in unowned.iter().filter(|_| !dry_run) {
         disks.remove(disk)?;
     }

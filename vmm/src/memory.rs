@@ -58,6 +58,20 @@ impl Mapping {
         })
     }
 
+    /// Where it is, and the process's memory and page table.
+    pub(crate) fn into_parts(self) -> (u64, File, File) {
+        (self.address, self.memory, self.pages)
+    }
+
+    /// The other way: of who could open them.
+    pub(crate) fn of_parts(address: u64, length: u64, memory: File, pages: File) -> Self {
+        Self { memory, pages, address, length }
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { memory: self.memory.try_clone()?, pages: self.pages.try_clone()?, ..*self })
+    }
+
     /// Writes what the process has changed. It must not run meanwhile.
     pub(crate) fn write_delta(&self, to: &mut dyn Write) -> io::Result<()> {
         let mut out = BufWriter::with_capacity(64 << 10, to);

@@ -63,6 +63,8 @@ impl Kiln {
             Some(user) => user.command(&self.program),
             None => Command::new(&self.program),
         };
+        // Nothing runs that was not asked for, unless it is.
+        command.env("KILN_SPARE", "off");
         command.env("KILN_HOME", self.home.path()).args(arguments).stdin(Stdio::null());
         command
     }

@@ -97,6 +97,7 @@ impl Shell {
             .args(["-c", &format!("exec 2>&1\n{command}")])
             .env("PATH", format!("{directories}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"))
             .env("KILN_HOME", self.place.path().join("home"))
+            .env("KILN_SPARE", "off")
             .env("HOME", &work)
             .env("CONTAINERS_REGISTRIES_CONF", &self.configuration)
             .env("NO_COLOR", "1")

@@ -1,7 +1,7 @@
 //! Sockets with flags at birth, and directories by descriptor.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, open};
@@ -24,7 +24,7 @@ pub(super) fn accept(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map(|(socket, _)| socket)
 }
 
-pub(super) fn peer(socket: &OwnedFd) -> io::Result<u32> {
+pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(rustix::net::sockopt::socket_peercred(socket)?.uid.as_raw())
 }
 

@@ -1,7 +1,7 @@
 //! Sockets that get their flags after birth, and directories by a link in the user's own directory for temporary files.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -40,7 +40,7 @@ pub(super) fn accept(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     ready.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::CONNABORTED))
 }
 
-pub(super) fn peer(socket: &OwnedFd) -> io::Result<u32> {
+pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<u32> {
     let (mut user, mut group) = (0, 0);
     // SAFETY: both pointers lead to numbers that are written.
     match unsafe { libc::getpeereid(socket.as_raw_fd(), &raw mut user, &raw mut group) } {

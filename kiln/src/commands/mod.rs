@@ -33,6 +33,7 @@ pub(crate) mod resume;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod snapshot;
+pub(crate) mod spare;
 pub(crate) mod ssh;
 pub(crate) mod ssh_config;
 pub(crate) mod ssh_proxy;

@@ -50,7 +50,8 @@ fn accelerator() -> Finding {
         chosen @ Accelerator::Tcg { .. } => Finding::warn(
             what,
             chosen.to_string(),
-            "machines work, and what they compute takes some ten times as long",
+            "machines work, and what they compute takes some ten times as long; after a start one is kept ready for the next \
+             (`kiln template ls`), unless KILN_SPARE=off says otherwise",
         ),
     }
 }

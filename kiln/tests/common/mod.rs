@@ -108,6 +108,8 @@ impl Home {
     pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
         command.args(words).env("KILN_HOME", self.path()).env_remove("KILN_LOG").env_remove("COMPLETE");
+        // Nothing runs that a test has not started.
+        command.env("KILN_SPARE", "off");
         command.current_dir(self.directory.path()).stdin(Stdio::null());
         command
     }

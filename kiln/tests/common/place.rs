@@ -49,7 +49,12 @@ impl Place {
     pub(crate) fn command(&self, words: &[&str]) -> Command {
         let Some((user, directory)) = &self.user else { return self.root.command(words) };
         let mut command = user.command(Path::new(env!("CARGO_BIN_EXE_kiln")));
-        command.args(words).env("KILN_HOME", self.home()).stdin(Stdio::null()).current_dir(directory);
+        command
+            .args(words)
+            .env("KILN_HOME", self.home())
+            .env("KILN_SPARE", "off")
+            .stdin(Stdio::null())
+            .current_dir(directory);
         command
     }
 

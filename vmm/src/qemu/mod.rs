@@ -15,6 +15,7 @@
 //! The state has neither a configuration section nor a description, as a migration would, so both sides leave them out.
 
 mod arguments;
+mod process;
 
 use std::fs::{self, File};
 use std::io;
@@ -23,10 +24,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kiln_contract::{BackendError, Capabilities, Hypervisor, MemoryKind, Vm, VmConfig, VmState};
+use kiln_contract::{
+    BackendError, Capabilities, ErrorKind, Hypervisor, MemoryKind, Vm, VmConfig, VmHandle, VmState,
+};
 use rustix::io::FdFlags;
 use rustix::process::Signal;
 
@@ -34,6 +37,7 @@ use crate::memory::Mapping;
 use crate::qmp::{self, Qmp};
 use crate::{Accelerator, VmmError};
 use arguments::{Inherited, arguments};
+use process::Process;
 
 /// Where the devices' state is in what was saved.
 const STATE: &str = "state";
@@ -129,7 +133,7 @@ impl Qemu {
         drop(command);
         Ok(Machine {
             program: self.program.clone(),
-            process,
+            process: Process::Own(process),
             monitor: Monitor::New(monitor),
             link: Some(link.into()),
             words,
@@ -187,6 +191,33 @@ impl Hypervisor for Qemu {
         machine.feed(state, ours, saved)?;
         Ok(Box::new(machine))
     }
+
+    fn translates(&self) -> bool {
+        matches!(self.accelerator, Accelerator::Tcg { .. })
+    }
+
+    fn adopt(
+        &self,
+        config: &VmConfig,
+        handle: VmHandle,
+        owner: OwnedFd,
+    ) -> Result<Box<dyn Vm>, BackendError> {
+        let descriptors = <[OwnedFd; VmHandle::DESCRIPTORS]>::try_from(handle.descriptors);
+        let [link, monitor, process, memory, pages] = descriptors.map_err(|descriptors| {
+            let why = format!("{} descriptors came with it", descriptors.len());
+            BackendError::new(ErrorKind::Invalid, format!("cannot take a machine over: {why}"))
+        })?;
+        let mapping = process::mapping(handle.memory_address, config.memory, [memory, pages]);
+        Ok(Box::new(Machine {
+            program: self.program.clone(),
+            process: Process::Adopted { pid: handle.pid, handle: process, mapping, _owner: owner },
+            monitor: Monitor::New(monitor.into()),
+            link: Some(link),
+            words: config.directory.join(WORDS),
+            memory: (config.memory_file.clone(), config.memory, config.memory_kind),
+            began: true,
+        }))
+    }
 }
 
 /// Keeps the kernel from giving a process, and what it will execute, memory in huge pages that it did not ask for: of each
@@ -212,7 +243,7 @@ fn processor() -> String {
 #[derive(Debug)]
 struct Machine {
     program: PathBuf,
-    process: Child,
+    process: Process,
     monitor: Monitor,
     link: Option<OwnedFd>,
     words: PathBuf,
@@ -254,7 +285,7 @@ impl Machine {
         let Err(error @ VmmError::Io { .. }) = outcome else { return outcome };
         // It closes its sockets a little before it ends.
         for _ in 0..50 {
-            if !matches!(self.process.try_wait(), Ok(None)) {
+            if self.process.has_ended() {
                 let said = self.words();
                 let words = if said.is_empty() { error.to_string() } else { said };
                 return Err(VmmError::Ended { program: self.program.clone(), words });
@@ -265,7 +296,7 @@ impl Machine {
     }
 
     fn mapping(&self) -> Result<Mapping, VmmError> {
-        Mapping::find(self.process.id(), &self.memory.0, self.memory.1)
+        self.process.mapping(&self.memory.0, self.memory.1)
     }
 
     /// Puts what a saved machine had changed into this one's memory, once QEMU has mapped it.
@@ -275,7 +306,7 @@ impl Machine {
             match self.mapping() {
                 Ok(mapping) => break mapping,
                 Err(error) => {
-                    if begun.elapsed() > TO_MAP || !matches!(self.process.try_wait(), Ok(None)) {
+                    if begun.elapsed() > TO_MAP || self.process.has_ended() {
                         return self.explain(Err(error));
                     }
                     std::thread::sleep(Duration::from_micros(500));
@@ -318,10 +349,7 @@ impl Vm for Machine {
     }
 
     fn kill(&mut self) -> Result<(), BackendError> {
-        // Ending it twice is no error.
-        let _ = self.process.kill();
-        self.process.wait().map_err(|error| VmmError::io("wait for the hypervisor")(error))?;
-        Ok(())
+        Ok(self.process.kill()?)
     }
 
     fn save(&mut self, saved: &Path) -> Result<(), BackendError> {
@@ -343,7 +371,7 @@ impl Vm for Machine {
     fn last_words(&mut self) -> Option<BackendError> {
         // It closes its sockets a little before it ends.
         for _ in 0..50 {
-            if !matches!(self.process.try_wait(), Ok(None)) {
+            if self.process.has_ended() {
                 let said = self.words();
                 let words = if said.is_empty() { "it gave no reason".to_owned() } else { said };
                 return Some(VmmError::Ended { program: self.program.clone(), words }.into());
@@ -354,7 +382,7 @@ impl Vm for Machine {
     }
 
     fn state(&mut self) -> Result<VmState, BackendError> {
-        if !matches!(self.process.try_wait(), Ok(None)) {
+        if self.process.has_ended() {
             return Ok(VmState::Stopped);
         }
         let status = self.execute(&qmp::QueryStatus { lifetime: PhantomData })?.status;
@@ -367,14 +395,35 @@ impl Vm for Machine {
     }
 
     fn link(&mut self) -> Result<OwnedFd, BackendError> {
-        self.link.take().ok_or_else(|| {
-            BackendError::new(kiln_contract::ErrorKind::State, "the machine's link was given already")
-        })
+        self.link
+            .take()
+            .ok_or_else(|| BackendError::new(ErrorKind::State, "the machine's link was given already"))
     }
 
     fn disk_resized(&mut self, bytes: u64) -> Result<(), BackendError> {
         self.execute(&qmp::ResizeBlock { device: arguments::DISK, size: bytes, lifetime: PhantomData })?;
         Ok(())
+    }
+
+    fn hand_over(&mut self, link: OwnedFd) -> Result<VmHandle, BackendError> {
+        let fail = || VmmError::io("hand the machine over");
+        // Who has spoken over it has heard what another would wait for.
+        let monitor = match &self.monitor {
+            Monitor::New(monitor) => OwnedFd::from(monitor.try_clone().map_err(fail())?),
+            Monitor::Open(_) | Monitor::Lost => {
+                return Err(BackendError::new(
+                    ErrorKind::State,
+                    "cannot hand the machine over: its monitor is in use",
+                ));
+            }
+        };
+        let process = self.process.handle().map_err(fail())?;
+        let (memory_address, [memory, pages]) = process::descriptors(self.mapping()?);
+        Ok(VmHandle {
+            pid: self.process.id(),
+            memory_address,
+            descriptors: vec![link, monitor, process, memory, pages],
+        })
     }
 
     fn balloon(&mut self, bytes: u64) -> Result<(), BackendError> {

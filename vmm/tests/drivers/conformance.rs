@@ -22,6 +22,7 @@ pub(crate) const TABLE: &[(&str, Test)] = &[
     ("machines of one template live side by side, and it stays as it was", clones),
     ("a machine that is saved goes on, and its copy begins a life of its own", saves_and_goes_on),
     ("a copy of a copy has what both have changed", saves_again),
+    ("a machine that is handed over goes on, is saved, and ends with whoever has it", hands_over),
     ("what is no saved machine is an error and not a wait", refuses_other_states),
     ("what cannot boot is an error and not a wait", refuses_to_boot_nonsense),
     ("a disk may grow and a balloon may be blown up", grows_and_shrinks),
@@ -135,6 +136,55 @@ fn saves_again(bed: &Bed) {
         saved = next.path().to_owned();
         kept.push(next);
     }
+}
+
+fn hands_over(bed: &Bed) {
+    let config = bed.config(false);
+    let mut vm = bed.hypervisor.restore(&config, &bed.template()).unwrap();
+    let link = vm.link().unwrap();
+    let copy = link.try_clone().unwrap();
+    run(async {
+        let session = begin(HostLink::restored(stream(link))).await;
+        ask(&session).await;
+        let parked = session.parker().park(Duration::from_secs(30)).await.unwrap();
+        drop(session);
+        drop(parked);
+    });
+    let handle = match vm.hand_over(copy) {
+        Ok(handle) => handle,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+            return;
+        }
+    };
+    assert_eq!(handle.descriptors.len(), kiln_contract::VmHandle::DESCRIPTORS);
+    let pid = handle.pid;
+    let (owner, other) = UnixStream::pair().unwrap();
+    let mut adopted = bed.hypervisor.adopt(&config, handle, owner.into()).unwrap();
+    assert_eq!(adopted.pid(), Some(pid));
+    assert_eq!(adopted.state().unwrap(), VmState::Running);
+    let saved = tempfile::tempdir().unwrap();
+    run(async {
+        let session = begin(HostLink::restored(stream(adopted.link().unwrap()))).await;
+        assert!(matches!(ask(&session).await, Answer::Stats(_)));
+        let parked = session.parker().park(Duration::from_secs(30)).await.unwrap();
+        adopted.pause().unwrap();
+        adopted.save(saved.path()).unwrap();
+        adopted.resume().unwrap();
+        parked.resume().await.unwrap();
+        assert!(matches!(ask(&session).await, Answer::Stats(_)));
+        let mut copy = bed.hypervisor.restore(&bed.config(false), saved.path()).unwrap();
+        let session = begin(HostLink::restored(stream(copy.link().unwrap()))).await;
+        assert!(matches!(ask(&session).await, Answer::Stats(_)));
+    });
+    drop(adopted);
+    assert_eq!(vm.state().unwrap(), VmState::Stopped, "it ended with whoever had it");
+    assert_eq!((&other).read(&mut [0]).unwrap(), 0, "who owns it is told");
+    // Without what belongs to it there is nothing to take over.
+    let nothing = kiln_contract::VmHandle { pid, memory_address: 0, descriptors: Vec::new() };
+    let (owner, _) = UnixStream::pair().unwrap();
+    let refused = bed.hypervisor.adopt(&config, nothing, owner.into()).err().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::Invalid, "{refused}");
 }
 
 fn refuses_other_states(bed: &Bed) {

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use kiln_contract::{ByteSize, Digest, RuntimeBackend as _};
-use kiln_machine::{Disk, Saved};
+use kiln_machine::{Disk, Saved, SpareState};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -38,6 +38,8 @@ struct Row {
     boot_millis: u64,
     /// Bytes that it takes.
     size: u64,
+    /// How far the machine is that is kept for its next start, if one is.
+    spare: Option<SpareState>,
     /// When it was made.
     created: Timestamp,
 }
@@ -53,6 +55,7 @@ impl From<&Saved> for Row {
             disk: record.disk,
             boot_millis: record.boot_millis,
             size: template.size(),
+            spare: kiln_machine::spare_state(template),
             created: record.made,
         }
     }
@@ -73,16 +76,18 @@ impl Args {
         }
         let now = Timestamp::now();
         print_rows(self.format.format, &rows, |rows| {
-            let mut table = Table::new(["ID", "KERNEL", "CPUS", "MEMORY", "DISK", "BOOT", "SIZE", "CREATED"])
-                .right("CPUS")
-                .right("MEMORY")
-                .right("BOOT")
-                .right("SIZE");
+            let titles = ["ID", "KERNEL", "CPUS", "MEMORY", "DISK", "BOOT", "SIZE", "SPARE", "CREATED"];
+            let mut table = Table::new(titles).right("CPUS").right("MEMORY").right("BOOT").right("SIZE");
             for row in rows {
                 let disk = match row.disk {
                     Disk::Empty => "new",
                     Disk::Root => "image",
                     Disk::Own => "own",
+                };
+                let spare = match row.spare {
+                    Some(SpareState::Ready) => "ready",
+                    Some(SpareState::Making) => "making",
+                    None => "",
                 };
                 table.row([
                     row.id.short(),
@@ -92,6 +97,7 @@ impl Args {
                     disk.to_owned(),
                     format!("{} ms", row.boot_millis),
                     ByteSize(row.size).to_string(),
+                    spare.to_owned(),
                     ago(row.created, now),
                 ]);
             }
