@@ -29,10 +29,10 @@ use kiln_contract::{BackendError, Scratch};
 use nix::unistd::{ForkResult, fork, getpid};
 use rustix::process::{PidfdFlags, Signal, WaitId, WaitIdOptions};
 
+use crate::mounting::{Host, Kind, Mounting as _};
 use crate::objects::{Fetcher, Objects};
 use crate::sockets;
 
-pub(crate) mod attach;
 mod attributes;
 mod edit;
 mod objects;
@@ -195,7 +195,7 @@ impl Server {
     /// # Errors
     /// The kernel or `fusermount3` refuse. The server ends.
     pub fn mount(self, target: &Path) -> Result<Mounted, BackendError> {
-        let device = attach::attach(target, self.read_only)?;
+        let device = Host.attach(target, Kind::View { read_only: self.read_only })?;
         let sent = sockets::send(&self.socket, device.as_fd());
         // The server's end of the socket is closed when it has the device: from then on it alone holds that.
         let taken = sent.map_err(std::io::Error::from).and_then(|_| {
@@ -205,7 +205,7 @@ impl Server {
         match taken {
             Ok(_) => Ok(Mounted { target: target.to_owned(), process: self.process }),
             Err(error) => {
-                let _ = attach::detach(target);
+                let _ = Host.detach(target);
                 Err(BackendError::caused(format!("cannot serve the tree at {}", target.display()), error))
             }
         }
@@ -219,7 +219,7 @@ impl Mounted {
     /// # Errors
     /// Nothing is mounted there, or it may not be taken away. The server ends all the same.
     pub fn unmount(self) -> Result<(), BackendError> {
-        attach::detach(&self.target)
+        Host.detach(&self.target)
     }
 
     /// Leaves the server to itself: it ends with the last mount of what it serves.

@@ -31,6 +31,7 @@ mod changes;
 mod contents;
 #[cfg(target_os = "linux")]
 pub mod fuse;
+pub mod mounting;
 mod objects;
 #[cfg(target_os = "linux")]
 mod overlay;

@@ -19,10 +19,11 @@ use kiln_erofs::Image;
 use memmap2::Mmap;
 
 use self::requests::Shared;
+use super::Owners;
 use super::edit::{Editable, Upper};
 use super::server::{Served, session};
 use super::space::{Share, Space};
-use super::{Owners, attach};
+use crate::mounting::{Host, Kind, Mounting as _};
 use crate::objects::{Fetcher, Objects};
 
 /// Who asks.
@@ -51,11 +52,11 @@ pub(crate) struct SharedMount {
 impl SharedMount {
     /// Mounts at a directory. Nobody sees anything there yet.
     pub(crate) fn mount(target: &Path, callers: Arc<dyn Callers>) -> Result<Self, BackendError> {
-        let device = attach::attach_shared(target)?;
+        let device = Host.attach(target, Kind::Shared)?;
         let trees = Arc::new(Trees { shown: RwLock::default(), last: Mutex::new(None) });
         let shared = Shared { trees: Arc::clone(&trees), callers };
         let session = session(shared, device).and_then(Session::spawn).map_err(|error| {
-            let _ = attach::detach(target);
+            let _ = Host.detach(target);
             BackendError::caused(format!("cannot serve views at {}", target.display()), error)
         })?;
         Ok(Self { target: target.to_owned(), trees, session: Some(session) })
@@ -88,7 +89,7 @@ impl SharedMount {
 
 impl Drop for SharedMount {
     fn drop(&mut self) {
-        if let Err(error) = attach::detach(&self.target) {
+        if let Err(error) = Host.detach(&self.target) {
             tracing::warn!(%error, "a mount stays");
         }
         // It ends when the last user of the mount is gone: nobody waits for that.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::fuse::attach::{SHARED_SOURCE, detach};
+use crate::mounting::{Host, Mounting as _, SHARED_SOURCE};
 
 /// Takes away the mounts of this user's routers that nobody serves any more; with `at`, only what is mounted there.
 pub(super) fn clean(at: Option<&Path>) {
@@ -17,7 +17,7 @@ pub(super) fn clean(at: Option<&Path>) {
     // Later ones lie over earlier ones.
     for target in routers(&table, own).into_iter().rev() {
         if at.is_none_or(|at| at == target) && is_dead(&target) {
-            match detach(&target) {
+            match Host.detach(&target) {
                 Ok(()) => tracing::info!(target = %target.display(), "a stale mount was taken away"),
                 Err(error) => tracing::warn!(%error, "a stale mount stays"),
             }
