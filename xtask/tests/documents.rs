@@ -219,6 +219,7 @@ documents! {
     the_guide_to_machines_does_what_it_says: "docs/guides/machines.md",
     the_guide_to_sandboxes_does_what_it_says: "docs/guides/agent-sandbox.md",
     the_guide_to_ssh_does_what_it_says: "docs/guides/ssh.md",
+    the_guide_to_environments_does_what_it_says: "docs/guides/environments.md",
     the_guide_to_a_shared_toolchain_does_what_it_says: "docs/guides/shared-toolchain.md",
     the_troubleshooting_guide_does_what_it_says: "docs/guides/troubleshooting.md",
     the_page_on_the_store_does_what_it_says: "docs/concepts/store.md",
