@@ -166,58 +166,65 @@ pub(crate) fn usernet(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
 pub(crate) fn shares(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
     /// A rate of 0.7 is a time of this.
     const GOAL: f64 = 1.43;
+    /// Of what is copied, in mebibytes.
+    const COPIED: usize = 1024;
     let kiln = with_machines(program, images)?;
     let shared = kiln.home().join("shared");
     let fail = |error: std::io::Error| format!("cannot write to {}: {error}", shared.display());
     std::fs::create_dir(&shared).map_err(fail)?;
     std::fs::write(shared.join("file"), vec![7; BYTES]).map_err(fail)?;
+    let large = kiln.home().join("large");
+    std::fs::write(&large, vec![7; COPIED << 20]).map_err(fail)?;
     let share = format!("{}:/shared", shared.display());
     let words = ["run", "-d", "--vm", "--name", "bench", "-v", &share, &images.busybox, "sleep", "100000"];
     quietly(&mut kiln.command(words))?;
     settle();
-    let count = format!("count={}", BYTES >> 20);
     let exec =
         |command: &[&str]| timed(|| quietly(&mut kiln.command(["exec", "bench"].iter().chain(command))));
-    let inward = || {
+    let count = |mebibytes: usize| format!("count={mebibytes}");
+    let outward = |mebibytes| exec(&["dd", "if=/dev/zero", "bs=1M", &count(mebibytes)]);
+    let inward = |file: &Path, mebibytes: usize| {
         timed(|| {
-            let mut command = kiln.command([
-                "exec",
-                "-i",
-                "bench",
-                "sh",
-                "-c",
-                "dd iflag=fullblock of=/dev/null bs=1M 2>&1",
-            ]);
-            let file = std::fs::File::open(shared.join("file")).map_err(fail)?;
+            let take = "dd iflag=fullblock of=/dev/null bs=1M 2>&1";
+            let mut command = kiln.command(["exec", "-i", "bench", "sh", "-c", take]);
+            let file = std::fs::File::open(file).map_err(fail)?;
             let output = command.stdin(Stdio::from(file)).output().map_err(fail)?;
             let said = String::from_utf8_lossy(&output.stdout);
-            if said.starts_with(&format!("{}+0 records in", BYTES >> 20)) {
+            if said.starts_with(&format!("{mebibytes}+0 records in")) {
                 Ok(())
             } else {
                 Err(format!("a machine took only: {said}"))
             }
         })
     };
-    let copy = |from: &str, to: &str| timed(|| quietly(&mut kiln.command(["cp", from, to])));
-    let (there, back) = (shared.join("file").display().to_string(), kiln.home().join("back"));
-    let [inward, outward, read, write, copied_in, copied_out] = medians(
+    let row = |measure: &str, mebibytes: usize, time: f64, link: f64| {
+        ratio_row(&format!("{measure}, {mebibytes} MiB"), time, &[("a stream of the link", link)], GOAL)
+    };
+    let [link_in, link_out, read, write] = medians(
         ROUNDS,
         [
-            Box::new(inward),
-            Box::new(|| exec(&["dd", "if=/dev/zero", "bs=1M", &count])),
+            Box::new(|| inward(&shared.join("file"), MEBIBYTES)),
+            Box::new(|| outward(MEBIBYTES)),
             Box::new(|| exec(&["dd", "if=/shared/file", "of=/dev/null", "bs=1M"])),
-            Box::new(|| exec(&["dd", "if=/dev/zero", "of=/shared/new", "bs=1M", &count])),
-            Box::new(|| copy(&there, "bench:/copied")),
-            Box::new(|| copy("bench:/copied", &back.display().to_string())),
+            Box::new(|| exec(&["dd", "if=/dev/zero", "of=/shared/new", "bs=1M", &count(MEBIBYTES)])),
         ],
     )?;
-    let row = |measure: &str, time: f64, link: f64| {
-        ratio_row(&format!("{measure}, {MEBIBYTES} MiB"), time, &[("a stream of the link", link)], GOAL)
-    };
-    Ok(vec![
-        row("9P, sequential read in a machine", read, inward),
-        row("9P, sequential write in a machine", write, outward),
-        row("`kiln cp` into a machine", copied_in, inward),
-        row("`kiln cp` out of a machine", copied_out, outward),
-    ])
+    let mut rows = vec![
+        row("9P, sequential read in a machine", MEBIBYTES, read, link_in),
+        row("9P, sequential write in a machine", MEBIBYTES, write, link_out),
+    ];
+    let copy = |from: &str, to: &str| timed(|| quietly(&mut kiln.command(["cp", from, to])));
+    let (there, back) = (large.display().to_string(), kiln.home().join("back").display().to_string());
+    let [link_in, link_out, copied_in, copied_out] = medians(
+        3,
+        [
+            Box::new(|| inward(&large, COPIED)),
+            Box::new(|| outward(COPIED)),
+            Box::new(|| copy(&there, "bench:/copied")),
+            Box::new(|| copy("bench:/copied", &back)),
+        ],
+    )?;
+    rows.push(row("`kiln cp` into a machine", COPIED, copied_in, link_in));
+    rows.push(row("`kiln cp` out of a machine", COPIED, copied_out, link_out));
+    Ok(rows)
 }
