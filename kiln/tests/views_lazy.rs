@@ -267,7 +267,19 @@ fn credentials_that_a_view_was_made_with_fetch_its_files() {
         forget(&place, &reference);
         let at = place.at();
         let script = format!("sha256sum < {at}/file");
+        let flags = ["--pull", "lazy", "--authfile", authfile, "--keep", "--name", "v"];
+        place.ok(&fs_run(&reference, &at, "auto", &flags, &["true"]));
+        let again = |flags: &[&str]| {
+            let words = [&["fs", "run", "--rerun", "v"], flags, &["--", "sh", "-c", &script]];
+            place.kiln(&words.concat())
+        };
+        let refused = again(&[]);
+        assert!(refused.stderr.contains("Input/output error"), "{refused:?}");
+        let entered = again(&["--authfile", authfile]);
+        assert!(entered.stdout.contains(&hex(&noise(100_000, 3))), "{entered:?}");
+        place.ok(&["fs", "runtimes", "rm", "v"]);
         let flags = ["--pull", "lazy", "--authfile", authfile];
+        forget(&place, &reference);
         let said = place.ok(&fs_run(&reference, &at, "auto", &flags, &["sh", "-c", &script]));
         assert!(said.contains(&hex(&noise(100_000, 3))), "{said}");
     }

@@ -7,6 +7,7 @@ use clap_complete::engine::ArgValueCompleter;
 use kiln_contract::ErrorKind;
 use kiln_registry::{Config, PullOptions, PullPolicy, Registry};
 use kiln_store::{ImageName, Store, StoreError};
+use kiln_view::Fetcher;
 use kiln_view::views::{Backend, NewView, View, Views};
 
 use super::{ended, fetcher, stack};
@@ -113,7 +114,7 @@ impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         match (&self.rerun, &self.reference) {
             (Some(name), _) => {
-                let views = Views::open(context.home()).fetching(fetcher(context)?);
+                let views = Views::open(context.home()).fetching(fetcher_as(context, Some(&self.pulling))?);
                 let view = views.reopen(name, self.command.clone())?;
                 run_in(&views, view, &self.command)
             }
@@ -144,6 +145,15 @@ pub(super) fn run_new(
     run_in(&Views::open(context.home()), view, command)
 }
 
+/// What brings objects that are missing, asking registries as the user said.
+fn fetcher_as(context: &Context, pulling: Option<&PullArgs>) -> Result<Fetcher> {
+    let mut fetcher = fetcher(context)?;
+    if let Some(pulling) = pulling {
+        fetcher.arguments.extend(pulling.registry.to_arguments());
+    }
+    Ok(fetcher)
+}
+
 /// Makes a view that nobody is in yet.
 pub(super) fn create(
     context: &Context,
@@ -153,11 +163,7 @@ pub(super) fn create(
     pulling: Option<&PullArgs>,
     command: &[String],
 ) -> Result<View> {
-    let mut fetcher = fetcher(context)?;
-    if let Some(pulling) = pulling {
-        fetcher.arguments.extend(pulling.registry.to_arguments());
-    }
-    let views = Views::open(context.home()).fetching(fetcher);
+    let views = Views::open(context.home()).fetching(fetcher_as(context, pulling)?);
     // What was killed is cleaned up by who comes next; what cannot be is no reason not to go on.
     if let Err(error) = views.prune(false) {
         tracing::warn!(%error, "a view that nobody uses cannot be removed");
