@@ -12,19 +12,6 @@ use serde_json::Value;
 
 const BACKENDS: [&str; 3] = ["overlay", "fuse", "router"];
 
-/// Where a view is seen. All processes see the router's directory, so that an ordinary user's must be one of his.
-fn at(place: &Place, backend: &str) -> String {
-    match &place.user {
-        Some((user, _)) if backend == "router" => {
-            let at = place.beside("at");
-            fs::create_dir_all(&at).unwrap();
-            std::os::unix::fs::chown(&at, Some(user.uid), Some(user.gid)).unwrap();
-            at.display().to_string()
-        }
-        _ => place.at(),
-    }
-}
-
 #[test]
 fn a_view_is_seen_by_its_processes_and_by_nobody_else() {
     for place in Place::all() {
@@ -62,7 +49,7 @@ fn what_was_edited_is_told_committed_and_rolled_back() {
                 "set -e; cd /kiln; echo new > new; rm etc/group; mv home moved; echo more >> etc/passwd; chmod 500 var
                  cp -p bin/busybox true; ./true; {kiln} fs diff; {kiln} fs commit -t {tag} -m changed >/dev/null"
             );
-            let at = at(&place, backend);
+            let at = place.at_by(backend);
             let script = script.replace("cd /kiln", &format!("cd {at}"));
             let told = place.ok(&fs_run(&tag, &at, backend, &["-e"], &["sh", "-c", &script]));
             let wanted = "C /etc\nD /etc/group\nC /etc/passwd\nD /home\nA /moved\nA /moved/app\nA /new\nA /true\nC /var";
@@ -114,7 +101,7 @@ fn several_images_are_seen_as_one() {
 fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
     for place in Place::all() {
         for backend in BACKENDS {
-            let at = at(&place, backend);
+            let at = place.at_by(backend);
             let make = fs_run(IMAGE, &at, backend, &["-e", "--keep", "--name", "kept"], &[]);
             place.ok(&[&make[..], &["sh", "-c", &format!("echo one > {at}/one")]].concat());
             assert_eq!(place.views(), "kept");
@@ -164,7 +151,7 @@ fn a_kept_view_is_entered_again_and_one_in_use_is_joined() {
 fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
     for place in Place::all() {
         for backend in BACKENDS {
-            let at = at(&place, backend);
+            let at = place.at_by(backend);
             let (go, done) = (place.beside("go"), place.beside("done"));
             let script = format!(
                 "echo old > {at}/text; (setsid sh -c 'until test -e {}; do sleep 0.05; done; cat {at}/text {at}/etc/group >/dev/null && echo late >> {at}/text && cp {at}/text {}' >/dev/null 2>&1 &)",
@@ -214,7 +201,7 @@ fn a_daemon_keeps_its_view_and_who_comes_next_cleans_up() {
 #[test]
 fn a_process_that_runs_already_gets_a_view_by_the_router() {
     for place in Place::all() {
-        let at = at(&place, "router");
+        let at = place.at_by("router");
         fs::create_dir_all(&at).unwrap();
         let stopped = place.kiln(&["fs", "service", "status"]);
         assert!(stopped.code == 1 && stopped.stderr.contains("does not run"), "{stopped:?}");

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use common::place::Place;
 use common::{IMAGE, until};
 
-const BACKENDS: [&str; 2] = ["overlay", "fuse"];
+const BACKENDS: [&str; 3] = ["overlay", "fuse", "router"];
 
 /// Makes an image of one file.
 fn image(place: &Place, name: &str, path: &str, text: &str) {
@@ -19,7 +19,7 @@ fn image(place: &Place, name: &str, path: &str, text: &str) {
 
 /// Runs a script in a view; `$K` is Kiln, `$V` where the view is.
 fn script(place: &Place, backend: &str, options: &[&str], text: &str) -> common::Ended {
-    let at = place.at();
+    let at = place.at_by(backend);
     let text = format!("set -e; K={}; V={at}; {text}", place.program());
     let words =
         [&["fs", "run", IMAGE, "--at", &at, "--backend", backend], options, &["--", "sh", "-c", &text]];
@@ -126,7 +126,7 @@ fn a_view_goes_by_itself_after_its_last_process_also_when_its_maker_was_killed()
         for backend in BACKENDS {
             for options in [&["-e"][..], &["-e", "--keep", "--name", "kept"]] {
                 let (there, go) = (place.beside("there"), place.beside("go"));
-                let at = place.at();
+                let at = place.at_by(backend);
                 let text = format!(
                     "touch {}; until test -e {}; do sleep 0.02; done; echo done > {at}/done",
                     there.display(),
@@ -144,7 +144,10 @@ fn a_view_goes_by_itself_after_its_last_process_also_when_its_maker_was_killed()
                 fs::write(&go, "").unwrap();
                 // Nobody asks for anything meanwhile: only files are looked at.
                 if options.contains(&"--keep") {
-                    until("nobody is in it", || !fs::read_to_string(&record).unwrap().contains("namespace"));
+                    until("nobody is in it", || {
+                        let record = fs::read_to_string(&record).unwrap();
+                        !record.contains("namespace") && !record.contains("shown_to")
+                    });
                     assert_eq!(place.ok(&["fs", "diff", "kept"]), "A /done");
                     place.ok(&["fs", "runtimes", "rm", "kept"]);
                 } else {

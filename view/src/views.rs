@@ -41,6 +41,7 @@ use crate::router::{self, Launch};
 use crate::{Bind, Fetcher};
 
 pub use self::alter::Alteration;
+pub(crate) use self::alter::{How, Show};
 pub use self::enter::{VARIABLE, View, run};
 pub use self::record::{Backend, ShownTo, ViewRecord};
 pub(crate) use self::routed::ServedLock;

@@ -81,6 +81,19 @@ impl Place {
         if self.user.is_some() { "/kiln".to_owned() } else { self.beside("at").display().to_string() }
     }
 
+    /// The same by a back end. All processes see the router's directory, so that an ordinary user's must be one of his.
+    pub(crate) fn at_by(&self, backend: &str) -> String {
+        match &self.user {
+            Some((user, _)) if backend == "router" => {
+                let at = self.beside("at");
+                fs::create_dir_all(&at).unwrap();
+                std::os::unix::fs::chown(&at, Some(user.uid), Some(user.gid)).unwrap();
+                at.display().to_string()
+            }
+            _ => self.at(),
+        }
+    }
+
     pub(crate) fn views(&self) -> String {
         self.ok(&["fs", "runtimes", "ls", "-q"])
     }

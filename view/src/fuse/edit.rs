@@ -26,7 +26,7 @@ mod upper;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use fuser::{FileAttr, InitFlags, KernelConfig};
+use fuser::{FileAttr, FopenFlags, InitFlags, KernelConfig};
 use kiln_erofs::Image;
 
 use self::handles::Handles;
@@ -44,6 +44,8 @@ pub(super) struct Editable {
     union: Mutex<Union>,
     handles: Arc<Handles>,
     space: Space,
+    /// What is open of those that had the scratch before, under other numbers.
+    earlier: Vec<Arc<Handles>>,
 }
 
 impl Editable {
@@ -56,7 +58,49 @@ impl Editable {
     ) -> std::io::Result<Self> {
         let handles = Arc::new(Handles::default());
         let union = Union::new(image, objects, upper, owners, Arc::clone(&handles))?;
-        Ok(Self { union: Mutex::new(union), handles, space })
+        Ok(Self { union: Mutex::new(union), handles, space, earlier: Vec::new() })
+    }
+
+    /// The same, where others had the scratch before and their files may still be open.
+    pub(super) fn after<'a>(self, earlier: impl Iterator<Item = &'a Self>) -> Self {
+        Self { earlier: earlier.map(|editable| Arc::clone(&editable.handles)).collect(), ..self }
+    }
+
+    /// Another server has the scratch from now on.
+    pub(super) fn retire(&self) {
+        self.union().is_retired = true;
+    }
+
+    /// Whether something is open.
+    pub(super) fn is_used(&self) -> bool {
+        !self.handles.is_empty()
+    }
+
+    /// Whether something, or this file, is open to be written.
+    pub(super) fn is_written(&self, file: Option<u64>) -> bool {
+        self.handles.is_written(file)
+    }
+
+    /// Whether files of the scratch are changed in a way that the kernel does not connect with the numbers that it has from
+    /// here.
+    fn is_written_elsewhere(&self) -> bool {
+        self.earlier.iter().any(|handles| handles.is_written(None))
+    }
+
+    /// How long the kernel may remember attributes that it usually remembers so long.
+    fn while_certain(&self, usual: &'static Duration) -> &'static Duration {
+        if self.is_written_elsewhere() { &Duration::ZERO } else { usual }
+    }
+
+    /// How a file is opened: whether what the kernel has of it is what it is.
+    fn opened(&self, union: &mut Union, id: u64) -> FopenFlags {
+        let doubtful = if self.is_written_elsewhere() {
+            union.doubtful.insert(id);
+            true
+        } else {
+            union.doubtful.remove(&id)
+        };
+        if doubtful { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE }
     }
 
     /// What the kernel is asked for.

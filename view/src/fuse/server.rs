@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fuser::{
@@ -45,7 +46,16 @@ pub(super) fn serve(
     let may_pass_through = userns::is_root_of_host();
     let space = Space::Whole;
     session(
-        Served { image, objects, names, owners, space, may_pass_through, open: Mutex::default() },
+        Served {
+            image,
+            objects,
+            names,
+            owners,
+            space,
+            may_pass_through,
+            open: Mutex::default(),
+            opened: AtomicUsize::new(0),
+        },
         device,
     )?
     .run()
@@ -112,6 +122,8 @@ pub(super) struct Served {
     /// object that is missing then shows when it is read.
     may_pass_through: bool,
     open: Mutex<OpenFiles>,
+    /// How many files are open, where the kernel tells.
+    opened: AtomicUsize,
 }
 
 /// What kept a request from being answered; told to the log where it is a fault of the store.
@@ -130,7 +142,13 @@ impl Served {
     ) -> Self {
         // What the kernel reads by itself it must be given when the file is opened, and then it asks at every opening.
         let (names, may_pass_through) = (OverlayNames::None, false);
-        Self { image, objects, names, owners, space, may_pass_through, open: Mutex::default() }
+        let (open, opened) = (Mutex::default(), AtomicUsize::new(0));
+        Self { image, objects, names, owners, space, may_pass_through, open, opened }
+    }
+
+    /// Whether a file is open. Only a connection that serves more than this tree is told.
+    pub(super) fn is_used(&self) -> bool {
+        self.opened.load(Ordering::Acquire) > 0
     }
 
     /// The answer where a tree that nobody changes has nothing to do: that it need not be asked again, if that holds for nobody
@@ -256,6 +274,7 @@ impl Filesystem for Served {
             if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
                 return reply.error(Errno::EROFS);
             }
+            self.opened.fetch_add(1, Ordering::AcqRel);
             return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE);
         }
         if !self.may_pass_through || self.open_files().passes == Some(false) {
@@ -362,6 +381,9 @@ impl Filesystem for Served {
         _: bool,
         reply: ReplyEmpty,
     ) {
+        if self.space != Space::Whole {
+            self.opened.fetch_sub(1, Ordering::AcqRel);
+        }
         let mut files = self.open_files();
         if handle == PASSED
             && let Some((_, handles)) = files.passed.get_mut(&ino.0)

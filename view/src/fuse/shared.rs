@@ -11,9 +11,9 @@ mod requests;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use fuser::{BackgroundSession, Errno, Filesystem, Session};
+use fuser::{BackgroundSession, Errno, Filesystem, INodeNo, Session};
 use kiln_contract::{BackendError, ErrorKind, Scratch};
 use kiln_erofs::Image;
 use memmap2::Mmap;
@@ -40,6 +40,10 @@ pub(crate) struct NewTree<'a> {
     pub(crate) scratch: Option<&'a Scratch>,
     pub(crate) owners: Owners,
     pub(crate) fetcher: Option<&'a Fetcher>,
+    /// Whether nothing is to be changed in it at present.
+    pub(crate) frozen: bool,
+    /// What had the scratch before.
+    pub(crate) earlier: &'a [Share],
 }
 
 /// A mount that many trees share. Dropping it takes it away.
@@ -75,10 +79,46 @@ impl SharedMount {
             BackendError::new(ErrorKind::State, what)
                 .hint("`kiln fs service stop` ends the service; the next view starts another one")
         })?;
-        let tree = Tree::open(new, Space::Share(next))?;
+        let tree = Tree::open(new, Space::Share(next), &self.trees.all(new.earlier))?;
         *last = Some(next);
         self.trees.shown.write().unwrap_or_else(PoisonError::into_inner).insert(next, Arc::new(tree));
         Ok(next)
+    }
+
+    /// Another tree has the scratch of this one from now on, and will be seen instead. Whoever has something of it open, or is
+    /// in a directory of it, still has that; nothing but the bytes of open files is changed through it any more.
+    pub(crate) fn retire(&self, share: Share) {
+        for tree in self.trees.all(&[share]) {
+            *tree.state() = State::Retired;
+            if let Server::Editable(editable) = &tree.server {
+                editable.retire();
+            }
+        }
+    }
+
+    /// Lets a tree not be changed any more, or again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if files of it, or of those that were there `earlier`, are open to be written.
+    pub(crate) fn freeze(&self, share: Share, earlier: &[Share], frozen: bool) -> Result<(), BackendError> {
+        for tree in self.trees.all(&[share]) {
+            // Nobody opens a file to write to it meanwhile.
+            let mut state = tree.state();
+            if frozen && self.trees.all(earlier).iter().chain([&tree]).any(|tree| tree.is_written(None)) {
+                let what = format!("files at {} are open for writing", self.target.display());
+                return Err(BackendError::new(ErrorKind::State, what).hint("end what writes to them first"));
+            }
+            *state = if frozen { State::Frozen } else { State::Changing };
+        }
+        Ok(())
+    }
+
+    /// Whether a file of a tree is open.
+    pub(crate) fn is_used(&self, share: Share) -> bool {
+        self.trees.all(&[share]).iter().any(|tree| match &tree.server {
+            Server::ReadOnly(served) => served.is_used(),
+            Server::Editable(editable) => editable.is_used(),
+        })
     }
 
     /// Takes a tree away. Who still uses something of it is told that it is stale.
@@ -102,9 +142,28 @@ struct Trees {
     last: Mutex<Option<Share>>,
 }
 
+impl Trees {
+    fn all(&self, shares: &[Share]) -> Vec<Arc<Tree>> {
+        let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
+        shares.iter().filter_map(|share| shown.get(share).cloned()).collect()
+    }
+}
+
+/// What may be changed in a tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Everything, if it has a scratch.
+    Changing,
+    /// Nothing, and nothing is open to be written.
+    Frozen,
+    /// Only what is open to be written: another tree has its scratch.
+    Retired,
+}
+
 /// One tree. Its parts go in this order.
 struct Tree {
     server: Server,
+    state: RwLock<State>,
     _mapping: Mmap,
 }
 
@@ -114,8 +173,8 @@ enum Server {
 }
 
 impl Tree {
-    fn open(new: &NewTree<'_>, space: Space) -> Result<Self, BackendError> {
-        let NewTree { tree, objects, scratch, owners, fetcher } = *new;
+    fn open(new: &NewTree<'_>, space: Space, earlier: &[Arc<Self>]) -> Result<Self, BackendError> {
+        let NewTree { tree, objects, scratch, owners, fetcher, frozen, earlier: _ } = *new;
         let mapping = crate::tree::map(tree)?;
         // SAFETY: what is mapped stays where it is until the mapping is dropped, which is after the server that reads it:
         // the order of the fields says so.
@@ -132,10 +191,12 @@ impl Tree {
                     let what = format!("cannot open the scratch {}", scratch.upper.display());
                     BackendError::caused(what, error)
                 })?;
-                Server::Editable(Box::new(editable))
+                let earlier = earlier.iter().filter_map(|tree| tree.editable().ok());
+                Server::Editable(Box::new(editable.after(earlier)))
             }
         };
-        Ok(Self { server, _mapping: mapping })
+        let state = if frozen { State::Frozen } else { State::Changing };
+        Ok(Self { server, state: RwLock::new(state), _mapping: mapping })
     }
 
     fn server(&self) -> &dyn Filesystem {
@@ -145,7 +206,23 @@ impl Tree {
         }
     }
 
-    /// What may be changed; else `EROFS`.
+    fn state(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held, what may be changed stays as it is.
+    fn is_changing(&self) -> Result<RwLockReadGuard<'_, State>, Errno> {
+        self.editable()?;
+        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
+        if *state == State::Changing { Ok(state) } else { Err(Errno::EROFS) }
+    }
+
+    /// Whether something, or this file, is open to be written.
+    fn is_written(&self, file: Option<INodeNo>) -> bool {
+        self.editable().is_ok_and(|editable| editable.is_written(file.map(|file| file.0)))
+    }
+
+    /// What has a scratch; else `EROFS`.
     fn editable(&self) -> Result<&Editable, Errno> {
         match &self.server {
             Server::ReadOnly(_) => Err(Errno::EROFS),

@@ -15,6 +15,8 @@ use super::api::{
     from_status, unmount_request,
 };
 use crate::sockets::ShortPath;
+#[cfg(target_os = "linux")]
+use crate::views::Alteration;
 
 type Result<T> = std::result::Result<T, BackendError>;
 
@@ -69,12 +71,24 @@ impl Client {
         told(self.runtime.block_on(self.api.mount(request))).map(drop)
     }
 
-    /// Shows the stack that the record of a view has now.
+    /// Shows the stack that the record of a view has now. Files that are open stay open.
     ///
     /// # Errors
     /// It is not shown, or its stack cannot be.
     pub fn remount(&mut self, view: &str) -> Result<()> {
-        told(self.runtime.block_on(self.api.remount(RemountRequest { view: view.to_owned() }))).map(drop)
+        let request = RemountRequest { view: view.to_owned(), change: None };
+        told(self.runtime.block_on(self.api.remount(request))).map(drop)
+    }
+
+    /// Changes a view that is shown, and its record. Files that are open stay open.
+    ///
+    /// # Errors
+    /// It is not shown, or cannot be changed so: it is as it was then.
+    #[cfg(target_os = "linux")]
+    pub fn alter(&mut self, view: &str, alteration: &Alteration) -> Result<()> {
+        let change = Some(super::api::to_change(alteration));
+        let request = RemountRequest { view: view.to_owned(), change };
+        told(self.runtime.block_on(self.api.remount(request))).map(drop)
     }
 
     /// Shows a view to nobody any more. Returns the names of those that are gone.

@@ -11,9 +11,12 @@ use super::{Ancestry as _, Host, Process, Processes, stale};
 use crate::fuse::Owners;
 use crate::fuse::shared::{Callers, NewTree, SharedMount};
 use crate::fuse::space::Share;
-use crate::views::{Backend, ServedLock, ShownTo, ViewRecord, Views};
+use crate::views::{Alteration, Backend, How, ServedLock, ShownTo, ViewRecord, Views};
 
 type Result<T> = std::result::Result<T, BackendError>;
+
+/// What was shown before stays for working directories in it, if there is no more of it than this; open files keep what is theirs.
+const EARLIER_MOST: usize = 16;
 
 /// All mounts of a service.
 pub(super) struct Routes {
@@ -31,6 +34,8 @@ struct Route {
 /// One view.
 struct Shown {
     share: Share,
+    /// What was shown before, oldest first, for those who have something of it open.
+    earlier: Vec<Share>,
     /// Held as long as it is shown.
     _lock: ServedLock,
 }
@@ -140,8 +145,9 @@ impl Routes {
             Some(shown) => shown.share,
             None => {
                 let lock = self.views.lock_served(&record.name)?;
-                let share = self.add(&route.mount, record)?;
-                route.shown.insert(record.name.clone(), Shown { share, _lock: lock });
+                let share = self.add(&route.mount, record, &[])?;
+                let shown = Shown { share, earlier: Vec::new(), _lock: lock };
+                route.shown.insert(record.name.clone(), shown);
                 share
             }
         };
@@ -156,7 +162,7 @@ impl Routes {
         Ok(())
     }
 
-    fn add(&self, mount: &SharedMount, record: &ViewRecord) -> Result<Share> {
+    fn add(&self, mount: &SharedMount, record: &ViewRecord, earlier: &[Share]) -> Result<Share> {
         let store = self.views.store()?;
         let (tree, objects) = (self.views.tree(&store, record)?, store.objects_dir());
         let scratch = self.views.scratch(record);
@@ -167,6 +173,8 @@ impl Routes {
             scratch: scratch.as_ref(),
             owners,
             fetcher: self.views.fetcher(),
+            frozen: record.frozen,
+            earlier,
         })
     }
 
@@ -181,23 +189,51 @@ impl Routes {
         self.views.write(&record)
     }
 
-    /// Shows the stack that the record of a view has now. Names are looked up in it from then on; open files stay what
-    /// they are where nothing can be changed, and are stale otherwise.
-    pub(super) fn remount(&self, name: &str) -> Result<()> {
+    /// Changes a view that is shown; without an alteration, what its record says now is shown. Nobody is shown or loses
+    /// anything meanwhile: the record says to whom it is shown.
+    pub(super) fn remount(&self, name: &str, alteration: Option<Alteration>) -> Result<()> {
         let record = self.find(name)?;
         let mut mounts = self.mounts();
         let route = mounts.get_mut(&record.at).ok_or_else(|| nobody(name))?;
-        let old = route.shown.get(name).ok_or_else(|| nobody(name))?.share;
-        if record.editable {
-            // A scratch has one server at a time.
-            route.mount.remove(old);
-        }
-        let new = self.add(&route.mount, &record)?;
-        route.processes.replace(old.number(), new.number());
-        if let Some(shown) = route.shown.get_mut(name) {
-            shown.share = new;
-        }
-        route.mount.remove(old);
+        let Route { mount, processes, shown } = route;
+        let shown = shown.get_mut(name).ok_or_else(|| nobody(name))?;
+        let alteration = alteration.unwrap_or(Alteration::Show {
+            reference: record.reference,
+            image: record.image,
+            layers: record.layers,
+            binds: record.binds,
+        });
+        let mut show = |_: &ViewRecord, new: &ViewRecord, how| match how {
+            How::Flags => mount.freeze(shown.share, &shown.earlier, new.frozen),
+            How::Anew => self.show_anew(mount, processes, shown, new),
+        };
+        self.views.apply(name, &alteration, Some(&mut show)).map(drop)
+    }
+
+    /// Names are looked up in what the record says from now on. Open files, and working directories, stay in what was shown
+    /// before, in which nothing but the bytes of open files is changed any more.
+    fn show_anew(
+        &self,
+        mount: &SharedMount,
+        processes: &Processes<Host>,
+        shown: &mut Shown,
+        record: &ViewRecord,
+    ) -> Result<()> {
+        let old = shown.share;
+        let earlier = [&shown.earlier[..], &[old]].concat();
+        let new = self.add(mount, record, &earlier)?;
+        mount.retire(old);
+        processes.replace(old.number(), new.number());
+        (shown.share, shown.earlier) = (new, earlier);
+        let mut too_many = shown.earlier.len().saturating_sub(EARLIER_MOST);
+        shown.earlier.retain(|share| {
+            let stays = too_many == 0 || mount.is_used(*share);
+            if !stays {
+                mount.remove(*share);
+                too_many -= 1;
+            }
+            stays
+        });
         Ok(())
     }
 
@@ -250,7 +286,7 @@ impl Routes {
             for process in route.processes.shown_to(shown.share.number()) {
                 route.processes.hide(process);
             }
-            route.mount.remove(shown.share);
+            shown.earlier.iter().chain([&shown.share]).for_each(|share| route.mount.remove(*share));
         }
         if route.shown.is_empty() {
             mounts.remove(at);

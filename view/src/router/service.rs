@@ -19,7 +19,8 @@ use tonic::{Request, Response, Status};
 
 use super::api::{
     MountReply, MountRequest, RemountReply, RemountRequest, Router, RouterServer, ShutdownReply,
-    ShutdownRequest, StatusReply, StatusRequest, UnmountReply, UnmountRequest, to_status, unmount_request,
+    ShutdownRequest, StatusReply, StatusRequest, UnmountReply, UnmountRequest, from_change, to_status,
+    unmount_request,
 };
 use super::client::Client;
 use super::routes::{Routes, Watched};
@@ -340,8 +341,9 @@ impl Router for Service {
         &self,
         request: Request<RemountRequest>,
     ) -> std::result::Result<Response<RemountReply>, Status> {
-        let RemountRequest { view } = request.into_inner();
-        self.using(move |routes| routes.remount(&view)).await?;
+        let RemountRequest { view, change } = request.into_inner();
+        let alteration = change.map(from_change).transpose().map_err(|error| to_status(&error))?;
+        self.using(move |routes| routes.remount(&view, alteration)).await?;
         Ok(Response::new(RemountReply {}))
     }
 

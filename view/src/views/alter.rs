@@ -3,14 +3,12 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use kiln_contract::{BackendError, Digest, ErrorKind};
 use serde::{Deserialize, Serialize};
 
-use super::remount::{How, remount};
 use super::{Backend, Result, ViewRecord, Views, keeper, remove_all};
 use crate::Bind;
 
@@ -34,6 +32,18 @@ pub enum Alteration {
         binds: Vec<Bind>,
     },
 }
+
+/// How a view is to be changed for those who are in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// Everything is mounted anew.
+    Anew,
+    /// Only whether it may be written to.
+    Flags,
+}
+
+/// Shows them the second record's view in place of the first's.
+pub(crate) type Show<'a> = &'a mut dyn FnMut(&ViewRecord, &ViewRecord, How) -> Result<()>;
 
 /// Renames that can be undone: from where they were to where they are.
 #[derive(Debug, Default)]
@@ -64,11 +74,13 @@ impl Views {
     /// [`ErrorKind::State`] if the view is not one that can be changed so; a path is none; what is to be shown cannot be. The
     /// view is as it was then.
     pub fn alter(&self, record: &ViewRecord, alteration: &Alteration) -> Result<()> {
-        if record.backend == Backend::Router && self.in_use(record) {
-            let what =
-                format!("the view `{}` of the router cannot be changed while somebody is in it", record.name);
-            return Err(BackendError::new(ErrorKind::State, what)
-                .hint("change it when nobody is, or use another back end"));
+        if record.backend == Backend::Router {
+            if let Alteration::Show { binds, .. } = alteration {
+                super::routed::no_live_layers(binds)?;
+            }
+            if self.in_use(record) {
+                return self.router()?.alter(&record.name, alteration);
+            }
         }
         if keeper::ask(self, &record.name, alteration)?.is_some() {
             return Ok(());
@@ -83,8 +95,8 @@ impl Views {
         self.apply(&record.name, alteration, None).map(drop)
     }
 
-    /// The same for who has the view's lock; `watch` if somebody is in it. Tells whether it was mounted anew.
-    pub(super) fn apply(&self, name: &str, alteration: &Alteration, watch: Option<&OwnedFd>) -> Result<bool> {
+    /// The same for who has the view's lock, or shows it; `show` if somebody is in it. Tells whether it was mounted anew.
+    pub(crate) fn apply(&self, name: &str, alteration: &Alteration, show: Option<Show<'_>>) -> Result<bool> {
         let old = self.find(name)?;
         let mut new = old.clone();
         let mut how = How::Anew;
@@ -120,11 +132,12 @@ impl Views {
                 self.prepare_base(&mut new).and_then(|()| self.prepare_scratch(&new))
             }
         };
+        let is_shown = show.is_some();
         let done = prepared.and_then(|()| {
             // What cannot be merged is told before anything is mounted.
             self.tree(&self.store()?, &new)?;
-            if let Some(watch) = watch.filter(|_| new != old) {
-                remount(self, &old, &new, how, watch)?;
+            if let Some(show) = show.filter(|_| new != old) {
+                show(&old, &new, how)?;
             }
             self.write(&new)
         });
@@ -132,7 +145,7 @@ impl Views {
             Ok(()) => {
                 // Whoever has something of it open still has it.
                 let _ = remove_all(&trash);
-                Ok(watch.is_some() && new != old && how == How::Anew)
+                Ok(is_shown && new != old && how == How::Anew)
             }
             Err(error) => {
                 moved.undo();

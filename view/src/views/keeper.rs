@@ -25,7 +25,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use serde::{Deserialize, Serialize};
 
-use super::{Alteration, Result, Views};
+use super::remount::remount;
+use super::{Alteration, Result, Show, ViewRecord, Views};
 use crate::fuse;
 use crate::sockets::{self, ShortPath};
 
@@ -222,9 +223,15 @@ impl Kept<'_> {
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut request = Vec::new();
         (&stream).take(REQUEST_MOST).read_to_end(&mut request)?;
+        let (views, watch) = (self.views, self.watch.as_ref());
+        let mut show = |old: &ViewRecord, new: &ViewRecord, how| match watch {
+            Some(watch) => remount(views, old, new, how, watch),
+            None => Ok(()),
+        };
+        let show: Option<Show<'_>> = if watch.is_some() { Some(&mut show) } else { None };
         let altered = serde_json::from_slice(&request)
             .map_err(|error| BackendError::caused("the request makes no sense", error))
-            .and_then(|alteration: Alteration| self.views.apply(self.name, &alteration, self.watch.as_ref()));
+            .and_then(|alteration: Alteration| views.apply(self.name, &alteration, show));
         let answer = match altered {
             Ok(mounted) => {
                 self.mounts += usize::from(mounted);

@@ -29,17 +29,8 @@ use rustix::mount::{
 };
 
 use super::enter::{Serving, mount_flags};
-use super::{Result, ViewRecord, Views, binds, keeper};
+use super::{How, Result, ViewRecord, Views, binds, keeper};
 use crate::Overlay;
-
-/// How a view is to be changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum How {
-    /// Everything is mounted anew.
-    Anew,
-    /// Only whether it may be written to.
-    Flags,
-}
 
 /// Shows `new` where `old` is shown. `watch` will tell of the end of what is mounted.
 pub(super) fn remount(

@@ -9,6 +9,7 @@ use kiln_contract::{BackendError, ErrorKind};
 use rustix::fs::FlockOperation;
 
 use super::{Backend, Result, View, ViewRecord, Views, monitor};
+use crate::Bind;
 use crate::router::{self, Client};
 
 /// How often, and how far apart, a lock is tried for.
@@ -18,6 +19,18 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Held by the service for as long as it shows a view.
 #[derive(Debug)]
 pub(crate) struct ServedLock(#[expect(dead_code, reason = "held, not used")] File);
+
+/// Live layers are mounts over one view; the router has one mount for all.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] if there are any.
+pub(super) fn no_live_layers(binds: &[Bind]) -> Result<()> {
+    if binds.is_empty() {
+        return Ok(());
+    }
+    let what = "live layers are shown in mount namespaces only, which the router does without";
+    Err(BackendError::new(ErrorKind::Unsupported, what).hint("use another --backend"))
+}
 
 impl Views {
     /// Takes a view to show it. Only the service does.
@@ -59,10 +72,7 @@ impl Views {
 
     /// What a view of the router needs before it is shown. Nobody sees it yet.
     pub(super) fn prepare_routed(&self, record: &mut ViewRecord) -> Result<()> {
-        if !record.binds.is_empty() {
-            let what = "live layers are shown in mount namespaces only, which the router does without";
-            return Err(BackendError::new(ErrorKind::Unsupported, what).hint("use another --backend"));
-        }
+        no_live_layers(&record.binds)?;
         let root = rustix::process::geteuid().is_root();
         if !super::enter::is_there(&record.at, root)? {
             let why = std::io::Error::from(std::io::ErrorKind::NotFound);
@@ -112,7 +122,7 @@ impl View {
     }
 
     /// Leaves a view of the router. Returns whether somebody is in it: then it goes with the last one.
-    pub(super) fn leave_routed(mut self) -> Result<bool> {
+    pub(super) fn leave_routed(self) -> Result<bool> {
         if self.others.get() {
             return Ok(true);
         }
@@ -126,8 +136,10 @@ impl View {
             }
         }
         if self.record.keep {
-            self.record.shown_to = None;
-            self.views.write(&self.record)?;
+            // It may have been changed meanwhile.
+            let mut record = self.views.find(&self.record.name)?;
+            record.shown_to = None;
+            self.views.write(&record)?;
         } else {
             self.views.delete(&self.record.name)?;
         }

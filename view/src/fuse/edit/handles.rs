@@ -4,7 +4,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::Hash;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::io::{Errno, Result};
@@ -27,14 +28,18 @@ pub(super) enum Source {
 pub(super) struct Handle {
     /// Replaced when the file is copied up.
     source: RwLock<Source>,
+    /// Whether it was opened to be written.
+    writes: bool,
 }
 
 /// Everything that is open. A number is never given twice.
 #[derive(Default)]
 pub(super) struct Handles {
     files: RwLock<HashMap<u64, Arc<Handle>>>,
-    /// Those that read from the tree what may be copied up yet, by file.
-    of_tree: RwLock<HashMap<Id, Vec<u64>>>,
+    /// By file.
+    of_file: RwLock<HashMap<Id, Vec<u64>>>,
+    /// How many were opened to be written.
+    writers: AtomicUsize,
     last: AtomicU64,
 }
 
@@ -43,13 +48,11 @@ impl Handles {
         self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// `tree` names the file if it is read from the tree.
-    pub(super) fn open(&self, source: Source, tree: Option<Id>) -> u64 {
+    pub(super) fn open(&self, source: Source, id: Id, writes: bool) -> u64 {
         let number = self.new_number();
-        write(&self.files).insert(number, Arc::new(Handle { source: RwLock::new(source) }));
-        if let Some(id) = tree {
-            write(&self.of_tree).entry(id).or_default().push(number);
-        }
+        self.writers.fetch_add(usize::from(writes), Ordering::AcqRel);
+        write(&self.files).insert(number, Arc::new(Handle { source: RwLock::new(source), writes }));
+        write(&self.of_file).entry(id).or_default().push(number);
         number
     }
 
@@ -58,24 +61,50 @@ impl Handles {
     }
 
     pub(super) fn close(&self, number: u64, id: Id) {
-        write(&self.files).remove(&number);
-        let mut of_tree = write(&self.of_tree);
-        if let Some(numbers) = of_tree.get_mut(&id) {
+        let closed = write(&self.files).remove(&number);
+        self.writers.fetch_sub(usize::from(closed.is_some_and(|handle| handle.writes)), Ordering::AcqRel);
+        let mut of_file = write(&self.of_file);
+        if let Some(numbers) = of_file.get_mut(&id) {
             numbers.retain(|open| *open != number);
             if numbers.is_empty() {
-                of_tree.remove(&id);
+                of_file.remove(&id);
             }
         }
     }
 
     /// Whoever reads a file from the tree reads from its copy from now on.
     pub(super) fn moved(&self, id: Id, open: impl Fn() -> Result<File>) -> Result<()> {
-        for number in write(&self.of_tree).remove(&id).unwrap_or_default() {
-            if let Ok(handle) = self.get(number) {
-                *write(&handle.source) = Source::File(open()?);
-            }
+        for handle in self.of(id) {
+            *handle.source.write().unwrap_or_else(PoisonError::into_inner) = Source::File(open()?);
         }
         Ok(())
+    }
+
+    fn of(&self, id: Id) -> Vec<Arc<Handle>> {
+        let numbers = read(&self.of_file).get(&id).cloned().unwrap_or_default();
+        numbers.into_iter().filter_map(|number| self.get(number).ok()).collect()
+    }
+
+    /// Whether nothing is open.
+    pub(super) fn is_empty(&self) -> bool {
+        read(&self.files).is_empty()
+    }
+
+    /// Whether something, or this file, is open to be written.
+    pub(super) fn is_written(&self, id: Option<Id>) -> bool {
+        match id {
+            None => self.writers.load(Ordering::Acquire) > 0,
+            Some(id) => self.of(id).iter().any(|handle| handle.writes),
+        }
+    }
+
+    /// A descriptor of a file that is open.
+    pub(super) fn descriptor(&self, id: Id) -> Result<Option<OwnedFd>> {
+        let duplicate = |handle: &Handle| match &*read_lock(&handle.source) {
+            Source::File(file) => Some(rustix::io::fcntl_dupfd_cloexec(file, 0)),
+            Source::Bytes(_) => None,
+        };
+        self.of(id).iter().find_map(|handle| duplicate(handle)).transpose()
     }
 }
 

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::{FallocateFlags, FileType, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, XattrFlags};
 use rustix::io::{Errno as Failure, Result};
@@ -45,7 +45,12 @@ impl Editable {
             Ok((id, attributes, _)) => {
                 union.nodes.count(id);
                 let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
-                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
+                reply.entry_with_ttls(
+                    self.while_certain(&FOR_EVER),
+                    remembered,
+                    &self.told(attributes),
+                    Generation(0),
+                );
             }
             Err(error) => reply.error(told(error)),
         }
@@ -65,7 +70,7 @@ impl Filesystem for Editable {
             Ok(Some(found)) => {
                 union.nodes.count(found.id);
                 let attributes = self.told(found.attributes);
-                reply.entry_with_ttls(&FOR_EVER, remembered, &attributes, Generation(0));
+                reply.entry_with_ttls(self.while_certain(&FOR_EVER), remembered, &attributes, Generation(0));
             }
             Ok(None) => reply.entry(remembered, &NOTHING, Generation(0)),
             Err(error) => reply.error(told(error)),
@@ -81,7 +86,9 @@ impl Filesystem for Editable {
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.union().attributes(ino.0) {
-            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
+            Ok(attributes) => {
+                reply.attr(self.while_certain(self.space.remembered(ino.0)), &self.told(attributes));
+            }
             Err(error) => reply.error(told(error)),
         }
     }
@@ -109,7 +116,9 @@ impl Filesystem for Editable {
         let changes = Attributes { mode, uid, gid, size, times };
         let open = fh.and_then(|fh| self.handles.get(fh.0).ok());
         match self.union().set_attributes(ino.0, &changes, open.as_deref()) {
-            Ok(attributes) => reply.attr(self.space.remembered(ino.0), &self.told(attributes)),
+            Ok(attributes) => {
+                reply.attr(self.while_certain(self.space.remembered(ino.0)), &self.told(attributes));
+            }
             Err(error) => reply.error(told(error)),
         }
     }
@@ -195,7 +204,12 @@ impl Filesystem for Editable {
             Ok(attributes) => {
                 union.nodes.count(ino.0);
                 let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
-                reply.entry_with_ttls(&FOR_EVER, remembered, &self.told(attributes), Generation(0));
+                reply.entry_with_ttls(
+                    self.while_certain(&FOR_EVER),
+                    remembered,
+                    &self.told(attributes),
+                    Generation(0),
+                );
             }
             Err(error) => reply.error(told(error)),
         }
@@ -213,11 +227,10 @@ impl Filesystem for Editable {
             if anew && let handles::Source::File(file) = &source {
                 rustix::fs::ftruncate(file, 0)?;
             }
-            let of_tree = union.nodes.get(ino.0).is_none().then_some(ino.0);
-            Ok(self.handles.open(source, of_tree))
+            Ok((self.handles.open(source, ino.0, write), self.opened(&mut union, ino.0)))
         };
         match open() {
-            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_KEEP_CACHE),
+            Ok((handle, flags)) => reply.opened(FileHandle(handle), flags),
             Err(error) => reply.error(told(error)),
         }
     }
@@ -229,7 +242,7 @@ impl Filesystem for Editable {
         name: &OsStr,
         mode: u32,
         _: u32,
-        _: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
         let maker = Maker { uid: request.uid(), gid: request.gid() };
@@ -238,10 +251,17 @@ impl Filesystem for Editable {
         match union.make(parent.0, name.as_bytes(), new, maker) {
             Ok((id, attributes, Some(file))) => {
                 union.nodes.count(id);
-                let handle = FileHandle(self.handles.open(handles::Source::File(file), None));
-                let flags = FopenFlags::FOPEN_KEEP_CACHE;
+                let write = OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY;
+                let handle = FileHandle(self.handles.open(handles::Source::File(file), id, write));
+                let flags = self.opened(&mut union, id);
                 let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
-                reply.created(remembered, &self.told(attributes), Generation(0), handle, flags);
+                reply.created(
+                    self.while_certain(remembered),
+                    &self.told(attributes),
+                    Generation(0),
+                    handle,
+                    flags,
+                );
             }
             Ok((_, _, None)) => reply.error(Errno::EIO),
             Err(error) => reply.error(told(error)),
@@ -404,7 +424,7 @@ impl Filesystem for Editable {
             };
             let (next, name) = (entry.position + DOTS.len() as u64, OsStr::from_bytes(&entry.name));
             let attributes = self.told(found.attributes);
-            let remembered = self.remembered(&mut union, ino.0, &entry.name);
+            let remembered = self.while_certain(self.remembered(&mut union, ino.0, &entry.name));
             if reply.add(attributes.ino, next, name, remembered, &attributes, Generation(0)) {
                 break;
             }

@@ -1,7 +1,7 @@
 //! What a view shows: the scratch where it has something, else the tree.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -41,6 +41,10 @@ pub(super) struct Union {
     pub(super) listings: Listings,
     /// Made when it is first needed.
     pub(super) parents: Option<Parents>,
+    /// Whether another server has the scratch since: what is under a name there may be another file by now.
+    pub(super) is_retired: bool,
+    /// Files that were opened while one that was before this had files of the scratch open to be written.
+    pub(super) doubtful: HashSet<Id>,
 }
 
 /// Something that was found by its name.
@@ -78,7 +82,20 @@ impl Union {
         let lower = (opaque.as_deref() != Some(b"y")).then(|| image.root_nid());
         nodes.insert(Some(ROOT), Node::new(inode, true, lower, None));
         let (leaving, listings) = (Leaving::default(), Listings::default());
-        Ok(Self { image, objects, upper, nodes, leaving, owners, handles, listings, parents: None })
+        let (parents, is_retired, doubtful) = (None, false, HashSet::new());
+        Ok(Self {
+            image,
+            objects,
+            upper,
+            nodes,
+            leaving,
+            owners,
+            handles,
+            listings,
+            parents,
+            is_retired,
+            doubtful,
+        })
     }
 
     /// The number of an inode of the tree.
@@ -147,6 +164,11 @@ impl Union {
         };
         if id == ROOT {
             return rustix::io::fcntl_dupfd_cloexec(self.upper.root(), 0).map(|fd| Some(Place::lost(fd)));
+        }
+        if self.is_retired
+            && let Some(open) = self.handles.descriptor(id)?
+        {
+            return Ok(Some(Place::lost(open)));
         }
         if let Some((parent, name)) = node.names.first() {
             let directory = self.directory(*parent)?.ok_or(Errno::STALE)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    INodeNo, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
     ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
@@ -53,7 +53,16 @@ impl Shared {
     /// The same, for what is to be changed.
     fn changed(&self, request: &Request, ino: INodeNo) -> Result<Place, Errno> {
         let place = self.place(request, ino, Errno::EROFS)?;
-        place.1.editable()?;
+        drop(place.1.is_changing()?);
+        Ok(place)
+    }
+
+    /// The same, for what is open to be written, whatever has become of the tree since.
+    fn written(&self, request: &Request, ino: INodeNo) -> Result<Place, Errno> {
+        let place = self.place(request, ino, Errno::EROFS)?;
+        if !place.1.is_written(Some(place.2)) {
+            drop(place.1.is_changing()?);
+        }
         Ok(place)
     }
 
@@ -145,7 +154,7 @@ impl Filesystem for Shared {
         flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let (_, tree, ino) = or_tell!(self.changed(request, ino), reply);
+        let (_, tree, ino) = or_tell!(self.written(request, ino), reply);
         tree.server().setattr(
             request, ino, mode, uid, gid, size, atime, mtime, ctime, handle, crtime, chgtime, bkuptime,
             flags, reply,
@@ -228,6 +237,8 @@ impl Filesystem for Shared {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let (_, tree, ino) = or_tell!(self.place(request, ino, Errno::EISDIR), reply);
+        let writes = flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0;
+        let _changing = if writes { Some(or_tell!(tree.is_changing(), reply)) } else { None };
         tree.server().open(request, ino, flags, reply);
     }
 
@@ -242,6 +253,7 @@ impl Filesystem for Shared {
         reply: ReplyCreate,
     ) {
         let (_, tree, parent) = or_tell!(self.changed(request, parent), reply);
+        let _changing = or_tell!(tree.is_changing(), reply);
         tree.server().create(request, parent, name, mode, umask, flags, reply);
     }
 
@@ -272,7 +284,7 @@ impl Filesystem for Shared {
         owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let (_, tree, ino) = or_tell!(self.changed(request, ino), reply);
+        let (_, tree, ino) = or_tell!(self.written(request, ino), reply);
         tree.server().write(request, ino, handle, offset, data, write_flags, flags, owner, reply);
     }
 
@@ -390,7 +402,7 @@ impl Filesystem for Shared {
         position: u32,
         reply: ReplyEmpty,
     ) {
-        let (_, tree, ino) = or_tell!(self.changed(request, ino), reply);
+        let (_, tree, ino) = or_tell!(self.written(request, ino), reply);
         tree.server().setxattr(request, ino, name, value, flags, position, reply);
     }
 
@@ -407,7 +419,7 @@ impl Filesystem for Shared {
     }
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let (_, tree, ino) = or_tell!(self.changed(request, ino), reply);
+        let (_, tree, ino) = or_tell!(self.written(request, ino), reply);
         tree.server().removexattr(request, ino, name, reply);
     }
 
@@ -421,7 +433,7 @@ impl Filesystem for Shared {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let (_, tree, ino) = or_tell!(self.changed(request, ino), reply);
+        let (_, tree, ino) = or_tell!(self.written(request, ino), reply);
         tree.server().fallocate(request, ino, handle, offset, length, mode, reply);
     }
 
@@ -452,7 +464,7 @@ impl Filesystem for Shared {
         reply: ReplyWrite,
     ) {
         let (share, tree, from) = or_tell!(self.place(request, from, Errno::EISDIR), reply);
-        let (other, _, to) = or_tell!(self.changed(request, to), reply);
+        let (other, _, to) = or_tell!(self.written(request, to), reply);
         if share != other {
             // The kernel reads and writes instead.
             return reply.error(Errno::EOPNOTSUPP);
