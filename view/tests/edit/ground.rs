@@ -238,6 +238,13 @@ impl Ground {
         Edited::Router(self.home())
     }
 
+    /// Takes away the mount that a killed server has left. The router's next service does that by itself.
+    pub(crate) fn forget_killed(&self) {
+        if self.backend == Backend::Fuse {
+            rustix::mount::unmount(self.at("view"), rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+    }
+
     /// The overlay back end's view of the same tree and scratch.
     pub(crate) fn overlay(&self) -> Overlaid {
         let overlay = Overlay::new();

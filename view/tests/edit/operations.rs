@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{CWD, RenameFlags};
 
 /// How many files are open at once at most.
@@ -32,6 +33,10 @@ pub(crate) enum Op {
     Symlink(String, String),
     ReadLink(String),
     Fifo(String),
+    /// What mknod(2) makes: its kind, its mode, and of a device the major and minor number.
+    Node(String, rustix::fs::FileType, u32, (u32, u32)),
+    /// A socket that somebody binds, and another connects to.
+    Socket(String),
     SetXattr(String, String, Vec<u8>),
     GetXattr(String, String),
     RemoveXattr(String, String),
@@ -45,9 +50,37 @@ pub(crate) enum Op {
     HandlePunch(usize, u64, u64),
     HandleStat(usize),
     HandleSync(usize),
+    /// Where data (or else a hole) begins from an offset on.
+    HandleSeek(usize, u64, bool),
+    /// flock(2), without waiting.
+    Flock(usize, Lock),
+    /// fcntl(2): a lock of some bytes, without waiting.
+    LockRange(usize, Owner, Lock, std::ops::Range<i64>),
+    /// fcntl(2): which lock is in the way.
+    InTheWay(usize, Owner, Lock, std::ops::Range<i64>),
+    /// How many names what is open has.
+    HandleLinks(usize),
+    /// How many names something has that is no directory.
+    Links(String),
+    SyncDirectory(String),
+    Statfs(String),
     Map(String, u64, Vec<u8>),
     CopyRange(String, String),
     Close(usize),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lock {
+    Shared,
+    Exclusive,
+    Released,
+}
+
+/// Whose a lock of bytes is: the process's (POSIX) or the open file's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Process,
+    OpenFile,
 }
 
 /// A directory in which operations are done, and the files that they have open.
@@ -142,6 +175,23 @@ impl Place {
                 let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o640));
                 rustix::fs::mknodat(CWD, self.at(path), kind, mode, 0)?;
             }
+            Op::Node(path, kind, mode, (major, minor)) => {
+                let device = rustix::fs::makedev(*major, *minor);
+                let mode = rustix::fs::Mode::from_raw_mode(*mode);
+                rustix::fs::mknodat(CWD, self.at(path), *kind, mode, device)?;
+                return stat(&self.at(path));
+            }
+            Op::Socket(path) => {
+                let path = self.at(path);
+                let listener = std::os::unix::net::UnixListener::bind(&path)?;
+                let mut connected = std::os::unix::net::UnixStream::connect(&path)?;
+                let mut accepted = listener.accept()?.0;
+                io::Write::write_all(&mut connected, b"heard")?;
+                drop(connected);
+                let mut heard = Vec::new();
+                io::Read::read_to_end(&mut accepted, &mut heard)?;
+                return Ok(heard);
+            }
             Op::SetXattr(path, name, value) => xattr::set(self.at(path), name, value)?,
             Op::GetXattr(path, name) => {
                 let value = xattr::get(self.at(path), name)?;
@@ -180,6 +230,54 @@ impl Place {
                 let told = self.handle(*slot)?.metadata()?;
                 return Ok(format!("{} {:o}", told.len(), told.mode()).into_bytes());
             }
+            Op::HandleSeek(slot, offset, data) => {
+                use rustix::fs::SeekFrom::{Data, Hole};
+                let from = if *data { Data(*offset) } else { Hole(*offset) };
+                return Ok(rustix::fs::seek(self.handle(*slot)?, from)?.to_string().into_bytes());
+            }
+            Op::Flock(slot, lock) => {
+                use rustix::fs::FlockOperation as Flock;
+                let operation = match lock {
+                    Lock::Shared => Flock::NonBlockingLockShared,
+                    Lock::Exclusive => Flock::NonBlockingLockExclusive,
+                    Lock::Released => Flock::NonBlockingUnlock,
+                };
+                rustix::fs::flock(self.handle(*slot)?, operation)?;
+            }
+            Op::LockRange(slot, owner, lock, range) => {
+                let lock = of_range(*lock, range);
+                let argument = match owner {
+                    Owner::Process => FcntlArg::F_SETLK(&lock),
+                    Owner::OpenFile => FcntlArg::F_OFD_SETLK(&lock),
+                };
+                fcntl(self.handle(*slot)?, argument)?;
+            }
+            Op::InTheWay(slot, owner, lock, range) => {
+                let mut lock = of_range(*lock, range);
+                let argument = match owner {
+                    Owner::Process => FcntlArg::F_GETLK(&mut lock),
+                    Owner::OpenFile => FcntlArg::F_OFD_GETLK(&mut lock),
+                };
+                fcntl(self.handle(*slot)?, argument)?;
+                // The rest means nothing if there is none.
+                let told = match i32::from(lock.l_type) {
+                    libc::F_UNLCK => "none".to_owned(),
+                    kind => format!("{kind} {} {} {}", lock.l_start, lock.l_len, lock.l_pid),
+                };
+                return Ok(told.into_bytes());
+            }
+            Op::HandleLinks(slot) => {
+                return Ok(self.handle(*slot)?.metadata()?.nlink().to_string().into_bytes());
+            }
+            Op::Links(path) => {
+                return Ok(fs::symlink_metadata(self.at(path))?.nlink().to_string().into_bytes());
+            }
+            Op::SyncDirectory(path) => {
+                let directory = options().read(true).custom_flags(libc::O_DIRECTORY).open(self.at(path))?;
+                directory.sync_all()?;
+                directory.sync_data()?;
+            }
+            Op::Statfs(path) => return space(&self.at(path)),
             Op::HandleSync(slot) => self.handle(*slot)?.sync_all()?,
             Op::Map(path, offset, bytes) => {
                 let file = options().read(true).write(true).open(self.at(path))?;
@@ -204,6 +302,31 @@ impl Place {
     fn rename(&self, from: &str, to: &str, flags: RenameFlags) -> io::Result<()> {
         Ok(rustix::fs::renameat_with(CWD, self.at(from), CWD, self.at(to), flags)?)
     }
+}
+
+fn of_range(lock: Lock, range: &std::ops::Range<i64>) -> libc::flock {
+    let kind = match lock {
+        Lock::Shared => libc::F_RDLCK,
+        Lock::Exclusive => libc::F_WRLCK,
+        Lock::Released => libc::F_UNLCK,
+    };
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: range.start,
+        l_len: range.end - range.start,
+        l_pid: 0,
+    }
+}
+
+/// What statfs(2) tells. The room that is left changes from one call to the next: of it only what must hold everywhere.
+fn space(path: &Path) -> io::Result<Vec<u8>> {
+    let told = rustix::fs::statvfs(path)?;
+    let holds =
+        told.f_bavail <= told.f_bfree && told.f_bfree <= told.f_blocks && told.f_ffree <= told.f_files;
+    let total = told.f_blocks * told.f_frsize;
+    let text = format!("{total} {} {} {} {holds}", told.f_bsize, told.f_files, told.f_namemax);
+    Ok(text.into_bytes())
 }
 
 /// Never waits for the other end of a pipe.

@@ -13,7 +13,7 @@ pub(crate) fn b(text: &str) -> Vec<u8> {
 /// Cases by name.
 pub(crate) fn table() -> Vec<(&'static str, Vec<Op>)> {
     let large = || s("a/large");
-    vec![
+    let mut cases = vec![
         (
             "a file of the tree is written to",
             vec![
@@ -369,5 +369,7 @@ pub(crate) fn table() -> Vec<(&'static str, Vec<Op>)> {
                 Op::Read(s("c/small")),
             ],
         ),
-    ]
+    ];
+    cases.extend(crate::special::special());
+    cases
 }
