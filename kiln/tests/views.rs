@@ -236,27 +236,95 @@ fn a_process_that_runs_already_gets_a_view_by_the_router() {
     }
 }
 
+/// Where a view in a view is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Inner {
+    /// In a directory that was made in the outer view.
+    Within,
+    /// In a directory of the host.
+    Beside,
+    /// Where the outer view is: it hides that.
+    Over,
+}
+
+/// Why a view of the router cannot be in another one; `None` if it can.
+fn refused(outer: &str, inner: &str, position: Inner, service_runs: bool) -> Option<&'static str> {
+    match (outer, inner, position) {
+        ("router", "router", Inner::Within) => Some("lies in what the router shows"),
+        ("router", _, _) | (_, "overlay" | "fuse", _) => None,
+        _ if !service_runs => Some("cannot be started in the view"),
+        // What the service mounts on the host, the kernel passes on to the view where the host lets it.
+        (_, _, Inner::Beside) if mounts_are_passed_on() => None,
+        _ => Some("would not see the router's view"),
+    }
+}
+
+/// Whether the file system that has temporary directories is in a group of mounts that tell each other of new ones (proc(5)).
+fn mounts_are_passed_on() -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let temporary = fs::canonicalize(std::env::temp_dir()).unwrap();
+    let lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let above = lines.filter(|fields| temporary.starts_with(fields[4]));
+    above.max_by_key(|fields| fields[4].len()).unwrap()[6].starts_with("shared:")
+}
+
 #[test]
 fn a_view_may_be_in_a_view() {
     for place in Place::all() {
-        let (outer, kiln) = (place.beside("outer").display().to_string(), place.program());
-        let make = format!("mkdir -p {outer}");
-        let script = format!(
-            "cd {outer}; echo outer > text; mkdir inner; {kiln} fs run {IMAGE} -e --at {outer}/inner -- sh -c 'echo inner > inner/text; cat text inner/text; {kiln} fs diff'; ls inner; {kiln} fs diff"
-        );
-        let command = format!("{make} && {kiln} fs run {IMAGE} -e --at {outer} -- sh -c \"$0\"");
-        let mut shell = match &place.user {
-            Some((user, _)) => user.command(Path::new("/bin/sh")),
-            None => Command::new("/bin/sh"),
-        };
-        shell.args(["-c", &command, &script]).env("KILN_HOME", place.home()).stdin(Stdio::null());
-        let ended = common::finish(shell);
-        assert_eq!(
-            (ended.code, ended.stdout.as_str()),
-            (0, "outer\ninner\nA /text\nA /inner\nA /text\n"),
-            "{ended:?}"
-        );
+        for outer in BACKENDS {
+            for inner in BACKENDS {
+                for position in [Inner::Within, Inner::Beside, Inner::Over] {
+                    let running: &[bool] = if inner == "router" { &[false, true] } else { &[false] };
+                    for service_runs in running {
+                        view_in_view(&place, outer, inner, position, *service_runs);
+                    }
+                }
+            }
+        }
     }
+}
+
+fn view_in_view(place: &Place, outer: &str, inner: &str, position: Inner, service_runs: bool) {
+    let context =
+        format!("{inner} in {outer}, {position:?}, service {service_runs}, {:?}", place.user.is_some());
+    place.kiln(&["fs", "service", "stop"]);
+    if service_runs {
+        place.ok(&["fs", "service", "start"]);
+    }
+    let (at, beside) = (place.beside("outer"), place.beside("inner"));
+    for directory in [&at, &beside] {
+        fs::create_dir_all(directory).unwrap();
+        if let Some((user, _)) = &place.user {
+            std::os::unix::fs::chown(directory, Some(user.uid), Some(user.gid)).unwrap();
+        }
+    }
+    let within = match position {
+        Inner::Within => at.join("inner"),
+        Inner::Beside => beside.clone(),
+        Inner::Over => at.clone(),
+    };
+    let (at, within, kiln) = (at.display().to_string(), within.display(), place.program());
+    let in_inner =
+        format!("cd {within}; echo inner > deep; cat {at}/text; cat deep var/www/index.html; {kiln} fs diff");
+    let script = format!(
+        "cd {at}; echo outer > text; mkdir inner
+         {kiln} fs run {IMAGE} -e --at {within} --backend {inner} -- sh -c '{in_inner}' 2>&1
+         echo ended $?; cd {at}; cat text; ls {within}/deep 2>/dev/null; {kiln} fs diff"
+    );
+    let ended = place.kiln(&fs_run(IMAGE, &at, outer, &["-e"], &["sh", "-c", &script]));
+    assert_eq!(ended.code, 0, "{context}: {ended:?}");
+    let (of_inner, of_outer) = ended.stdout.split_once("ended ").unwrap();
+    if let Some(why) = refused(outer, inner, position, service_runs) {
+        assert!(of_inner.contains(why), "{context}: {ended:?}");
+        assert_eq!(of_outer, "125\nouter\nA /inner\nA /text\n", "{context}: {ended:?}");
+    } else {
+        let above = if position == Inner::Over { "" } else { "outer\n" };
+        let told = of_inner.lines().filter(|line| !line.starts_with("cat: ")).collect::<Vec<_>>().join("\n");
+        assert_eq!(told, format!("{above}inner\nhello from kiln\nA /deep"), "{context}: {ended:?}");
+        assert_eq!(of_outer, "0\nouter\nA /inner\nA /text\n", "{context}: {ended:?}");
+    }
+    assert_eq!(fs::read_dir(&beside).unwrap().count(), 0, "{context}: what was changed went to the host");
+    until(&format!("{context}: nothing is left"), || place.views().is_empty());
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod private_root;
 mod record;
 mod remount;
 mod routed;
+mod seen;
 mod startup;
 
 use std::collections::BTreeMap;

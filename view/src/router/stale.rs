@@ -25,6 +25,13 @@ pub(super) fn clean(at: Option<&Path>) {
     }
 }
 
+/// Where a router of this user is mounted above a path.
+pub(crate) fn router_above(path: &Path) -> Option<PathBuf> {
+    let table = fs::read("/proc/thread-self/mountinfo").ok()?;
+    let targets = routers(&table, rustix::process::getuid().as_raw());
+    targets.into_iter().find(|target| path != target && path.starts_with(target))
+}
+
 /// Its connection was ended with its server.
 fn is_dead(target: &Path) -> bool {
     matches!(fs::metadata(target), Err(error) if error.raw_os_error() == Some(libc::ENOTCONN))
@@ -48,7 +55,7 @@ fn routers(table: &[u8], user: u32) -> Vec<PathBuf> {
 }
 
 /// Spaces and the like stand there as three octal digits.
-fn unescaped(field: &[u8]) -> Vec<u8> {
+pub(crate) fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((first, after)) = rest.split_first() {

@@ -67,6 +67,10 @@ impl Views {
     /// # Errors
     /// It cannot be started, or does not answer.
     pub fn router(&self) -> Result<Client> {
+        if let Some(client) = Client::connect(&self.home)? {
+            return Ok(client);
+        }
+        self.in_no_view()?;
         router::connect_or_start(&self.home, self.launch)
     }
 
@@ -101,7 +105,7 @@ impl Views {
         if record.shown_to.as_ref().is_none_or(|shown_to| shown_to.living().next().is_none()) {
             return Err(super::enter::nobody_in(&record.name));
         }
-        let show = |pid| self.router()?.mount(&record.name, pid);
+        let show = |pid| self.show(&record.name, &record.at, pid);
         monitor::run(command, &record.name, show).map(|ended| ended.status)
     }
 }
@@ -115,7 +119,7 @@ impl View {
 
     /// Runs a command in a view of the router.
     pub(super) fn run_routed(&self, command: &[String]) -> Result<ExitStatus> {
-        let show = |pid| self.views.router()?.mount(&self.record.name, pid);
+        let show = |pid| self.views.show(&self.record.name, &self.record.at, pid);
         let ended = monitor::run(command, &self.record.name, show)?;
         self.others.set(ended.others);
         Ok(ended.status)
@@ -159,7 +163,7 @@ impl View {
         let shown = self
             .views
             .prepare_routed(&mut self.record)
-            .and_then(|()| self.views.router()?.mount(&self.record.name, pid));
+            .and_then(|()| self.views.show(&self.record.name, &self.record.at, pid));
         if shown.is_err() && !self.record.keep {
             self.views.delete(&self.record.name)?;
         }
