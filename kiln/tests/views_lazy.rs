@@ -3,7 +3,11 @@
 mod common;
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::place::{Place, fs_run};
 use kiln_fixtures::{RegistryOptions, RegistryServer, noise};
@@ -123,6 +127,126 @@ fn a_view_starts_from_an_empty_store_and_takes_only_what_is_read() {
         assert!(log.contains("cannot be fetched"), "{log}");
         let ended = place.kiln(&["push", "-q", &reference]);
         assert!(ended.code != 0 && ended.stderr.contains("no connection"), "{ended:?}");
+    }
+}
+
+/// A way to a registry that can be made to break off every answer in its middle.
+struct Way {
+    port: u16,
+    broken: Arc<AtomicBool>,
+    /// How many answers were broken off.
+    broken_off: Arc<AtomicUsize>,
+}
+
+/// More than the head of an answer, less than a part of a large file.
+const BROKEN_AFTER: usize = 300_000;
+
+impl Way {
+    /// It ends with the test's process.
+    fn to(registry: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let way = Self {
+            port: listener.local_addr().unwrap().port(),
+            broken: Arc::default(),
+            broken_off: Arc::default(),
+        };
+        let (broken, broken_off) = (way.broken.clone(), way.broken_off.clone());
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(("127.0.0.1", registry)) else { continue };
+                let (mut from_client, mut to_server) =
+                    (client.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    // An error is the end of the connection, as is its end.
+                    let _ = std::io::copy(&mut from_client, &mut to_server);
+                    let _ = to_server.shutdown(Shutdown::Write);
+                });
+                let (broken, broken_off) = (broken.clone(), broken_off.clone());
+                std::thread::spawn(move || answer(server, client, &broken, &broken_off));
+            }
+        });
+        way
+    }
+}
+
+fn answer(mut server: TcpStream, mut client: TcpStream, broken: &AtomicBool, broken_off: &AtomicUsize) {
+    let (mut buffer, mut passed) = ([0; 8192], 0);
+    while let Ok(length @ 1..) = server.read(&mut buffer) {
+        if broken.load(Ordering::SeqCst) && passed > BROKEN_AFTER {
+            broken_off.fetch_add(1, Ordering::SeqCst);
+            break;
+        }
+        passed += length;
+        if client.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    let _ = client.shutdown(Shutdown::Both);
+    let _ = server.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn a_registry_that_goes_away_in_the_middle_of_a_file_is_an_error_until_it_is_back() {
+    for place in Place::all() {
+        let Some(image) = image(&place, "zstd:chunked") else { return };
+        let way = Way::to(image.server.port);
+        let reference = format!("localhost:{}/env:1", way.port);
+        place.ok(&["fs", "pull", "-q", "--lazy", &reference]);
+        // The router asks with the configuration's retries, which take seconds: once is enough.
+        for backend in if place.user.is_some() { &["fuse", "router"][..] } else { &["fuse"] } {
+            let backend = *backend;
+            let at =
+                if backend == "router" { place.beside("routed").display().to_string() } else { place.at() };
+            if backend == "router" {
+                fs::create_dir_all(&at).unwrap();
+                if let Some((user, _)) = &place.user {
+                    std::os::unix::fs::chown(&at, Some(user.uid), Some(user.gid)).unwrap();
+                }
+            }
+            // The other file is for the other back end.
+            let (name, bytes) = image
+                .files
+                .iter()
+                .find(|(name, _)| *name == if backend == "fuse" { "large" } else { "middle" })
+                .unwrap();
+            let before = way.broken_off.load(Ordering::SeqCst);
+            way.broken.store(true, Ordering::SeqCst);
+            let go = place.beside("go");
+            // Two wait for it. What a reader gets before the error must be none of the file that is not whole.
+            let script = format!(
+                "cd {at}; for n in 1 2; do (head -c 1000000 {name} > {out}.$n 2> {out}.$n.error && echo read; wc -c < {out}.$n) & done; wait; cat tiny
+                 until test -e {go}; do sleep 0.05; done
+                 tries=0; until sum=$(sha256sum 2>/dev/null {name}) || test $tries = 200; do tries=$((tries+1)); sleep 0.1; done; echo $sum",
+                out = place.beside("out").display(),
+                go = go.display(),
+            );
+            let flags = ["--name", "v", "--keep", "--retries", "1"];
+            let words = fs_run(&reference, &at, backend, &flags, &["sh", "-c", &script]);
+            let (mut reader, said) = {
+                let mut child = place.command(&words).stdout(Stdio::piped()).spawn().unwrap();
+                let said = std::io::BufReader::new(child.stdout.take().unwrap());
+                (child, said)
+            };
+            let mut lines = std::io::BufRead::lines(said).map(Result::unwrap);
+            let told: Vec<String> = lines.by_ref().take(3).collect();
+            assert_eq!(told, ["0", "0", "tiny"], "{backend}");
+            for number in [1, 2] {
+                let error = fs::read_to_string(place.beside(&format!("out.{number}.error"))).unwrap();
+                assert!(error.contains("Input/output error"), "{backend}: {error}");
+            }
+            assert!(way.broken_off.load(Ordering::SeqCst) > before, "{backend}: nothing was under way");
+            way.broken.store(false, Ordering::SeqCst);
+            fs::write(&go, "").unwrap();
+            let sum = lines.next().unwrap();
+            assert_eq!(sum.split_whitespace().next(), Some(hex(bytes).as_str()), "{backend}");
+            assert!(reader.wait().unwrap().success(), "{backend}");
+            place.ok(&["fs", "runtimes", "rm", "v"]);
+            for name in ["go", "out.1", "out.2", "out.1.error", "out.2.error"] {
+                fs::remove_file(place.beside(name)).unwrap();
+            }
+        }
+        place.ok(&["fs", "service", "stop"]);
+        assert_eq!(place.ok(&["system", "check"]).lines().filter(|line| line.contains("damaged")).count(), 0);
     }
 }
 
