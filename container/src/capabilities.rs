@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 
-use kiln_contract::SecuritySpec;
+use kiln_contract::{SecuritySpec, UnknownCapability, linux_capability};
 use oci_spec::runtime::{Capabilities, Capability};
 
 use crate::runtime::RuntimeError;
@@ -76,9 +76,6 @@ const DEFAULT: [Capability; 14] = [
 pub(crate) struct CapabilitySet(u64);
 
 impl CapabilitySet {
-    /// Every capability that this program knows.
-    pub(crate) const ALL: Self = Self((1 << ALL.len()) - 1);
-
     /// To send signals to processes of other users.
     pub(crate) const KILL: Self = Self(1 << 5);
 
@@ -135,26 +132,13 @@ impl CapabilitySet {
         Ok(Self(field("CapPrm:") & field("CapBnd:")))
     }
 
-    /// The set that `security` asks for: Docker's rules, where `--cap-add ALL` and `--cap-drop ALL` come first.
+    /// The set that `security` asks for: Docker's rules.
     ///
     /// # Errors
     /// [`RuntimeError::Invalid`] for a name that is no capability.
     pub(crate) fn asked_for(security: &SecuritySpec) -> Result<Self, RuntimeError> {
-        let is_all = |name: &String| name.eq_ignore_ascii_case("ALL");
-        let mut set = if security.privileged || security.cap_add.iter().any(is_all) {
-            Self::ALL
-        } else if security.cap_drop.iter().any(is_all) {
-            Self(0)
-        } else {
-            Self::default_of_containers()
-        };
-        for name in security.cap_add.iter().filter(|name| !is_all(name)) {
-            set.0 |= Self::only(parse(name)?).0;
-        }
-        for name in security.cap_drop.iter().filter(|name| !is_all(name)) {
-            set.0 &= !Self::only(parse(name)?).0;
-        }
-        Ok(set)
+        let asked = security.capabilities(Self::default_of_containers().0);
+        asked.map(Self).map_err(|unknown| RuntimeError::Invalid(unknown.to_string()))
     }
 
     /// As the OCI runtime specification writes it.
@@ -175,49 +159,31 @@ impl fmt::Debug for CapabilitySet {
 
 /// A capability by its name, with or without `CAP_`, in any case.
 pub(crate) fn parse(name: &str) -> Result<Capability, RuntimeError> {
-    let upper = name.to_ascii_uppercase();
-    upper.strip_prefix("CAP_").unwrap_or(&upper).parse().map_err(|_| {
-        RuntimeError::Invalid(format!("`{name}` is not a capability (capabilities(7) lists them)"))
-    })
+    let number = linux_capability(name).map_err(|unknown| RuntimeError::Invalid(unknown.to_string()))?;
+    let known = usize::try_from(number).ok().and_then(|number| ALL.get(number).copied());
+    known.ok_or_else(|| RuntimeError::Invalid(UnknownCapability(name.to_owned()).to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn set(add: &[&str], drop: &[&str], privileged: bool) -> Result<u64, RuntimeError> {
-        let own = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
-        CapabilitySet::asked_for(&SecuritySpec {
-            cap_add: own(add),
-            cap_drop: own(drop),
-            privileged,
-            ..SecuritySpec::default()
-        })
-        .map(CapabilitySet::bits)
-    }
-
     #[test]
-    fn capabilities_are_added_and_dropped_as_docker_does() {
-        let cases: [(&[&str], &[&str], bool, u64); 7] = [
-            (&[], &[], false, 0xa804_25fb),
-            (&[], &["ALL"], false, 0),
-            (&["net_admin"], &["all"], false, 1 << 12),
-            (&["ALL"], &["CAP_SYS_ADMIN"], false, 0x1ff_ffff_ffff & !(1 << 21)),
-            (&["CAP_BPF"], &["MKNOD"], false, 0xa804_25fb & !(1 << 27) | 1 << 39),
-            (&[], &[], true, 0x1ff_ffff_ffff),
-            (&["CHOWN"], &["CHOWN"], false, 0xa804_25fa),
-        ];
-        for (add, drop, privileged, expected) in cases {
-            assert_eq!(set(add, drop, privileged).unwrap(), expected, "+{add:?} -{drop:?} {privileged}");
-        }
-        for wrong in ["", "CAP_", "EVERYTHING", "CAP_CAP_CHOWN"] {
-            assert!(matches!(set(&[wrong], &[], false), Err(RuntimeError::Invalid(_))), "{wrong}");
-        }
+    fn a_container_has_dockers_set_unless_flags_say_more() {
+        let set = |security: &SecuritySpec| CapabilitySet::asked_for(security).map(CapabilitySet::bits);
+        assert_eq!(set(&SecuritySpec::default()).unwrap(), 0xa804_25fb);
+        let bare = SecuritySpec { cap_drop: vec!["ALL".into()], ..SecuritySpec::default() };
+        assert_eq!(set(&bare).unwrap(), 0);
+        let wrong = SecuritySpec { cap_add: vec!["EVERYTHING".into()], ..SecuritySpec::default() };
+        assert!(matches!(set(&wrong), Err(RuntimeError::Invalid(_))));
     }
 
     #[test]
     fn numbers_are_the_kernels() {
         let oci = CapabilitySet::from_bits(1 << 21 | 1 << 40).to_oci();
         assert_eq!(oci, Capabilities::from([Capability::SysAdmin, Capability::CheckpointRestore]));
+        for capability in ALL {
+            assert_eq!(parse(&capability.to_string()).unwrap(), capability);
+        }
     }
 }

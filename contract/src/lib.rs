@@ -20,6 +20,7 @@ mod disk;
 mod home;
 mod hypervisor;
 mod instance;
+mod linux_capability;
 mod network;
 mod platform;
 mod progress;
@@ -38,6 +39,7 @@ pub use hypervisor::{BootConfig, Driver, Hypervisor, MemoryKind, Vm, VmConfig, V
 pub use instance::{
     ExitStatus, HealthState, HealthStatus, InstanceId, InstanceRecord, InstanceStatus, ProcessId,
 };
+pub use linux_capability::{UnknownCapability, linux_capability};
 pub use network::{Attachment, NetworkBackend, NetworkRequest};
 pub use platform::Platform;
 pub use progress::{Progress, Silent, Step, StepId};

@@ -23,7 +23,7 @@ use crate::life::{lost, refused};
 use crate::saved::Saved;
 use crate::template::{failed, in_utf8};
 use crate::visit::Duplex;
-use crate::{exec, plan, stream};
+use crate::{exec, plan, refusal, stream};
 
 /// Machines of one home: the [`RuntimeBackend`] over a hypervisor.
 pub struct Machines {
@@ -159,7 +159,7 @@ impl RuntimeBackend for Machines {
             .hint("the image names none: give one after the image"));
         }
         signals::parse(&spec.stop.signal)?;
-        plan::check(spec)?;
+        refusal::check(spec)?;
         crate::services::check_device(spec)?;
         if let Some(driver) = spec.machine.hypervisor {
             // One that was chosen is there, or that is said before anything is made.

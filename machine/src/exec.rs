@@ -17,7 +17,11 @@ use crate::life::{lost, refused};
 use crate::{door, plan, stream};
 
 /// What a process of an `exec` is started as.
-fn process_of(record: &InstanceRecord, spec: &ExecSpec, size: Option<(u16, u16)>) -> Process {
+fn process_of(
+    record: &InstanceRecord,
+    spec: &ExecSpec,
+    size: Option<(u16, u16)>,
+) -> Result<Process, BackendError> {
     let own = &record.spec.process;
     let mut env = own.env.clone();
     for variable in &spec.env {
@@ -26,7 +30,11 @@ fn process_of(record: &InstanceRecord, spec: &ExecSpec, size: Option<(u16, u16)>
         env.push(variable.clone());
     }
     let (rows, columns) = size.unwrap_or((24, 80));
-    Process {
+    let mut confined = plan::confined(&record.spec)?;
+    if spec.privileged {
+        confined.capabilities = None;
+    }
+    Ok(Process {
         args: spec.args.clone(),
         env: plan::with_defaults(&env, spec.tty),
         cwd: spec.cwd.clone().unwrap_or_else(|| own.cwd.clone()),
@@ -34,8 +42,8 @@ fn process_of(record: &InstanceRecord, spec: &ExecSpec, size: Option<(u16, u16)>
         groups: own.groups.clone(),
         terminal: spec.tty.then_some(TerminalSize { rows, columns }),
         stdin: spec.stdin,
-        ..Process::default()
-    }
+        ..confined
+    })
 }
 
 /// Starts a process; the stream then carries it.
@@ -72,7 +80,7 @@ pub(crate) fn exec(
     let size = terminal::size_of(&stdio);
     let runtime = stream::runtime()?;
     let ended = runtime.block_on(async {
-        let stream = begin(dir, process_of(record, spec, size)).await?;
+        let stream = begin(dir, process_of(record, spec, size)?).await?;
         if spec.detach {
             return Ok(None);
         }

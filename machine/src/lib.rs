@@ -20,6 +20,8 @@ mod last_words;
 mod life;
 mod monitor;
 mod plan;
+mod refusal;
+mod rights;
 mod saved;
 mod services;
 mod snapshots;

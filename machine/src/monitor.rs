@@ -152,7 +152,7 @@ async fn live(
     let watched =
         watched.map_err(|error| BackendError::caused("cannot use the workload's streams", error))?;
     let size = terminal::size_of(&stdio);
-    let process = Box::new(plan::process(spec, size));
+    let process = Box::new(plan::process(spec, size)?);
     let first = match (ground.is_own, spec.machine.system) {
         (true, _) => Input::Attach { number: WORKLOAD },
         (false, true) => Input::BecomeInit { process },

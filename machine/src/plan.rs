@@ -10,7 +10,7 @@ use kiln_contract::{
 };
 use kiln_link::message::{Configure, Device, HostFile, Mount, MountSource, Process, Root, TerminalSize};
 
-use crate::{Shape, system};
+use crate::{Shape, rights, system};
 
 /// `/dev/shm` if nothing is said, in bytes: Docker's figure.
 const SHM: u64 = 64 << 20;
@@ -47,29 +47,6 @@ pub(crate) fn disk_size(spec: &InstanceSpec) -> u64 {
 /// The host name.
 pub(crate) fn hostname(record: &InstanceRecord) -> String {
     record.spec.hostname.clone().unwrap_or_else(|| record.id.short().to_owned())
-}
-
-/// Refuses what machines do not have, before anything is made.
-///
-/// # Errors
-/// [`ErrorKind::Unsupported`] names it.
-pub(crate) fn check(spec: &InstanceSpec) -> Result<(), BackendError> {
-    shape(spec)?;
-    let refuse = |what: &str| Err(BackendError::unsupported(format!("a machine cannot have {what}")));
-    if !spec.security.devices.is_empty() {
-        return refuse("devices of the host (--device)");
-    }
-    let mode = spec.network.mode.as_str();
-    if matches!(mode, "host" | "pasta") || mode.starts_with("container:") {
-        return refuse(&format!("the network `{mode}`"));
-    }
-    if network_of(spec).is_none() && spec.network.address.is_some() {
-        return refuse("a fixed address (--ip) without a network that was made (kiln network create)");
-    }
-    if !spec.ports.is_empty() && spec.network.mode == "none" {
-        return refuse("published ports without a network");
-    }
-    Ok(())
 }
 
 /// Files that the host decides.
@@ -169,8 +146,10 @@ fn resolv_conf(spec: &InstanceSpec) -> String {
     if let Some(server) = name_server(spec) {
         let _ = writeln!(text, "nameserver {server}");
     }
-    if !spec.network.dns_search.is_empty() {
-        let _ = writeln!(text, "search {}", spec.network.dns_search.join(" "));
+    for (word, values) in [("search", &spec.network.dns_search), ("options", &spec.network.dns_options)] {
+        if !values.is_empty() {
+            let _ = writeln!(text, "{word} {}", values.join(" "));
+        }
     }
     text
 }
@@ -235,10 +214,13 @@ fn mounts(spec: &InstanceSpec) -> Vec<Mount> {
 }
 
 /// The workload's first process.
-pub(crate) fn process(spec: &InstanceSpec, size: Option<(u16, u16)>) -> Process {
+///
+/// # Errors
+/// As [`confined`].
+pub(crate) fn process(spec: &InstanceSpec, size: Option<(u16, u16)>) -> Result<Process, BackendError> {
     let process = &spec.process;
     let (rows, columns) = size.unwrap_or((24, 80));
-    Process {
+    Ok(Process {
         args: process.args.clone(),
         env: with_defaults(&process.env, process.tty),
         cwd: process.cwd.clone(),
@@ -246,15 +228,21 @@ pub(crate) fn process(spec: &InstanceSpec, size: Option<(u16, u16)>) -> Process 
         groups: process.groups.clone(),
         terminal: process.tty.then_some(TerminalSize { rows, columns }),
         stdin: process.stdin,
-        capabilities: None,
-        limits: Vec::new(),
-        no_new_privileges: spec.security.options.iter().any(|option| {
-            matches!(
-                option.as_str(),
-                "no-new-privileges" | "no-new-privileges=true" | "no-new-privileges:true"
-            )
-        }),
-    }
+        ..confined(spec)?
+    })
+}
+
+/// A process that may do what the workload may, and has nothing else yet.
+///
+/// # Errors
+/// [`ErrorKind::Invalid`]: a capability or limit that there is not, which an older version let pass.
+pub(crate) fn confined(spec: &InstanceSpec) -> Result<Process, BackendError> {
+    Ok(Process {
+        capabilities: rights::capabilities(spec)?,
+        limits: rights::limits(spec)?,
+        no_new_privileges: rights::no_new_privileges(spec),
+        ..Process::default()
+    })
 }
 
 /// What every process expects to find in its environment.

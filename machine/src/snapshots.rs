@@ -226,7 +226,7 @@ impl Machines {
         let record = self.instances().read(id)?;
         let mut spec = record.spec.clone();
         update.apply(&mut spec);
-        plan::check(&spec)?;
+        plan::shape(&spec)?;
         if let Some(name) = &update.kernel {
             kiln_boot::Kernels::open(self.home()).find(name)?;
         }

@@ -85,7 +85,7 @@ impl Machines {
             process: Process {
                 env: plan::with_defaults(&record.spec.process.env, false),
                 groups: record.spec.process.groups.clone(),
-                ..Process::default()
+                ..plan::confined(&record.spec)?
             },
         };
         let stream = stream::runtime()?.block_on(async {
