@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use common::place::{Place, fs_run};
 use common::{IMAGE, until};
+use rustix::io::Errno;
 use serde_json::Value;
 
 const BACKENDS: [&str; 3] = ["overlay", "fuse", "router"];
@@ -266,6 +267,60 @@ fn mounts_are_passed_on() -> bool {
     let lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let above = lines.filter(|fields| temporary.starts_with(fields[4]));
     above.max_by_key(|fields| fields[4].len()).unwrap()[6].starts_with("shared:")
+}
+
+#[test]
+fn after_a_service_was_killed_the_next_command_takes_its_mount_away_and_goes_on() {
+    for place in Place::all() {
+        let at = place.at_by("router");
+        fs::create_dir_all(&at).unwrap();
+        let (there, go) = (place.beside("there"), place.beside("go"));
+        let script = format!(
+            "echo 1 > {at}/one; touch {}; until test -e {}; do sleep 0.02; done; cat {at}/one; echo 2 > {at}/two",
+            there.display(),
+            go.display()
+        );
+        let flags = ["-e", "--keep", "--name", "v"];
+        let mut command = place.command(&fs_run(IMAGE, &at, "router", &flags, &["sh", "-c", &script]));
+        let running = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        until("the command runs", || there.exists());
+        let service = || {
+            let found = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+                let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
+                let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+                let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+                let home = format!("KILN_HOME={}", place.home().display()).into_bytes();
+                let ours = environment.split(|byte| *byte == 0).any(|variable| variable == home);
+                (ours && String::from_utf8_lossy(&words).contains("service\0start")).then_some(pid)
+            });
+            found.collect::<Vec<i32>>()
+        };
+        let killed = service();
+        assert_eq!(killed.len(), 1);
+        let pid = rustix::process::Pid::from_raw(killed[0]).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        until("the service has ended", || service().is_empty());
+        let stale = fs::read_dir(&at).err().and_then(|error| Errno::from_io_error(&error));
+        // Who is not allowed in is told that first.
+        assert!(matches!(stale, Some(Errno::NOTCONN | Errno::ACCESS)), "{stale:?}");
+        // Another view at the same place is the next command.
+        let page = format!("{at}/var/www/index.html");
+        assert_eq!(place.ok(&fs_run(IMAGE, &at, "router", &[], &["cat", &page])), "hello from kiln");
+        // The one whose service was killed is shown again, with what was written.
+        fs::write(&go, "").unwrap();
+        let ended: common::Ended = running.wait_with_output().unwrap().into();
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, "1\n"), "{ended:?}");
+        assert_eq!(place.ok(&["fs", "diff", "v"]), "A /one\nA /two");
+        place.ok(&["fs", "runtimes", "rm", "v"]);
+        assert_eq!(place.views(), "");
+        place.ok(&["fs", "service", "stop"]);
+        until("no mount is left", || {
+            !fs::read_to_string("/proc/self/mounts").unwrap().contains(&format!(" {at} "))
+        });
+        for path in [&go, &there] {
+            fs::remove_file(path).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use oci_spec::image::ImageConfiguration;
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{Pid, Signal, kill_process};
 
-const BACKENDS: [&str; 2] = ["overlay", "fuse"];
+const BACKENDS: [&str; 3] = ["overlay", "fuse", "router"];
 
 /// Makes images until the ids of two begin with the same four digits, and gives these.
 fn ambiguous_prefix(home: &Home) -> String {
@@ -75,12 +75,11 @@ fn object_of(place: &Place, bytes: &[u8]) -> PathBuf {
 #[test]
 fn a_missing_object_is_an_error_to_who_reads_it_and_named_in_the_log() {
     for place in Place::all() {
-        let at = place.at();
         let busybox = place.command(&["fs", "cat", IMAGE, "bin/busybox"]).output().unwrap().stdout;
         let object = object_of(&place, &busybox);
         fs::remove_file(&object).unwrap();
         for backend in BACKENDS {
-            let name = format!("of-{backend}");
+            let (name, at) = (format!("of-{backend}"), place.at_by(backend));
             let script = format!("cat {at}/bin/busybox | wc -c; cat {at}/bin/busybox >/dev/null");
             let ended = place.kiln(&fs_run(
                 IMAGE,
@@ -93,8 +92,13 @@ fn a_missing_object_is_an_error_to_who_reads_it_and_named_in_the_log() {
             // The rest is there.
             let page = format!("{at}/var/www/index.html");
             assert_eq!(place.ok(&["fs", "run", "--rerun", &name, "--", "cat", &page]), "hello from kiln");
-            if backend == "fuse" {
-                let log = fs::read_to_string(place.home().join("views").join(&name).join("log")).unwrap();
+            let log = match backend {
+                "fuse" => Some(place.home().join("views").join(&name).join("log")),
+                "router" => Some(place.home().join("router/log")),
+                _ => None,
+            };
+            if let Some(log) = log {
+                let log = fs::read_to_string(log).unwrap();
                 let hex = Digest::of(&busybox).hex();
                 assert!(log.contains(&hex[2..]), "{log}");
             }
