@@ -19,19 +19,24 @@ pub(crate) fn owned(mode: u32) -> Attributes {
     Attributes { mode, uid: 0, gid: 0, mtime: Time { seconds: 1000, nanoseconds: 7 }, xattrs: Xattrs::new() }
 }
 
-/// What serves an editable view.
+/// What shows an editable view.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Backend {
     Fuse,
     Router,
+    Overlay,
 }
 
+/// Those with a server of Kiln's.
 pub(crate) const BACKENDS: [Backend; 2] = [Backend::Fuse, Backend::Router];
+
+pub(crate) const ALL: [Backend; 3] = [Backend::Overlay, Backend::Fuse, Backend::Router];
 
 /// An editable view that is mounted. Dropping it kills its server.
 pub(crate) enum Edited {
     Fuse(Mounted),
     Router(Home),
+    Overlay(Overlaid),
 }
 
 impl Edited {
@@ -42,12 +47,17 @@ impl Edited {
                 Self::client(&home)?.unmount_view(VIEW)?;
                 Ok(())
             }
+            Self::Overlay(overlaid) => {
+                overlaid.unmount();
+                Ok(())
+            }
         }
     }
 
     pub(crate) fn kill(self) {
         match self {
             Self::Fuse(mounted) => drop(mounted),
+            Self::Overlay(_) => unreachable!("the kernel is no process"),
             Self::Router(home) => {
                 let pid = Self::client(&home).unwrap().status().unwrap().pid;
                 let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
@@ -226,8 +236,10 @@ impl Ground {
     }
 
     pub(crate) fn edit(&self) -> Edited {
-        if self.backend == Backend::Fuse {
-            return Edited::Fuse(self.serve(Some(&self.scratch())));
+        match self.backend {
+            Backend::Fuse => return Edited::Fuse(self.serve(Some(&self.scratch()))),
+            Backend::Overlay => return Edited::Overlay(self.overlay()),
+            Backend::Router => {}
         }
         let views = Views::open(&self.home()).served_by(launch);
         // A service that was killed shows again what it had shown.
