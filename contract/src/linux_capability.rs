@@ -99,8 +99,8 @@ mod tests {
     fn capabilities_are_added_and_dropped_as_docker_does() {
         const CONTAINER: u64 = 0xa804_25fb;
         const ALL: u64 = 0x1ff_ffff_ffff;
-        type Names = &'static [&'static str];
-        let cases: [(Names, Names, bool, u64, u64); 9] = [
+        type Case<'a> = (&'a [&'a str], &'a [&'a str], bool, u64, u64);
+        let cases: [Case<'_>; 9] = [
             (&[], &[], false, CONTAINER, CONTAINER),
             (&[], &[], false, ALL, ALL),
             (&[], &["ALL"], false, CONTAINER, 0),

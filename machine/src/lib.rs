@@ -9,6 +9,7 @@ mod backend;
 mod beginning;
 mod boot;
 mod carry;
+mod clock;
 mod commit;
 mod console;
 mod console_log;

@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_contract::{BackendError, ErrorKind, Home, InstanceDir, InstanceId, PublishSpec, Stdio};
+use kiln_contract::{BackendError, ErrorKind, Home, InstanceDir, InstanceId, PublishSpec, Stdio, VmState};
 use kiln_instance::signals::Signals;
 use kiln_instance::{DetachKeys, Failure, terminal};
 use kiln_link::message::{self, Input, Request, TerminalSize, WORKLOAD};
@@ -38,12 +38,14 @@ use crate::door::{self, Ask, Reply};
 use crate::last_words::LastWords;
 use crate::life::{Life, ask, start};
 use crate::services::Services;
-use crate::{console, plan, stream};
+use crate::{clock, console, plan, stream};
 
 /// How long a guest may take to hold still.
 const TO_PARK: Duration = Duration::from_secs(30);
 /// How long a guest may take to write everything to its disk and power off.
 const TO_POWER_OFF: Duration = Duration::from_secs(20);
+/// How long a guest may take to set its clock.
+const TO_TELL: Duration = Duration::from_secs(5);
 
 /// The exit code of what SIGKILL has ended.
 const KILLED: u8 = 128 + 9;
@@ -186,6 +188,7 @@ async fn live(
         failed = pass_on(signals, &keeper, events, &watched, spec.machine.system) => Err(failed),
         failed = answer(&listener, ground, &keeper) => Err(failed),
         never = crate::console_log::bound(&log) => match never {},
+        never = clock::follow(async || told_the_time(&keeper).await) => match never {},
         () = keeper.told_to_end.notified() => {
             // What is suspended writes nothing.
             keeper.life.lock().await.vm().resume().map(|()| KILLED)
@@ -362,6 +365,24 @@ async fn resume(keeper: &Keeper) -> Result<(), BackendError> {
     keeper.life.lock().await.vm().resume()?;
     // Its clock stood still.
     ask(&keeper.opener, Request::Clock { now: plan::now() }).await.map(drop)
+}
+
+/// Tells the guest the time, if it runs; whether it has been told.
+async fn told_the_time(keeper: &Keeper) -> bool {
+    // As long as this is held nobody pauses it: a time that it heard only afterwards would be wrong.
+    let mut life = keeper.life.lock().await;
+    if !matches!(life.vm().state(), Ok(VmState::Running)) {
+        return false;
+    }
+    let told = ask(&keeper.opener, Request::Clock { now: plan::now() });
+    match tokio::time::timeout(TO_TELL, told).await {
+        Ok(Ok(_)) => true,
+        Ok(Err(error)) => {
+            tracing::warn!("the host's time has jumped, and the guest does not hear of it: {error}");
+            false
+        }
+        Err(_) => false,
+    }
 }
 
 async fn grown(keeper: &Keeper, size: u64) -> Result<(), BackendError> {
