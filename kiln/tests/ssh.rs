@@ -6,10 +6,10 @@ use std::fs;
 use std::io::{BufRead as _, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
 
+use common::terminal::Terminal;
 use common::{Ended, Home, IMAGE, finish, until};
 use kiln_boot::{Kernels, Source};
 
@@ -170,59 +170,6 @@ fn a_fork_has_another_host_key_and_what_was_under_way_ends_in_it() {
     until("the fork's session has ended", || !home.ok(["top", "second"]).contains("kiln-ssh"));
     for name in ["first", "second", "third"] {
         home.ok(["rm", "-f", name]);
-    }
-}
-
-/// A terminal of this host: its near side, and what is on it.
-struct Terminal {
-    near: std::os::fd::OwnedFd,
-    far: fs::File,
-    seen: String,
-}
-
-impl Terminal {
-    fn open(rows: u16, columns: u16) -> Self {
-        use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
-        let master = openpt(flags).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let near = ioctl_tiocgptpeer(&master, flags).unwrap();
-        let terminal = Self { near, far: master.into(), seen: String::new() };
-        terminal.resize(rows, columns);
-        terminal
-    }
-
-    fn resize(&self, rows: u16, columns: u16) {
-        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        rustix::termios::tcsetwinsize(&self.near, size).unwrap();
-    }
-
-    /// Starts a command on it.
-    fn start(&self, mut command: Command) -> Child {
-        let end = || Stdio::from(self.near.try_clone().unwrap());
-        command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap()
-    }
-
-    fn type_in(&mut self, words: &str) {
-        self.far.write_all(words.as_bytes()).unwrap();
-    }
-
-    /// Waits for words; those that were seen before count too.
-    #[track_caller]
-    fn expect(&mut self, words: &str) {
-        let begun = Instant::now();
-        let mut buffer = [0; 4096];
-        while !self.seen.contains(words) {
-            let mut waited = [rustix::event::PollFd::new(&self.far, rustix::event::PollFlags::IN)];
-            let second = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
-            if rustix::event::poll(&mut waited, Some(&second)).unwrap() == 0 {
-                assert!(begun.elapsed() < Duration::from_secs(60), "no `{words}` in {}", self.seen);
-                continue;
-            }
-            let count = self.far.read(&mut buffer).unwrap();
-            self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-        }
     }
 }
 

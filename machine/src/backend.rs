@@ -21,6 +21,7 @@ use crate::beginning::{disks, image, is_cold, template};
 use crate::door::{self, Ask, Copy};
 use crate::life::{lost, refused};
 use crate::saved::Saved;
+use crate::snapshots::never_started;
 use crate::template::{failed, in_utf8};
 use crate::visit::Duplex;
 use crate::{exec, plan, refusal, stream};
@@ -320,6 +321,13 @@ impl RuntimeBackend for Machines {
 
     fn fork(&self, id: &InstanceId, name: &str, memory: bool) -> Result<InstanceRecord, BackendError> {
         let source = self.verbs.truth(id)?;
+        if memory && !is_supervised(&source) {
+            return Err(BackendError::new(
+                ErrorKind::State,
+                format!("machine {} has no memory to copy: it does not run", source.spec.name),
+            )
+            .hint("leave out --memory to copy its disk"));
+        }
         let mut spec = source.spec.clone();
         name.clone_into(&mut spec.name);
         spec.transient = false;
@@ -406,7 +414,12 @@ impl Machines {
             let question = Ask::Save { directory: None, disk: copy_for(&fork.id) };
             return stream::runtime()?.block_on(door::ask(&dir, &question)).map(drop);
         }
+        // It does not start while its disk is copied.
+        let still = self.still(&source.id, "fork")?;
         let disks = disks(self.home())?;
-        disks.clone_disk(&DiskId::from(&source.id), None, &DiskId::from(&fork.id)).map(drop)
+        if disks.path(&still.disk).is_err() {
+            return Err(never_started(&still.record, "copy"));
+        }
+        disks.clone_disk(&still.disk, None, &DiskId::from(&fork.id)).map(drop)
     }
 }

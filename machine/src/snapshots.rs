@@ -34,7 +34,7 @@ fn named(name: &str) -> Result<SnapshotName, BackendError> {
 /// A machine that does not run, and will not while this value lives.
 pub(crate) struct Still {
     pub(crate) record: InstanceRecord,
-    disk: DiskId,
+    pub(crate) disk: DiskId,
     _locked: Locked,
 }
 
@@ -102,7 +102,7 @@ impl Machines {
         }
         let disks = disks(self.home())?;
         if disks.path(&still.disk).is_err() {
-            return Err(never_started(&still.record));
+            return Err(never_started(&still.record, "save"));
         }
         let directory = self::memory(self.instances(), id, name);
         if let Some(waiting) = waiting.filter(|_| memory) {
@@ -250,9 +250,9 @@ fn exists(record: &InstanceRecord, name: &SnapshotName) -> BackendError {
     .hint("choose another name, or remove it with `kiln snapshot rm`")
 }
 
-fn never_started(record: &InstanceRecord) -> BackendError {
+pub(crate) fn never_started(record: &InstanceRecord, doing: &str) -> BackendError {
     BackendError::new(
         ErrorKind::State,
-        format!("machine {} has never been started: there is nothing to save", record.spec.name),
+        format!("machine {} has never been started: there is nothing to {doing}", record.spec.name),
     )
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub(crate) mod place;
+pub(crate) mod terminal;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -74,7 +75,7 @@ impl Home {
         Some(home)
     }
 
-    fn add_kernel(&self) -> Option<()> {
+    pub(crate) fn add_kernel(&self) -> Option<()> {
         kiln_fixtures::require("qemu-system-x86_64")?;
         let package = kiln_fixtures::debian_kernel()?;
         let kernels = kiln_boot::Kernels::open(&kiln_contract::Home::at(self.path()));
@@ -183,6 +184,8 @@ impl Drop for Home {
         for id in all.stdout.lines() {
             self.kiln(["rm", "--force", "--volumes", id]);
         }
+        // A pool of disks, if it has one.
+        let _ = rustix::mount::unmount(self.path().join("disks"), rustix::mount::UnmountFlags::DETACH);
         if self.is_mounted {
             let _ = rustix::mount::unmount(self.path(), rustix::mount::UnmountFlags::DETACH);
         }

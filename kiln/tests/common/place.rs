@@ -104,6 +104,17 @@ impl Place {
     }
 }
 
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.user.is_some() {
+            let all = self.kiln(&["ps", "--all", "--quiet", "--no-trunc"]);
+            for id in all.stdout.lines() {
+                self.kiln(&["rm", "--force", "--volumes", id]);
+            }
+        }
+    }
+}
+
 /// `kiln fs run REFERENCE FLAGS --at AT --backend BACKEND -- COMMAND`.
 pub(crate) fn fs_run<'a>(
     reference: &'a str,

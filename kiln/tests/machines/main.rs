@@ -2,7 +2,12 @@
 //!
 //! All tests share one home, so that its one template is made once; each has machines of its own.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod guest;
+mod identity;
+mod reboot;
+mod verbs;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,6 +18,21 @@ use std::sync::LazyLock;
 use common::{Ended, Home, IMAGE, finish, until};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(|| Home::with_kernel().map(Home::until_the_end));
+
+/// The name of the image that [`whole_image`] makes.
+const WHOLE: &str = "localhost/whole:1";
+
+/// An image with what a distribution's has: a machine id of its own to come, and places of container engines.
+fn whole_image(home: &Home) {
+    static MADE: std::sync::Once = std::sync::Once::new();
+    MADE.call_once(|| {
+        let script =
+            "mkdir -p /etc /var/lib/docker /var/lib/containerd; : > /etc/machine-id; : > /etc/hostname";
+        home.ok(["run", "--name", "whole", "--network", "none", IMAGE, "sh", "-c", script]);
+        home.ok(["commit", "whole", WHOLE]);
+        home.ok(["rm", "whole"]);
+    });
+}
 
 /// Words that run a command in a machine of the shared shape.
 fn run<'a>(flags: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
