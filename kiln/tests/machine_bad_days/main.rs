@@ -2,7 +2,9 @@
 //!
 //! All tests share one home, so that its template is made once; each has machines of its own.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod killed;
 
 use std::fs;
 use std::path::Path;
@@ -260,6 +262,24 @@ fn a_guest_that_never_gets_ready_is_told_with_its_last_words() {
     let left =
         names(home, "templates").into_iter().filter(|name| name.starts_with(".new")).collect::<Vec<_>>();
     assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_machine_boots_the_kernel_that_it_was_given_and_keeps_its_disk_if_that_is_none() {
+    let Some(home) = &*HOME else { return };
+    deaf(home, "changed");
+    home.ok(["exec", "changed", "sh", "-c", "echo kept > /kept; sync"]);
+    home.ok(["stop", "-t", "0", "changed"]);
+    home.ok(["update", "--kernel", "bare", "changed"]);
+    assert_eq!(inspect(home, "changed")["spec"]["machine"]["kernel"], "bare");
+    let ended = finish_within(home.command(["start", "changed"]), Duration::from_secs(240));
+    assert!(ended.code == 1 && ended.stderr.contains("the guest ended before it was ready"), "{ended:?}");
+    let default = home.ok(["kernel", "default"]);
+    home.ok(["update", "--kernel", &default, "changed"]);
+    home.ok(["start", "changed"]);
+    let said = home.ok(["exec", "changed", "sh", "-c", "cat /kept; uname -r"]);
+    assert_eq!(said, format!("kept\n{default}"));
+    home.ok(["rm", "-f", "changed"]);
 }
 
 #[test]
