@@ -136,8 +136,11 @@ fn start_up_scripts_set_the_environment_of_the_command_in_their_order() {
         let at = place.at();
         let reference = format!("{IMAGE}+me/twenty+me/ten+me/text");
         let show = ["sh", "-c", "echo $A,$B,$KILN_VIEW,$#,$1", "sh", "a b"];
-        for backend in BACKENDS {
-            let words = ["fs", "run", &reference, "--name", "v", "--at", &at, "--backend", backend, "--"];
+        // All processes see the router's directory: it must be there, and an ordinary user's must be his.
+        let routed = write(&place, "routed/.keep", "");
+        let routed = routed.trim_end_matches("/.keep");
+        for (backend, at) in [("overlay", at.as_str()), ("fuse", &at), ("router", routed)] {
+            let words = ["fs", "run", &reference, "--name", "v", "--at", at, "--backend", backend, "--"];
             assert_eq!(place.ok(&[&words[..], &show].concat()), "ten-twenty,,v,1,a b", "{backend}");
             let ended = place.kiln(&[&words[..], &["sh", "-c", "exit 7"]].concat());
             assert_eq!(ended.code, 7, "{ended:?}");
