@@ -307,6 +307,20 @@ pub(crate) fn with_ground_of(backend: Backend, body: impl FnOnce(&Ground) + Send
     with_tree(true, backend, body);
 }
 
+/// The same in a directory that is made in the test's own.
+pub(crate) fn with_ground_in(
+    backend: Backend,
+    make: impl FnOnce(&Path) -> PathBuf + Send + 'static,
+    body: impl FnOnce(&Ground) + Send + 'static,
+) {
+    with_private_mounts(move |directory| {
+        let made = make(directory);
+        body(&Ground::new(&made, false, backend));
+        // Nothing else uses it any more.
+        rustix::mount::unmount(&made, rustix::mount::UnmountFlags::DETACH).unwrap();
+    });
+}
+
 /// The same with a tree in which each file has one name: the kernel's overlay makes several files of one when it copies it
 /// up (`overlayfs.rst`, «Non-standard behavior»).
 pub(crate) fn with_unlinked_ground(body: impl FnOnce(&Ground) + Send + 'static) {

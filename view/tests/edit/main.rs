@@ -9,6 +9,7 @@ mod kernel;
 mod operations;
 mod programs;
 mod random;
+mod reflink;
 mod special;
 mod table;
 
