@@ -86,10 +86,14 @@ impl SharedMount {
     }
 
     /// Another tree has the scratch of this one from now on, and will be seen instead. Whoever has something of it open, or is
-    /// in a directory of it, still has that; nothing but the bytes of open files is changed through it any more.
-    pub(crate) fn retire(&self, share: Share) {
-        for tree in self.trees.all(&[share]) {
-            *tree.state() = State::Retired;
+    /// in a directory of it, still has that; nothing but what is open to be written is changed through it any more. `replace`
+    /// has the other one be seen, while nobody who wants to change something gets an answer.
+    pub(crate) fn retire(&self, share: Share, replace: impl FnOnce()) {
+        let trees = self.trees.all(&[share]);
+        let held: Vec<_> = trees.iter().map(|tree| (tree.state(), tree)).collect();
+        replace();
+        for (mut state, tree) in held {
+            *state = State::Retired;
             if let Server::Editable(editable) = &tree.server {
                 editable.retire();
             }
@@ -212,9 +216,13 @@ impl Tree {
 
     /// Held, what may be changed stays as it is.
     fn is_changing(&self) -> Result<RwLockReadGuard<'_, State>, Errno> {
-        self.editable()?;
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        if *state == State::Changing { Ok(state) } else { Err(Errno::EROFS) }
+        match *state {
+            // The kernel looks the whole path up again then, which leads to what is seen now, if it begins above.
+            State::Retired => Err(Errno::ESTALE),
+            State::Frozen => Err(Errno::EROFS),
+            State::Changing => self.editable().map(|_| state),
+        }
     }
 
     /// Whether something, or this file, is open to be written.

@@ -222,8 +222,7 @@ impl Routes {
         let old = shown.share;
         let earlier = [&shown.earlier[..], &[old]].concat();
         let new = self.add(mount, record, &earlier)?;
-        mount.retire(old);
-        processes.replace(old.number(), new.number());
+        mount.retire(old, || processes.replace(old.number(), new.number()));
         (shown.share, shown.earlier) = (new, earlier);
         let mut too_many = shown.earlier.len().saturating_sub(EARLIER_MOST);
         shown.earlier.retain(|share| {

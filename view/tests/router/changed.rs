@@ -1,11 +1,13 @@
 //! Views are changed while they are shown.
 
+use std::fs;
+
 use kiln_contract::{Digest, ErrorKind};
 use kiln_view::Bind;
 use kiln_view::router;
 use kiln_view::views::{Alteration, NewView};
 
-use super::{Shell, launch, with_ground};
+use super::{Shell, launch, until, with_ground};
 
 /// Another stack, as a view is told to show it.
 fn stack(layers: &[Digest]) -> Alteration {
@@ -71,7 +73,7 @@ fn nothing_is_changed_by_name_in_what_was_shown_before() {
             "chmod 600 b",
             "ln a z",
         ] {
-            assert!(shell.ask(change).contains("Read-only file system"), "{change}");
+            assert!(shell.ask(change).contains("Stale file handle"), "{change}");
         }
         assert_eq!(shell.ask("cat a old"), "aold");
         // The name is another file's meanwhile: what is open is what it was.
@@ -105,6 +107,37 @@ fn nothing_is_changed_by_name_in_what_was_shown_before() {
         // Without a word on what is to become of it, what its record says.
         ground.client().remount("v").unwrap();
         assert_eq!(shell.ask("cat $at/f; ls $at/dir"), "zeroa\nb\nold\ns");
+    });
+}
+
+#[test]
+fn who_changes_something_by_its_path_does_not_notice_that_another_stack_is_shown() {
+    with_ground(|ground| {
+        let layers = [("f", "zero"), ("f", "one")].map(|file| ground.layer(&[file, ("dir/sub/old", "old")]));
+        let mut shell = Shell::new(&ground.at());
+        ground.show("v", layers[0], true, shell.pid());
+        let [go_on, count] = ["go-on", "count"].map(|name| ground.directory.join(name));
+        fs::write(&go_on, "").unwrap();
+        // The same names and new ones, in the root and below, and those of the stack.
+        let work = format!(
+            "n=0; while [ -e {} ]; do n=$((n + 1)); echo $n > {}
+                echo $n > $at/top && echo $n > $at/dir/sub/low && echo $n > $at/dir/sub/$n && echo $n > $at/$n
+                read -r x < $at/top; read -r y < $at/dir/sub/low; [ $x-$y = $n-$n ] || echo $x-$y is not $n
+                read -r x < $at/dir/sub/$n; read -r y < $at/$n; [ $x-$y = $n-$n ] || echo $x-$y was not $n
+            done",
+            go_on.display(),
+            count.display()
+        );
+        let changing = std::thread::spawn(move || shell.ask(&work));
+        for round in 1..=60 {
+            ground.client().alter("v", &stack(&[layers[round % 2]])).unwrap();
+            // The kernel looks a path up once more, and not twice: what was looked up in this moment must be done.
+            let before = fs::read_to_string(&count).unwrap_or_default();
+            let now = || fs::read_to_string(&count).unwrap_or_default();
+            until("it goes on", || ![before.as_str(), ""].contains(&now().as_str()));
+        }
+        fs::remove_file(&go_on).unwrap();
+        assert_eq!(changing.join().unwrap(), "");
     });
 }
 
