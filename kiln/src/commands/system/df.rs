@@ -1,6 +1,6 @@
 //! `kiln system df`.
 
-use kiln_contract::{BackendError, ByteSize, DisksUsage, RuntimeBackend};
+use kiln_contract::{BackendError, ByteSize, DiskId, DiskUsage, DisksUsage, InstanceRecord, RuntimeBackend};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -40,8 +40,8 @@ struct Usage {
     instances: Vec<Named>,
     /// What is in volumes.
     volumes: Vec<Named>,
-    /// What the writable disks of machines take, each by itself: what it shares with others is counted with each.
-    disks: Vec<Named>,
+    /// The writable disks of machines.
+    disks: Vec<Disk>,
     /// What they take together: what several of them share is counted once.
     disk_bytes: u64,
     /// Machines saved when their guest was ready.
@@ -57,14 +57,45 @@ struct Named {
     bytes: u64,
 }
 
+/// A writable disk.
+#[derive(Debug, Serialize)]
+struct Disk {
+    /// Its machine's name, or its own if it is no machine's.
+    name: String,
+    /// Its own name.
+    id: String,
+    /// What it takes by itself: what it shares with others is counted with each.
+    bytes: u64,
+    /// The size that the machine sees.
+    logical_bytes: u64,
+    /// What would be freed if only this disk were removed, with its snapshots.
+    exclusive_bytes: u64,
+    /// What other disks need as well.
+    shared_bytes: u64,
+}
+
+impl Disk {
+    fn new(id: &DiskId, usage: &DiskUsage, machines: &[InstanceRecord]) -> Self {
+        let machine = machines.iter().find(|record| DiskId::from(&record.id) == *id);
+        Self {
+            name: machine.map_or_else(|| id.to_string(), |record| record.spec.name.clone()),
+            id: id.to_string(),
+            bytes: usage.exclusive + usage.shared,
+            logical_bytes: usage.logical,
+            exclusive_bytes: usage.exclusive,
+            shared_bytes: usage.shared,
+        }
+    }
+}
+
 impl Args {
     pub(crate) fn run(self, context: &Context) -> Result<Exit> {
         let instances = context.instances()?;
         let stored = context.store()?.usage()?;
         let records = instances.list()?;
-        let instances = records.into_iter().map(|record| Named {
+        let instances = records.iter().map(|record| Named {
             bytes: disk_usage(&context.home().instance(&record.id).upper()),
-            name: record.spec.name,
+            name: record.spec.name.clone(),
         });
         let volumes = context.volumes()?.list()?;
         let volumes =
@@ -79,11 +110,7 @@ impl Args {
         };
         let usage = Usage {
             disk_bytes: disks.taken,
-            disks: disks
-                .disks
-                .iter()
-                .map(|(id, usage)| Named { name: id.to_string(), bytes: usage.exclusive + usage.shared })
-                .collect(),
+            disks: disks.disks.iter().map(|(id, usage)| Disk::new(id, usage, &records)).collect(),
             templates: templates
                 .iter()
                 .map(|template| Named { name: template.record().key.short(), bytes: template.size() })
@@ -135,7 +162,7 @@ impl Args {
         let made = "machines start from them; made again when needed".to_owned();
         table.row(["Templates".to_owned(), templates.len().to_string(), size(sum(templates)), made]);
         out.table(&table)?;
-        let all = [("INSTANCE", instances), ("VOLUME", volumes), ("DISK", disks), ("TEMPLATE", templates)];
+        let all = [("INSTANCE", instances), ("VOLUME", volumes), ("TEMPLATE", templates)];
         for (title, all) in all {
             if self.verbose && !all.is_empty() {
                 let mut table = Table::new([title, "SIZE"]).right("SIZE");
@@ -145,6 +172,19 @@ impl Args {
                 out.line("")?;
                 out.table(&table)?;
             }
+        }
+        if self.verbose && !disks.is_empty() {
+            let mut table = Table::new(["DISK", "LOGICAL", "EXCLUSIVE", "SHARED"]);
+            for right in ["LOGICAL", "EXCLUSIVE", "SHARED"] {
+                table = table.right(right);
+            }
+            for disk in disks {
+                let sizes = [disk.logical_bytes, disk.exclusive_bytes, disk.shared_bytes].map(size);
+                let [logical, exclusive, shared] = sizes;
+                table.row([disk.name.clone(), logical, exclusive, shared]);
+            }
+            out.line("")?;
+            out.table(&table)?;
         }
         out.flush()
     }
