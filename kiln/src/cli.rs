@@ -280,6 +280,9 @@ impl Command {
             // Their servers go on in the background, and what is wrong with a tree is told in their log only.
             #[cfg(target_os = "linux")]
             Self::Fs(_) => Some("error"),
+            // Its standard error is the workload's: whoever waits for a start that takes seconds is told why, and no more.
+            #[cfg(target_os = "linux")]
+            Self::Monitor(_) => Some("off,kiln_machine::beginning=warn"),
             _ => None,
         }
     }

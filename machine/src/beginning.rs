@@ -129,8 +129,10 @@ pub(crate) struct Found {
     beginning: Option<Beginning>,
     pub(crate) paths: Paths,
     pub(crate) ground: Ground,
+    /// Its disk was made for this start.
+    has_new_disk: bool,
     /// Keeps the template from being removed.
-    _held: File,
+    held: File,
 }
 
 /// Finds all that is needed, and makes what is not there.
@@ -146,6 +148,7 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let own = Saved::load(&plan::saved(&dir));
     let is_own = own.is_some();
     let mut next = None;
+    let has_new_disk = !is_own && disks.path(&disk).is_err();
     let (beginning, base, disk_path) = if is_cold(&dir, &record) && !is_own {
         let (kernel, shape) = (kernel(home, &record)?, plan::shape(&record.spec)?);
         let base = Saved::nothing(&plan::base(&dir), kernel.name(), &*hypervisor, shape)?;
@@ -160,9 +163,8 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
             None => template(home, &record, &*hypervisor, (&*disks, &image), &Silent)?,
         };
         let base = if is_own { saved.with_base(&plan::base(&dir))? } else { saved.clone() };
-        let is_new = !is_own && disks.path(&disk).is_err();
         let mut taken = None;
-        if is_new && spare::is_for(&saved, &*hypervisor, &*disks) {
+        if has_new_disk && spare::is_for(&saved, &*hypervisor, &*disks) {
             next = Some(Next::new(home, &saved, &image));
             if size == DISK_SIZE {
                 taken = spare::take(&saved, &*disks, &disk, &dir);
@@ -185,7 +187,8 @@ pub(crate) fn find(home: &Home, id: &InstanceId) -> Result<Found, BackendError> 
     let paths =
         Paths { directory: dir.path().to_owned(), memory, image, disk: disk_path, disk_size, network: None };
     let ground = Ground { record, dir, disks, disk, base, is_own, disk_size, next };
-    Ok(Found { home: home.clone(), hypervisor, beginning: Some(beginning), paths, ground, _held: held })
+    let beginning = Some(beginning);
+    Ok(Found { home: home.clone(), hypervisor, beginning, paths, ground, has_new_disk, held })
 }
 
 impl Found {
@@ -195,7 +198,7 @@ impl Found {
             return Err(BackendError::new(ErrorKind::State, "the machine has begun already"));
         };
         match beginning {
-            Beginning::Saved(saved) => Life::restore(&*self.hypervisor, &saved, &self.paths).await,
+            Beginning::Saved(saved) => self.restore(saved).await,
             Beginning::Spare(saved, Taken { handle, owner, .. }) => {
                 let given = (handle, owner.into());
                 match Life::adopt(&*self.hypervisor, &saved, &self.paths, given).await {
@@ -208,15 +211,53 @@ impl Found {
                         let Ground { disks, disk, .. } = &self.ground;
                         disks.remove(disk)?;
                         self.paths.disk = own_disk(&**disks, disk, &saved, false, DISK_SIZE)?;
-                        Life::restore(&*self.hypervisor, &saved, &self.paths).await
+                        self.restore(saved).await
                     }
                 }
             }
-            Beginning::Boot(shape, boot) => {
-                let console = self.ground.dir.path().join(console::LOG);
-                let life = Life::boot(&*self.hypervisor, shape, boot, &self.paths).await;
-                life.map_err(|error| LastWords::whole(&console).explain(error))
-            }
+            Beginning::Boot(shape, boot) => self.boot(shape, boot).await,
         }
+    }
+
+    async fn boot(&self, shape: Shape, boot: BootConfig) -> Result<Life, BackendError> {
+        let console = self.ground.dir.path().join(console::LOG);
+        let life = Life::boot(&*self.hypervisor, shape, boot, &self.paths).await;
+        life.map_err(|error| LastWords::whole(&console).explain(error))
+    }
+
+    /// Restores it. If that fails because its template is not what it was, the template goes, and the kernel boots. A failure
+    /// that has another reason (no room, a hypervisor that was killed) leaves the template as it is.
+    async fn restore(&mut self, saved: Saved) -> Result<Life, BackendError> {
+        let error = match Life::restore(&*self.hypervisor, &saved, &self.paths).await {
+            Err(error) if !self.ground.is_own && saved.is_damaged() => error,
+            outcome => return outcome,
+        };
+        let key = saved.record().key;
+        tracing::warn!(
+            "template {} is damaged: this start boots the kernel, and the next makes another template ({})",
+            key.short(),
+            error.with_causes()
+        );
+        let (shape, boot) = self.begin_anew()?;
+        if let Err(error) = Templates::open(&self.home, &*self.ground.disks).discard(&saved) {
+            tracing::warn!("the damaged template {} stays: {}", key.short(), error.with_causes());
+        }
+        self.boot(shape, boot).await
+    }
+
+    /// Makes it one that boots: with memory in which nothing is, and a disk of its own in which nothing of the template's is.
+    fn begin_anew(&mut self) -> Result<(Shape, BootConfig), BackendError> {
+        let ground = &mut self.ground;
+        let (kernel, shape) = (kernel(&self.home, &ground.record)?, plan::shape(&ground.record.spec)?);
+        if self.has_new_disk {
+            ground.disks.remove(&ground.disk)?;
+            self.paths.disk = ground.disks.create(&ground.disk, ground.disk_size)?;
+        }
+        ground.base = Saved::nothing(&plan::base(&ground.dir), kernel.name(), &*self.hypervisor, shape)?;
+        ground.next = None;
+        self.paths.memory = ground.base.memory();
+        // What holds the template is let go of.
+        self.held = ground.base.hold()?;
+        Ok((shape, booting(&kernel, ground.dir.path())?))
     }
 }

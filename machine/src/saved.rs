@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -52,6 +52,12 @@ pub struct TemplateRecord {
     pub boot_millis: u64,
     /// The digest of the template's devices' state, and the bytes of its changed memory. What is saved over it later has others.
     pub(crate) sum: Option<(Digest, u64)>,
+    /// The digest of the memory file, as [`content`] has it; `None` in records of older versions.
+    #[serde(default)]
+    pub(crate) memory_sum: Option<Digest>,
+    /// The same of the memory that was changed over another template's.
+    #[serde(default)]
+    pub(crate) delta_sum: Option<Digest>,
 }
 
 /// A saved machine that is whole.
@@ -92,6 +98,8 @@ impl Saved {
             disk: Disk::Own,
             boot_millis: 0,
             sum: None,
+            memory_sum: None,
+            delta_sum: None,
         };
         let path = base.join(RECORD);
         let json =
@@ -103,6 +111,21 @@ impl Saved {
     /// Whether a template is as it was made: a hypervisor that is given half of a state, or another, may say so or hang.
     pub(crate) fn is_as_made(&self) -> bool {
         self.record.sum.is_some() && self.record.sum == sum(&self.directory)
+    }
+
+    /// Whether a template's memory is known not to be what it was when it was made, or cannot be read. All of it is read: only
+    /// to be asked when a restore has failed.
+    pub(crate) fn is_damaged(&self) -> bool {
+        let differs = |name: &str, made: Option<Digest>| {
+            made.is_some_and(|made| content(&self.directory.join(name)).ok() != Some(made))
+        };
+        differs(MEMORY, self.record.memory_sum) || differs(DELTA, self.record.delta_sum)
+    }
+
+    /// Whether both have one memory file.
+    pub(crate) fn shares_memory(&self, other: &Self) -> bool {
+        let file = |saved: &Self| fs::metadata(saved.memory()).ok().map(|file| (file.dev(), file.ino()));
+        file(self).is_some_and(|own| Some(own) == file(other))
     }
 
     /// What is known of its template.
@@ -216,6 +239,30 @@ pub(crate) fn sum(directory: &Path) -> Option<(Digest, u64)> {
     let state = fs::read(directory.join(STATE)).ok()?;
     let delta = fs::metadata(directory.join(DELTA)).map_or(0, |file| file.len());
     Some((Digest::of(&state), delta))
+}
+
+/// The digest of a file of memory: of its length, and of each page that is not all zeros, with its place.
+pub(crate) fn content(path: &Path) -> io::Result<Digest> {
+    const PAGE: usize = 4096;
+    static ZEROS: [u8; PAGE] = [0; PAGE];
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut hasher = kiln_contract::Hasher::new();
+    hasher.update(&length.to_le_bytes());
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < length {
+        let wanted = usize::try_from(length - at).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+        file.read_exact_at(&mut buffer[..wanted], at)?;
+        for (page, place) in buffer[..wanted].chunks(PAGE).zip((at..).step_by(PAGE)) {
+            if page != &ZEROS[..page.len()] {
+                hasher.update(&place.to_le_bytes());
+                hasher.update(page);
+            }
+        }
+        at += wanted as u64;
+    }
+    Ok(hasher.finish())
 }
 
 /// Removes a directory with what is saved in it, if there is one.

@@ -158,6 +158,15 @@ impl<'a> Templates<'a> {
         }
     }
 
+    /// Removes a template whose memory is damaged, and those that have the same.
+    ///
+    /// # Errors
+    /// As [`remove`](Self::remove).
+    pub(crate) fn discard(&self, damaged: &Saved) -> Result<(), BackendError> {
+        let sharing = self.list()?.into_iter().filter(|template| template.shares_memory(damaged));
+        sharing.collect::<Vec<_>>().iter().try_for_each(|template| self.remove(template))
+    }
+
     /// Removes directories that are no template: those of older versions, and what was killed while it made one.
     fn sweep(&self) -> Result<(), BackendError> {
         let entries = || fs::read_dir(&self.root).map_err(failed("list", &self.root)).map(Iterator::flatten);
@@ -240,11 +249,25 @@ impl<'a> Templates<'a> {
             touch(&template);
             return Ok(template);
         }
+        let make = |base: &Saved| {
+            let _held = base.hold()?;
+            self.once(key, Disk::Root, (name.to_owned(), progress), |place| {
+                self.make_root(hypervisor, base, image, place)
+            })
+        };
         let base = self.get(hypervisor, kernel, shape, true, progress)?;
-        let _held = base.hold()?;
-        self.once(key, Disk::Root, (name.to_owned(), progress), |place| {
-            self.make_root(hypervisor, &base, image, place)
-        })
+        match make(&base) {
+            Err(error) if base.is_damaged() => {
+                tracing::warn!(
+                    "template {} is damaged and is made again: {}",
+                    base.record().key.short(),
+                    error.with_causes()
+                );
+                self.discard(&base)?;
+                make(&self.get(hypervisor, kernel, shape, true, progress)?)
+            }
+            made => made,
+        }
     }
 
     /// The template of that key, made by one process if it is not there.
@@ -305,7 +328,19 @@ impl<'a> Templates<'a> {
             .tempdir_in(&self.root)
             .map_err(failed("make a directory in", &self.root))?;
         let record = make(&Place { directory: staging.path(), disk: begun_with })?;
-        let record = TemplateRecord { key, disk, sum: saved::sum(staging.path()), ..record };
+        let content = |name: &str| {
+            let path = staging.path().join(name);
+            saved::content(&path).map_err(failed("read", &path))
+        };
+        let record = TemplateRecord {
+            key,
+            disk,
+            sum: saved::sum(staging.path()),
+            // What is made over another template has its memory.
+            memory_sum: Some(record.memory_sum.map_or_else(|| content(MEMORY), Ok)?),
+            delta_sum: if staging.path().join(DELTA).exists() { Some(content(DELTA)?) } else { None },
+            ..record
+        };
         // All else was for the boot.
         for entry in fs::read_dir(staging.path()).map_err(failed("list", staging.path()))?.flatten() {
             if ![MEMORY, STATE, DELTA].iter().any(|kept| entry.file_name() == *kept) {

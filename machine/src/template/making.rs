@@ -70,6 +70,8 @@ impl Templates<'_> {
             disk: Disk::Own,
             boot_millis,
             sum: None,
+            memory_sum: None,
+            delta_sum: None,
         })
     }
 
