@@ -205,12 +205,16 @@ impl Verbs {
     pub fn start(&self, id: &InstanceId, mode: StartMode) -> Result<Option<ExitStatus>, BackendError> {
         let record = self.truth(id)?;
         match mode {
-            // As Docker has it: to start what runs is no error.
-            StartMode::Detached if is_supervised(&record) => Ok(None),
+            // As Docker has it: to start what runs is no error. It may not run yet, or be about to end.
+            StartMode::Detached if is_supervised(&record) && self.comes_to_run(id)? => Ok(None),
             StartMode::Detached => match spawn::start(&self.instances, id, None) {
                 // Somebody else was faster: then it is their start that is waited for.
                 Err(error) if error.kind() == ErrorKind::State => {
-                    self.until_started(id, error).map(|()| None)
+                    if self.comes_to_run(id)? {
+                        Ok(None)
+                    } else {
+                        Err(error)
+                    }
                 }
                 started => started.map(|_| None),
             },
@@ -233,18 +237,18 @@ impl Verbs {
         }
     }
 
-    /// Waits until a start that somebody else has begun has come to something; `refused` is what this one was told.
-    fn until_started(&self, id: &InstanceId, refused: BackendError) -> Result<(), BackendError> {
+    /// Waits until a start that somebody else has begun has come to something; `false` if nobody owns the instance any more.
+    fn comes_to_run(&self, id: &InstanceId) -> Result<bool, BackendError> {
         loop {
             let record = self.truth(id)?;
             if !is_supervised(&record) {
-                return Err(refused);
+                return Ok(false);
             }
             if matches!(
                 record.status,
                 InstanceStatus::Running | InstanceStatus::Paused | InstanceStatus::Restarting
             ) {
-                return Ok(());
+                return Ok(true);
             }
             std::thread::sleep(Duration::from_millis(10));
         }

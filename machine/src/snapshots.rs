@@ -83,7 +83,11 @@ impl Machines {
         let outcome = stream::runtime()?.block_on(door::ask(&dir, &question));
         match (outcome, directory) {
             (Err(error), Some(directory)) => {
-                saved::remove(&directory)?;
+                // The disk's is made last: if it is there, only the answer was lost, or it is somebody else's.
+                let is_there = |all: Vec<DiskSnapshot>| all.iter().any(|other| other.name == name);
+                if disks.snapshots(&disk).is_ok_and(|all| !is_there(all)) {
+                    saved::remove(&directory)?;
+                }
                 Err(error)
             }
             (outcome, _) => outcome.map(drop),

@@ -79,6 +79,18 @@ fn whoever_is_killed_during_a_verb_no_half_is_listed_and_nothing_is_left() {
             home.ok(["rm", "-f", "copy"]);
         }
     }
+    // A start that nobody waits for any more comes to its end, or never began.
+    for patience in [0, 30, 100, 250] {
+        home.ok(["stop", "-t", "0", "hit"]);
+        let mut start =
+            home.command(["start", "hit"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(patience));
+        let _ = start.kill();
+        start.wait().unwrap();
+        home.ok(["start", "hit"]);
+        assert_eq!(home.ok(["exec", "hit", "cat", "/kept"]), "kept", "after {patience} ms");
+        assert_eq!(processes(home, &id).len(), 3, "after {patience} ms");
+    }
     home.ok(["rm", "-f", "hit"]);
     until("nothing of it runs", || processes(home, &id).is_empty());
     let after = kept(home);
