@@ -37,7 +37,8 @@ fn run(home: &Home, flags: &[&str]) -> Ended {
 #[test]
 fn a_template_whose_memory_is_damaged_is_discarded_the_start_boots_and_the_next_makes_another() {
     let Some(home) = Home::with_kernel() else { return };
-    let damages: [(&str, fn(&File), bool); 2] =
+    type Damage = fn(&File);
+    let damages: [(&str, Damage, bool); 2] =
         [("zeros", zeroed, true), ("cut", |file| file.set_len(1 << 20).unwrap(), false)];
     for (what, damage, boots) in damages {
         let before = memories(&home);
