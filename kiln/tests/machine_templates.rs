@@ -60,7 +60,8 @@ fn a_template_whose_memory_is_damaged_is_discarded_the_start_boots_and_the_next_
         assert_eq!((ended.code, ended.stdout.as_str()), (0, "works\n"), "{what}: {ended:?}");
         assert!(!ended.stderr.contains("damaged"), "{what}: {ended:?}");
         let after = memories(&home);
-        assert!(!after.is_empty() && after.iter().all(|new| !before.contains(new)), "{what}: {after:?}");
+        // Templates that these starts do not begin with are not looked at.
+        assert!(after.iter().any(|new| !before.contains(new)), "{what}: {after:?}");
         // The one that booted has a disk like any other.
         let again = finish_within(home.command(["start", "--attach", &kept]), Duration::from_secs(240));
         assert_eq!((again.code, again.stdout.as_str()), (0, "works\n"), "{what}: {again:?}");
