@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::template::{Disk, Shape, failed, sparse};
 
 /// The version of `template.json`.
-pub(crate) const FORMAT: u32 = 3;
+pub(crate) const FORMAT: u32 = 4;
 /// The record's file.
 pub(crate) const RECORD: &str = "template.json";
 /// The memory file.

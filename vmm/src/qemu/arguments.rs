@@ -95,7 +95,9 @@ pub(super) fn arguments(config: &VmConfig, accelerator: &Accelerator, inherited:
     line.pair("-device", "virtio-serial-device");
     line.pair("-device", "virtserialport,chardev=link,name=kiln.link");
     line.pair("-device", "virtio-rng-device");
-    line.pair("-device", "virtio-balloon-device,free-page-reporting=on");
+    // Without free-page reporting: QEMU punches what is reported out of the memory file even if that is mapped privately, and so
+    // out of the memory of every other machine that was or will be restored over it.
+    line.pair("-device", "virtio-balloon-device");
     if let Some(network) = inherited.network {
         line.pair("-netdev", format!("tap,id=network,fd={network}"));
         line.pair("-device", "virtio-net-device,netdev=network");
