@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::{Ended, Home, IMAGE, until, write};
+use common::{Ended, Home, IMAGE, fed, until, write};
 use serde_json::json;
 
 #[test]
@@ -38,15 +38,8 @@ fn a_foreground_run_passes_streams_through() {
     let words =
         ["run", "-i", "--rm", "--network", "none", IMAGE, "sh", "-c", "cat; echo err >&2; echo $A $B"];
     let mut command = home.command([&words[..2], &["-e", "A=1", "-e", "B"], &words[2..]].concat());
-    let mut child = command
-        .env("B", "two")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(b"from the host\n").unwrap();
-    let ended = Ended::from(child.wait_with_output().unwrap());
+    command.env("B", "two");
+    let ended = fed(command, b"from the host\n");
     assert_eq!(
         (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
         (0, "from the host\n1 two\n", "err\n")
@@ -248,9 +241,8 @@ fn files_are_copied_in_and_out_as_docker_copies_them() {
     assert!(missing.code == 1 && missing.stderr.contains("/not/there"), "{missing:?}");
 
     let archive = home.command(["cp", "box:/out/d", "-"]).output().unwrap().stdout;
-    let mut child = home.command(["cp", "-", "box:/tmp"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(&archive).unwrap();
-    assert!(child.wait().unwrap().success());
+    let ended = fed(home.command(["cp", "-", "box:/tmp"]), &archive);
+    assert_eq!(ended.code, 0, "{ended:?}");
     assert_eq!(inside("cat /tmp/d/f"), "back");
 }
 

@@ -52,11 +52,9 @@ pub struct TemplateRecord {
     pub boot_millis: u64,
     /// The digest of the template's devices' state, and the bytes of its changed memory. What is saved over it later has others.
     pub(crate) sum: Option<(Digest, u64)>,
-    /// The digest of the memory file, as [`content`] has it; `None` in records of older versions.
-    #[serde(default)]
+    /// The digest of the memory file, as [`content`] has it; `None` until it is complete.
     pub(crate) memory_sum: Option<Digest>,
-    /// The same of the memory that was changed over another template's.
-    #[serde(default)]
+    /// The same of the memory that was changed over another template's; `None` if it is over none.
     pub(crate) delta_sum: Option<Digest>,
 }
 

@@ -4,8 +4,9 @@
 pub(crate) mod place;
 pub(crate) mod terminal;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use kiln_store::{ImageName, Store};
@@ -156,7 +157,18 @@ pub(crate) fn finish(command: Command) -> Ended {
 
 /// The same for what may take longer.
 pub(crate) fn finish_within(mut command: Command, patience: Duration) -> Ended {
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    end(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap(), patience)
+}
+
+/// The same for what reads its standard input to the end.
+pub(crate) fn fed(mut command: Command, input: &[u8]) -> Ended {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    end(child, Duration::from_secs(60))
+}
+
+fn end(child: Child, patience: Duration) -> Ended {
     let pid = rustix::process::Pid::from_child(&child);
     let (done, watch) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {

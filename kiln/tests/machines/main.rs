@@ -15,7 +15,7 @@ use std::io::Write as _;
 use std::process::Stdio;
 use std::sync::LazyLock;
 
-use common::{Ended, Home, IMAGE, finish, until};
+use common::{Home, IMAGE, fed, finish, until};
 
 static HOME: LazyLock<Option<Home>> = LazyLock::new(|| Home::with_kernel().map(Home::until_the_end));
 
@@ -58,18 +58,11 @@ fn exit_codes_and_streams_are_the_commands_own() {
         let ended = home.kiln(run(&["--rm"], command));
         assert_eq!(ended.code, code, "{command:?}: {ended:?}");
     }
-    let mut child = home
-        .command(run(
-            &["-i", "--rm", "-e", "A=1", "-w", "/tmp", "-h", "box"],
-            &["sh", "-c", "cat; echo err >&2; echo $A $PWD; hostname; exit 3"],
-        ))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(b"from the host\n").unwrap();
-    let ended = Ended::from(child.wait_with_output().unwrap());
+    let words = run(
+        &["-i", "--rm", "-e", "A=1", "-w", "/tmp", "-h", "box"],
+        &["sh", "-c", "cat; echo err >&2; echo $A $PWD; hostname; exit 3"],
+    );
+    let ended = fed(home.command(words), b"from the host\n");
     assert_eq!(
         (ended.code, ended.stdout.as_str(), ended.stderr.as_str()),
         (3, "from the host\n1 /tmp\nbox\n", "err\n")

@@ -224,11 +224,9 @@ impl Kept<'_> {
         let mut request = Vec::new();
         (&stream).take(REQUEST_MOST).read_to_end(&mut request)?;
         let (views, watch) = (self.views, self.watch.as_ref());
-        let mut show = |old: &ViewRecord, new: &ViewRecord, how| match watch {
-            Some(watch) => remount(views, old, new, how, watch),
-            None => Ok(()),
-        };
-        let show: Option<Show<'_>> = if watch.is_some() { Some(&mut show) } else { None };
+        let mut show = watch
+            .map(|watch| move |old: &ViewRecord, new: &ViewRecord, how| remount(views, old, new, how, watch));
+        let show = show.as_mut().map(|show| show as Show<'_>);
         let altered = serde_json::from_slice(&request)
             .map_err(|error| BackendError::caused("the request makes no sense", error))
             .and_then(|alteration: Alteration| views.apply(self.name, &alteration, show));
