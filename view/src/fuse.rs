@@ -203,7 +203,10 @@ impl Server {
             (&self.socket).read(&mut [0])
         });
         match taken {
-            Ok(_) => Ok(Mounted { target: target.to_owned(), process: self.process }),
+            Ok(_) => {
+                Host.read_far_ahead(target);
+                Ok(Mounted { target: target.to_owned(), process: self.process })
+            }
             Err(error) => {
                 let _ = Host.detach(target);
                 Err(BackendError::caused(format!("cannot serve the tree at {}", target.display()), error))

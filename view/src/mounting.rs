@@ -20,7 +20,7 @@ mod linux;
 mod macos;
 
 #[cfg(target_os = "linux")]
-pub use self::linux::Host;
+pub use self::linux::{Host, LARGEST_REQUEST};
 #[cfg(target_os = "macos")]
 pub use self::macos::Host;
 
@@ -63,6 +63,10 @@ pub trait Mounting {
     /// # Errors
     /// Nothing is mounted there, or it is not this user's.
     fn detach(&self, target: &Path) -> Result<(), BackendError>;
+
+    /// Has the kernel read ahead by whole requests instead of parts of them, where this process may
+    /// decide that. Only for a mount that somebody serves: the kernel learns what it is from the first answer.
+    fn read_far_ahead(&self, _target: &Path) {}
 }
 
 fn cannot_mount(target: &Path, why: io::Error) -> BackendError {

@@ -35,10 +35,8 @@ pub(super) use self::upper::Upper;
 use super::Owners;
 use super::server::ask_for_usual;
 use super::space::Space;
+use crate::mounting::LARGEST_REQUEST;
 use crate::objects::Objects;
-
-/// One write or read at most: what the kernel sends at once by default (`fs.fuse.max_pages_limit`).
-const WRITE_MOST: u32 = 1024 * 1024;
 
 pub(super) struct Editable {
     union: Mutex<Union>,
@@ -108,7 +106,7 @@ impl Editable {
         ask_for_usual(config);
         // A file that is opened to be written anew is not copied.
         let _ = config.add_capabilities(InitFlags::FUSE_ATOMIC_O_TRUNC);
-        let _ = config.set_max_write(WRITE_MOST);
+        let _ = config.set_max_write(LARGEST_REQUEST);
     }
 
     /// As the kernel is told.

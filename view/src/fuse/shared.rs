@@ -63,6 +63,7 @@ impl SharedMount {
             let _ = Host.detach(target);
             BackendError::caused(format!("cannot serve views at {}", target.display()), error)
         })?;
+        Host.read_far_ahead(target);
         Ok(Self { target: target.to_owned(), trees, session: Some(session) })
     }
 

@@ -1,7 +1,7 @@
 //! Linux: mount(2) on `/dev/fuse`, or fusermount3(1).
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,6 +13,9 @@ use rustix::mount::{UnmountFlags, unmount};
 
 use super::{Kind, Mounting, cannot_mount, cannot_unmount, through_helper};
 use crate::userns;
+
+/// The most that one request reads or writes, in bytes: what the kernel allows by default (`fs.fuse.max_pages_limit`).
+pub const LARGEST_REQUEST: u32 = 1 << 20;
 
 /// This system.
 #[derive(Debug, Clone, Copy, Default)]
@@ -62,6 +65,25 @@ impl Mounting for Host {
                 }
             }
             Err(error) => Err(cannot_unmount(target, error.into())),
+        }
+    }
+
+    /// A connection can ask for at most 128 KiB (`VM_READAHEAD_PAGES`); what root writes to the mount's backing device
+    /// (`/sys/class/bdi`, sysfs-class-bdi in the kernel's documentation) may be more.
+    fn read_far_ahead(&self, target: &Path) {
+        if !userns::is_root_of_host() {
+            return;
+        }
+        let set = || -> io::Result<()> {
+            // The answer to this request comes after the one that the kernel takes the connection's limits from.
+            let device = rustix::fs::stat(target)?.st_dev;
+            let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+            let file = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+            File::options().write(true).open(file)?.write_all((LARGEST_REQUEST >> 10).to_string().as_bytes())
+        };
+        // It is read all the same, a little later.
+        if let Err(error) = set() {
+            tracing::debug!(%error, target = %target.display(), "the kernel reads ahead no further than it does by itself");
         }
     }
 }

@@ -58,6 +58,20 @@ fn every_operation_of_the_table_does_what_it_does_in_a_plain_directory() {
 }
 
 #[test]
+fn the_kernel_reads_ahead_by_whole_requests_in_views_of_root() {
+    for backend in BACKENDS {
+        with_ground_of(backend, |ground| {
+            let mounted = ground.edit();
+            let device = rustix::fs::stat(ground.at("view")).unwrap().st_dev;
+            let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+            let told = fs::read_to_string(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb")).unwrap();
+            assert_eq!(told.trim(), "1024");
+            mounted.unmount().unwrap();
+        });
+    }
+}
+
+#[test]
 fn nobody_makes_a_mark_of_the_scratch_by_hand() {
     // Overlayfs means a character device 0/0 as «removed», and refuses to make one as this does (`overlayfs.rst`).
     for backend in BACKENDS {

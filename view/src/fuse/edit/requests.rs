@@ -20,7 +20,8 @@ use super::super::space::FOR_EVER;
 use super::change::{Attributes, Maker, New};
 use super::place::Place;
 use super::rename::Name;
-use super::{Editable, WRITE_MOST, handles, listings};
+use super::{Editable, handles, listings};
+use crate::mounting::LARGEST_REQUEST;
 
 /// As the kernel is told.
 fn told(error: Failure) -> Errno {
@@ -279,7 +280,7 @@ impl Filesystem for Editable {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let size = size.min(WRITE_MOST) as usize;
+        let size = size.min(LARGEST_REQUEST) as usize;
         let mut reply = Some(reply);
         let mut send = |bytes: &[u8]| {
             if let Some(reply) = reply.take() {
