@@ -108,9 +108,10 @@ pub(crate) fn document(taken: &[(Part, Vec<Row>)], earlier: &str, facts: &[(&str
         a stream of the link and nothing else, written and read in pieces of 1 MiB as files are. A rate of 0.7 is a time of \
         1.43.\n\
         - **Views**: from the start of `kiln fs run` to its end, as root; their images are of tars of one layer. Cold is after the \
-        kernel has forgotten names and attributes, and has mounting in it for those that mount; warm is the second time in one \
-        view, timed within. The kernel's overlay and fuse-overlayfs lie over plain directories with the same files. Files are \
-        in the page cache, and servers have not opened them before. `tar` and `sha256sum` write nothing.\n";
+        kernel has forgotten names, attributes and data (`drop_caches` 3), as after a boot, and has starting and mounting in it for \
+        those that do; warm is the second time in one view, timed within. The kernel's overlay and fuse-overlayfs lie over plain \
+        directories with the same files. Files that are read are in the page cache, and servers have not opened them before. `tar` \
+        and `sha256sum` write nothing.\n";
     text
 }
 

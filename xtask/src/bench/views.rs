@@ -88,10 +88,10 @@ fn shell(script: &str) -> Command {
     command
 }
 
-/// Forgets names and attributes, as after a boot.
+/// Has the kernel forget names, attributes and data that are on the disk, as after a boot.
 fn forget() -> Outcome {
     rustix::fs::sync();
-    fs::write("/proc/sys/vm/drop_caches", "2").map_err(|error| format!("cannot drop caches: {error}"))
+    fs::write("/proc/sys/vm/drop_caches", "3").map_err(|error| format!("cannot drop caches: {error}"))
 }
 
 /// A figure with a bound of its own.
