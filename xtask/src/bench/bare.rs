@@ -27,6 +27,15 @@ pub(super) struct Guest {
     link: UnixStream,
 }
 
+/// What a guest's shell does before it answers.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Asked {
+    /// Nothing.
+    Answer,
+    /// It runs a command.
+    Command,
+}
+
 impl Bare {
     pub(super) fn new() -> Outcome<Self> {
         let directory = tempfile::Builder::new().prefix("kiln-bare-").tempdir();
@@ -96,11 +105,11 @@ impl Bare {
         Ok(took)
     }
 
-    /// Restores it, and asks it something; it and how long that took, in seconds.
-    pub(super) fn clone(&self, name: &str) -> Outcome<(Guest, f64)> {
+    /// Restores it, and has its shell do something; it and how long that took, in seconds.
+    pub(super) fn clone(&self, name: &str, what: Asked) -> Outcome<(Guest, f64)> {
         let begun = Instant::now();
         let mut guest = self.start(name, "off", Some(&self.at("state")))?;
-        guest.ask()?;
+        guest.ask(what)?;
         Ok((guest, begun.elapsed().as_secs_f64()))
     }
 }
@@ -111,8 +120,12 @@ impl Guest {
         self.link.read_exact(&mut byte).map_err(|error| format!("the guest says nothing: {error}"))
     }
 
-    fn ask(&mut self) -> Outcome {
-        self.link.write_all(b"?\n").map_err(|error| format!("cannot ask the guest: {error}"))?;
+    fn ask(&mut self, what: Asked) -> Outcome {
+        let line: &[u8] = match what {
+            Asked::Answer => b":\n",
+            Asked::Command => b"/bin/busybox true\n",
+        };
+        self.link.write_all(line).map_err(|error| format!("cannot ask the guest: {error}"))?;
         self.hear()
     }
 
@@ -194,7 +207,7 @@ fn make_root(package: &Path, root: &Path) -> Outcome {
     }
     // A redirection that fails ends a shell, so another tries the port until the host has answered.
     init += "until (exec 3<>/dev/vport0p1) 2> /dev/null; do :; done\nexec 3<>/dev/vport0p1\n";
-    init += "echo >&3\nwhile read line <&3; do echo >&3; done\n";
+    init += "echo >&3\nwhile read line <&3; do $line; echo >&3; done\n";
     let path = root.join("init");
     std::fs::write(&path, init).map_err(fail)?;
     use std::os::unix::fs::PermissionsExt as _;

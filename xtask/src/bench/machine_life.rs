@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::bare::Bare;
+use super::bare::{Asked, Bare, Guest};
 use super::docker::Docker;
 use super::machine_network::with_machines;
 use super::measures::{Images, ratio_row};
@@ -118,7 +118,7 @@ pub(super) fn bare(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         "sleep",
         "3600",
     ])?;
-    let [fork, bare_clone] = medians(
+    let [fork, bare_clone, bare_command] = medians(
         10,
         [
             Box::new(|| {
@@ -130,20 +130,13 @@ pub(super) fn bare(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
                 kiln.output(["rm", "--force", "copy"])?;
                 took
             }),
-            Box::new(|| bare.clone("clone").map(|(_, took)| took)),
+            Box::new(|| bare.clone("clone", Asked::Answer).map(|(_, took)| took)),
+            Box::new(|| bare.clone("clone", Asked::Command).map(|(_, took)| took)),
         ],
     )?;
     let pause = median(&pauses);
-    let mut clones = Vec::new();
-    for number in 0..CLONES {
-        clones.push(bare.clone(&format!("clone-{number}"))?.0);
-    }
-    let mut pids = Vec::new();
-    for clone in &clones {
-        pids.push(clone.pid());
-    }
-    let bare_memory = shared_out(&pids)?;
-    drop(clones);
+    let bare_memory = memory_of_clones(&bare, Asked::Answer)?;
+    let bare_command_memory = memory_of_clones(&bare, Asked::Command)?;
     let memory = memory_of_machines(&kiln, images)?;
     let ratio = memory / bare_memory;
     let mebibytes = |bytes: f64| format!("{:.1} MiB", bytes / f64::from(1 << 20));
@@ -157,7 +150,10 @@ pub(super) fn bare(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         ratio_row(
             "live fork until a command in the copy has run",
             fork,
-            &[("restore of a bare QEMU until it answers", bare_clone)],
+            &[
+                ("restore of a bare QEMU until it answers", bare_clone),
+                ("until a command in it has run", bare_command),
+            ],
             2.0,
         ),
         Row {
@@ -171,7 +167,11 @@ pub(super) fn bare(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
         Row {
             measure: format!("memory of each of {CLONES} machines of 256 MiB (PSS of the hypervisor)"),
             kiln: mebibytes(memory),
-            peers: format!("clones of a bare QEMU {}", mebibytes(bare_memory)),
+            peers: format!(
+                "clones of a bare QEMU {}, that have run a command {}",
+                mebibytes(bare_memory),
+                mebibytes(bare_command_memory)
+            ),
             result: format!("{ratio:.2} ×"),
             goal: "≤ 1.1 ×".to_owned(),
             met: ratio <= 1.1,
@@ -214,6 +214,14 @@ fn shared_out(pids: &[u32]) -> Outcome<f64> {
         sum += kib * 1024.0;
     }
     Ok(sum / pids.len() as f64)
+}
+
+fn memory_of_clones(bare: &Bare, asked: Asked) -> Outcome<f64> {
+    let mut clones = Vec::new();
+    for number in 0..CLONES {
+        clones.push(bare.clone(&format!("clone-{number}"), asked)?.0);
+    }
+    shared_out(&clones.iter().map(Guest::pid).collect::<Vec<_>>())
 }
 
 fn memory_of_machines(kiln: &Kiln, images: &Images) -> Outcome<f64> {

@@ -21,12 +21,16 @@ pub(crate) fn rounds(usual: usize) -> usize {
     if ONLY_ONCE.load(Ordering::Relaxed) { 1 } else { usual }
 }
 
+/// Between two samples: what the one before has left running, such as a daemon that tidies up, is not the next one's.
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// The median of each contender over `usual` rounds, in which they take turns. One round before is not counted.
 pub(crate) fn medians<const N: usize>(usual: usize, mut contenders: [Contender<'_>; N]) -> Outcome<[f64; N]> {
     let rounds = rounds(usual);
     let mut samples: [Vec<f64>; N] = std::array::from_fn(|_| Vec::with_capacity(rounds));
     for round in 0..=rounds {
         for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
+            std::thread::sleep(PAUSE);
             let sample = contender()?;
             if round > 0 {
                 samples.push(sample);

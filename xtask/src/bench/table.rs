@@ -101,7 +101,9 @@ pub(crate) fn document(taken: &[(Part, Vec<Row>)], earlier: &str, facts: &[(&str
         - **At once**: fifty containers started together; until the last has ended.\n\
         - **Machines**: one processor, 512 MiB (256 MiB for boots, forks and memory), Debian's kernel. Docker runs the same \
         busybox root with an engine of its own, without a network. The bare QEMU has the same machine, kernel and \
-        processor, a busybox shell for an init, and one port; it is saved and restored as machines are, by hand.\n\
+        processor, a busybox shell for an init, and one port; it is saved and restored as machines are, by hand. It answers \
+        before and after its shell has run `/bin/busybox true`: what QEMU has to translate for a command is in the second figure, \
+        and in Kiln's.\n\
         - **`usernet`**: both guests have one processor, 512 MiB and Debian's kernel, run the same two commands of busybox, and \
         are timed by the host: from the connection to the last byte.\n\
         - **9P and `cp`**: beside them `kiln exec` with a file or `/dev/zero` at one end and `/dev/null` at the other, which is \
