@@ -40,9 +40,21 @@ fn distance(a: &str, b: &str) -> usize {
     rows[a.len()][b.len()]
 }
 
-/// What to type instead of a line that was refused, where its writer thought of Docker.
+/// What to type instead of a line that was refused, where its writer thought of Docker, or left out dashes.
 pub(crate) fn hint(error: &clap::Error, words: &[OsString]) -> Option<&'static str> {
+    let has = |word: &str| words.iter().any(|typed| typed == word);
     match error.kind() {
+        ErrorKind::UnknownArgument | ErrorKind::MissingRequiredArgument
+            if exit::verb(words) == Some("fs") && !has("--") =>
+        {
+            match words.iter().skip_while(|word| *word != "fs").nth(1)?.to_str()? {
+                "run" => Some(
+                    "a command comes after `--`: kiln fs run REF -- COMMAND; `kiln fs shell REF` starts your shell",
+                ),
+                "join" => Some("a command comes after `--`: kiln fs join NAME -- COMMAND"),
+                _ => None,
+            }
+        }
         ErrorKind::InvalidSubcommand => exit::verb(words).and_then(for_docker_verb),
         ErrorKind::InvalidValue if words.iter().any(|word| word.as_encoded_bytes().starts_with(b"{{")) => {
             Some("there are no templates: `--format jsonl` gives every field, and `jq` takes what you want")
@@ -81,6 +93,11 @@ mod tests {
         assert_eq!(hint("kiln frobnicate"), None);
         assert!(hint("kiln ps --format {{.ID}}").unwrap().contains("jsonl"));
         assert_eq!(hint("kiln ps --format xml"), None);
+        for line in ["kiln fs run me/tools:1", "kiln fs run me/tools:1 ls -l", "kiln fs join work ls"] {
+            assert!(hint(line).unwrap().contains("after `--`"), "{line}");
+        }
+        assert_eq!(hint("kiln fs run me/tools:1 --colour -- ls"), None);
+        assert_eq!(hint("kiln fs tag me/tools:1"), None);
         let verbs: Vec<String> =
             crate::cli::Cli::command().get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
         let ours = verbs.iter().find(|verb| for_docker_verb(verb).is_some());

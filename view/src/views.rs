@@ -277,7 +277,10 @@ impl Views {
     /// # Errors
     /// [`ErrorKind::NotFound`]; or its record is of a newer version.
     pub fn find(&self, name: &str) -> Result<ViewRecord> {
-        let missing = || BackendError::new(ErrorKind::NotFound, format!("there is no view `{name}`"));
+        let missing = || {
+            BackendError::new(ErrorKind::NotFound, format!("there is no view `{name}`"))
+                .hint("`kiln fs runtimes ls` lists them")
+        };
         check_name(name).map_err(|_| missing())?;
         let path = self.directory(name).join("view.json");
         let text = match fs::read(&path) {

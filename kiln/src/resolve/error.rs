@@ -55,6 +55,10 @@ impl ResolveError {
     pub(crate) fn hint(&self) -> Option<&str> {
         match self {
             Self::NoCommand { .. } => Some("give the command after the image: kiln run IMAGE COMMAND"),
+            // As `-vm` is read.
+            Self::Value { flag: "--volume", value, .. } if value == "m" => {
+                Some("a machine is asked for with two dashes: `--vm`")
+            }
             Self::Value { flag: "--volume", .. } => {
                 Some("a bind is `/path:/target` or `./path:/target`, a volume is `name:/target`")
             }

@@ -264,6 +264,8 @@ mod tests {
         for text in ["", "a", "/a:", "/a:b", ":/b", "/a:/", "/a:/b:fast", "a/b:/c", "/a:/b:ro:rw", "-x:/b"] {
             assert!(with_host(&[], |host| volume(text, host)).is_err(), "{text}");
         }
+        let one_dash = with_host(&[], |host| volume("m", host)).unwrap_err();
+        assert!(one_dash.hint().unwrap().contains("`--vm`"));
     }
 
     #[test]
