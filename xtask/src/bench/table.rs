@@ -56,7 +56,23 @@ impl Part {
                  new one (`recently_deleted` in a profile), so there whoever makes and deletes more files is slower the more was \
                  deleted before. Kiln makes some twenty an instance.\n"
             }
-            _ => "",
+            Self::Machines => {
+                "\nWhat keeps goals out of reach where machines are emulated:\n\n\
+                 - **A start without a spare machine, a live fork, memory**: QEMU translates what the guest executes anew in each \
+                 process, some seven microseconds a piece of code, and keeps it there. The second figures of the bare guest show \
+                 what a shell's starting one program adds to a restore; Kiln's guest is told who it is besides. With KVM, or when a \
+                 spare machine waits, nothing of it is left.\n\
+                 - **`usernet` outward**: all of a machine's network goes through the link, whose port QEMU fills 4 KiB at a time. It \
+                 is as fast as the link is; QEMU's own network has a device to itself.\n"
+            }
+            Self::Views => {
+                "\nWhat keeps goals out of reach:\n\n\
+                 - **A file read in an editable view**: the kernel fills its cache of a FUSE file page by page, with what a server \
+                 has copied. fuse-overlayfs, in C and with splice(2), takes as long or longer.\n\
+                 - **A commit of many files**: each becomes an object, a file of its own, which is on the disk before it is named. To \
+                 have as many files on the disk at all (`cp -r` and `sync`) takes longer than the goal.\n"
+            }
+            Self::Containers => "",
         }
     }
 
