@@ -4,15 +4,15 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as Blocking;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use kiln_boot::{Kernels, Source};
 use kiln_contract::{BootConfig, Home, Hypervisor, MemoryKind, Silent, Vm, VmConfig};
 use kiln_link::message::{self, Answer, Request};
 use kiln_link::{HostLink, HostSession, service};
-use kiln_vmm::{Firecracker, Qemu};
+use kiln_vmm::{Accelerator, Firecracker, Qemu};
 use tokio::net::UnixStream;
 
 /// Memory of a machine. Software emulation is slow, so it is little.
@@ -25,16 +25,42 @@ const TO_ANSWER: Duration = Duration::from_secs(30);
 /// A driver under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Driver {
-    Qemu,
+    Qemu(Board, By),
     Firecracker,
     /// Firecracker's driver over a stand-in for Firecracker.
     Fake,
 }
 
+/// QEMU's machines: one for each architecture of hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Board {
+    Microvm,
+    Virt,
+}
+
+/// What executes the instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    Kvm,
+    Tcg,
+}
+
 impl Driver {
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Qemu(Board::Microvm, By::Kvm),
+        Self::Qemu(Board::Microvm, By::Tcg),
+        Self::Qemu(Board::Virt, By::Kvm),
+        Self::Qemu(Board::Virt, By::Tcg),
+        Self::Firecracker,
+        Self::Fake,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Qemu => "qemu",
+            Self::Qemu(Board::Microvm, By::Kvm) => "qemu, microvm by KVM",
+            Self::Qemu(Board::Microvm, By::Tcg) => "qemu, microvm by TCG",
+            Self::Qemu(Board::Virt, By::Kvm) => "qemu, virt by KVM",
+            Self::Qemu(Board::Virt, By::Tcg) => "qemu, virt by TCG",
             Self::Firecracker => "firecracker",
             Self::Fake => "firecracker's documented API",
         }
@@ -43,19 +69,45 @@ impl Driver {
     /// What keeps it from being run, if it is nothing that could be installed.
     pub(crate) fn missing(self) -> Option<String> {
         match self {
+            Self::Qemu(board, by) => board.missing().or_else(|| by.missing()),
             Self::Firecracker => Firecracker::find().err().map(|error| error.to_string()),
-            _ => None,
+            Self::Fake => None,
         }
     }
 
     fn open(self) -> Option<Box<dyn Hypervisor>> {
         match self {
-            Self::Qemu => {
-                kiln_fixtures::require("qemu-system-x86_64")?;
+            Self::Qemu(board, _) => {
+                kiln_fixtures::require(board.program())?;
                 Some(Box::new(Qemu::find().unwrap()))
             }
             Self::Firecracker => Some(Box::new(Firecracker::find().unwrap())),
             Self::Fake => Some(Box::new(Firecracker::at(std::env::current_exe().unwrap()).unwrap())),
+        }
+    }
+}
+
+impl Board {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Microvm => "qemu-system-x86_64",
+            Self::Virt => "qemu-system-aarch64",
+        }
+    }
+
+    fn missing(self) -> Option<String> {
+        let (host, board) =
+            (std::env::consts::ARCH, if self == Self::Microvm { "x86_64" } else { "aarch64" });
+        (host != board).then(|| format!("its host is {board}, and this one is {host}"))
+    }
+}
+
+impl By {
+    fn missing(self) -> Option<String> {
+        match (self, Accelerator::choose()) {
+            (Self::Kvm, Accelerator::Tcg { because }) => Some(because),
+            (Self::Tcg, Accelerator::Kvm) => Some("this host has KVM, and KVM is chosen".to_owned()),
+            _ => None,
         }
     }
 }
@@ -70,11 +122,12 @@ pub(crate) struct Bed {
 
 /// The bed of a driver, made once; `None` after a skip.
 pub(crate) fn of(driver: Driver) -> Option<&'static Bed> {
-    static QEMU: LazyLock<Option<Bed>> = LazyLock::new(|| Bed::make(Driver::Qemu));
+    // At most one of QEMU's is run on a host.
+    static QEMU: OnceLock<Option<Bed>> = OnceLock::new();
     static FIRECRACKER: LazyLock<Option<Bed>> = LazyLock::new(|| Bed::make(Driver::Firecracker));
     static FAKE: LazyLock<Option<Bed>> = LazyLock::new(|| Bed::make(Driver::Fake));
     match driver {
-        Driver::Qemu => &QEMU,
+        Driver::Qemu(..) => QEMU.get_or_init(|| Bed::make(driver)),
         Driver::Firecracker => &FIRECRACKER,
         Driver::Fake => &FAKE,
     }
