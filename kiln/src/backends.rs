@@ -27,6 +27,8 @@ pub(crate) struct Backends {
     /// Made when the first machine is asked for.
     machines: OnceLock<Machines>,
     home: Home,
+    /// Nothing is shown of what is made for a machine.
+    quiet: bool,
 }
 
 impl std::fmt::Debug for Backends {
@@ -43,12 +45,20 @@ impl Backends {
             containers: platform::containers(home)?,
             machines: OnceLock::new(),
             home: home.clone(),
+            quiet: false,
         })
+    }
+
+    /// The same, showing nothing of what is made for a machine.
+    pub(crate) fn quietly(mut self, quiet: bool) -> Self {
+        self.quiet = quiet;
+        self
     }
 
     /// The machines.
     pub(crate) fn machines(&self) -> &Machines {
-        self.machines.get_or_init(|| Machines::open(&self.home, KINDS, crate::progress::new(false).into()))
+        self.machines
+            .get_or_init(|| Machines::open(&self.home, KINDS, crate::progress::new(self.quiet).into()))
     }
 
     /// The back end that isolates in this way.

@@ -30,6 +30,8 @@ struct Bars {
 
 const KNOWN: &str = "{prefix:>12} {msg:<8} [{bar:28}] {binary_bytes:>10}/{binary_total_bytes:<10} {binary_bytes_per_sec:>12} {eta:>4}";
 const UNKNOWN: &str = "{prefix:>12} {msg:<8} {spinner} {binary_bytes:>10} {binary_bytes_per_sec:>12}";
+/// Of what has no bytes, or none yet.
+const WORKING: &str = "{prefix:>12} {msg:<8} {spinner} {elapsed:>4}";
 const ENDED: &str = "{prefix:>12} {msg}";
 
 fn style(template: &str) -> ProgressStyle {
@@ -50,7 +52,7 @@ impl Progress for Bars {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let bar = match step.total {
             Some(total) => ProgressBar::new(total).with_style(style(KNOWN)),
-            None => ProgressBar::no_length().with_style(style(UNKNOWN)),
+            None => ProgressBar::no_length().with_style(style(WORKING)),
         };
         let bar = self.all.add(bar.with_prefix(step.name).with_message(step.verb));
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -60,6 +62,9 @@ impl Progress for Bars {
 
     fn advance(&self, step: StepId, bytes: i64) {
         if let Some(bar) = self.bar(step) {
+            if bar.length().is_none() && bar.position() == 0 {
+                bar.set_style(style(UNKNOWN));
+            }
             match u64::try_from(bytes) {
                 Ok(forward) => bar.inc(forward),
                 Err(_) => bar.set_position(bar.position().saturating_sub(bytes.unsigned_abs())),

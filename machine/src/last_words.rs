@@ -43,11 +43,12 @@ impl LastWords {
     pub(crate) fn explain(&self, error: BackendError) -> BackendError {
         let error = self.panicked().unwrap_or(error);
         let lines = self.lines();
+        let known = error.hint_text().map(|known| format!("{known}; ")).unwrap_or_default();
         if lines.is_empty() {
-            return error.hint("the guest wrote nothing to its console");
+            return error.hint(format!("{known}the guest wrote nothing to its console"));
         }
         let last = &lines[lines.len().saturating_sub(LINES)..];
-        error.hint(format!("its console's last lines:\n{}", last.join("\n")))
+        error.hint(format!("{known}its console's last lines:\n{}", last.join("\n")))
     }
 
     /// The last lines, with nothing in them that a terminal would obey.

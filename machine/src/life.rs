@@ -14,8 +14,11 @@ use crate::saved::Saved;
 use crate::template::{DISK_SIZE, Shape};
 use crate::{plan, stream};
 
-/// How long a guest may take to say hello. Software emulation on a busy host is slow; a guest that panics ends at once.
+/// How long a guest may take to say hello, unless something else is said. Software emulation on a busy host is slow; a guest
+/// that panics ends at once.
 const TO_BOOT: Duration = Duration::from_secs(180);
+/// For how many seconds a guest that boots is waited for.
+const SETTING: &str = "KILN_BOOT_TIMEOUT";
 /// How long a restored guest may take to answer for the first time.
 const TO_BEGIN: Duration = Duration::from_secs(30);
 /// How long a guest may take to rehearse, when everything else on the host goes first.
@@ -211,12 +214,24 @@ fn config(shape: Shape, boot: Option<BootConfig>, paths: &Paths) -> VmConfig {
     }
 }
 
+/// How long a guest that boots may take: as the environment says, or as it does not.
+fn to_boot() -> Duration {
+    to_boot_of(&std::env::var(SETTING).unwrap_or_default())
+}
+
+fn to_boot_of(said: &str) -> Duration {
+    match said.trim().parse() {
+        Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
+        _ => TO_BOOT,
+    }
+}
+
 /// Waits until a guest that boots says that it is ready.
 pub(crate) async fn greet<S>(stream: S) -> Result<HostLink<S>, BackendError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    greet_within(stream, TO_BOOT).await
+    greet_within(stream, to_boot()).await
 }
 
 async fn greet_within<S>(stream: S, patience: Duration) -> Result<HostLink<S>, BackendError>
@@ -232,7 +247,8 @@ where
         Err(_) => Err(BackendError::caused(
             "the guest did not get ready",
             LinkError::TimedOut { what: "say hello", after: patience },
-        )),
+        )
+        .hint(format!("give it longer with {SETTING}, in seconds"))),
     }
 }
 
@@ -312,6 +328,14 @@ pub(crate) fn refused(failure: &Failure) -> BackendError {
 mod tests {
     use super::*;
     use tokio::io::{AsyncWriteExt as _, duplex};
+
+    #[test]
+    fn a_guest_may_take_as_long_as_the_environment_says() {
+        for (said, seconds) in [("", 180), ("7", 7), (" 600\n", 600), ("0", 180), ("-1", 180), ("long", 180)]
+        {
+            assert_eq!(to_boot_of(said).as_secs(), seconds, "{said:?}");
+        }
+    }
 
     #[tokio::test]
     async fn a_guest_that_never_says_hello_is_not_waited_for_for_ever() {

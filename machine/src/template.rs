@@ -20,6 +20,8 @@
 //! number; a template that is removed while machines run from it goes when the last of them does.
 
 mod making;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, File};
 use std::io;
@@ -48,6 +50,8 @@ const KEPT: usize = 32;
 const KEPT_BYTES: u64 = 8 << 30;
 /// What the name of a template's lock ends in.
 const LOCK: &str = "lock";
+/// What the name of one that is being made begins with; its key follows.
+const UNFINISHED: &str = ".new-";
 /// The size of a template's writable disk. A machine's that is of another size says so.
 pub(crate) const DISK_SIZE: u64 = MachineSpec::DISK.bytes();
 
@@ -242,9 +246,7 @@ impl<'a> Templates<'a> {
         progress: &dyn Progress,
     ) -> Result<Saved, BackendError> {
         let base = key(hypervisor, kernel, shape, Disk::Empty);
-        // Its name is the digest of the layers that it was made from.
-        let image_name = image.file_name().unwrap_or_default().to_string_lossy();
-        let key = Digest::of(format!("{base} {image_name}").as_bytes());
+        let key = root_key(base, image);
         if let Some(template) = self.load(&self.root.join(key.hex())) {
             touch(&template);
             return Ok(template);
@@ -294,6 +296,7 @@ impl<'a> Templates<'a> {
         }
         // What is there and is not whole: a disk was full, a file was cut.
         saved::remove(&directory)?;
+        self.clear_unfinished(key)?;
         let begun_with = if disk == Disk::Own { None } else { disk_id(key) };
         if let Some(disk) = begun_with.as_ref().filter(|disk| self.disks.path(disk).is_ok()) {
             self.disks.remove(disk)?;
@@ -307,7 +310,7 @@ impl<'a> Templates<'a> {
             tracing::debug!("{error}");
         }
         made?;
-        self.keep_few(key)?;
+        self.keep_few(key, KEPT, KEPT_BYTES)?;
         self.load(&directory).ok_or_else(|| {
             BackendError::new(ErrorKind::Failed, format!("the template at {} vanished", directory.display()))
         })
@@ -324,7 +327,7 @@ impl<'a> Templates<'a> {
     ) -> Result<(), BackendError> {
         // Gone with all that is in it, whatever happens.
         let staging = tempfile::Builder::new()
-            .prefix(".new-")
+            .prefix(&format!("{UNFINISHED}{}-", key.hex()))
             .tempdir_in(&self.root)
             .map_err(failed("make a directory in", &self.root))?;
         let record = make(&Place { directory: staging.path(), disk: begun_with })?;
@@ -365,13 +368,40 @@ impl<'a> Templates<'a> {
         fs::rename(&staging, directory).map_err(failed("make", directory))
     }
 
-    /// Removes what was not used for longest, beyond a few.
-    fn keep_few(&self, newest: Digest) -> Result<(), BackendError> {
+    /// Removes what makers that were killed have left: whoever makes one holds its lock. The caller has that of `own`, and has
+    /// made nothing yet.
+    fn clear_unfinished(&self, own: Digest) -> Result<(), BackendError> {
+        let entries = fs::read_dir(&self.root).map_err(failed("list", &self.root))?;
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let Some((key, _)) = name.strip_prefix(UNFINISHED).and_then(|rest| rest.split_once('-')) else {
+                continue;
+            };
+            let directory = self.root.join(key);
+            // Held until what it is for is gone.
+            let lock = File::open(directory.with_extension(LOCK));
+            let take = |lock: &File| flock(lock, FlockOperation::NonBlockingLockExclusive).is_ok();
+            if key != own.hex() && !lock.as_ref().is_ok_and(take) {
+                continue;
+            }
+            saved::remove(&path)?;
+            if let Ok(disk) = format!("{DISK_PREFIX}{key}").parse::<DiskId>()
+                && !directory.exists()
+                && self.disks.path(&disk).is_ok()
+            {
+                self.disks.remove(&disk)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what was not used for longest, beyond so many besides the newest, and so many bytes.
+    fn keep_few(&self, newest: Digest, kept: usize, most: u64) -> Result<(), BackendError> {
         let mut bytes = 0;
         for (older, template) in self.list()?.into_iter().enumerate() {
             bytes += template.size();
-            let kept = older <= KEPT && bytes <= KEPT_BYTES;
-            if !kept && template.record().key != newest && !template.is_held() {
+            let is_kept = older <= kept && bytes <= most;
+            if !is_kept && template.record().key != newest && !template.is_held() {
                 self.remove(&template)?;
             }
         }
@@ -466,16 +496,34 @@ pub(crate) fn sparse(path: &Path, size: u64) -> Result<PathBuf, BackendError> {
 }
 
 fn key(hypervisor: &dyn Hypervisor, kernel: &Kernel, shape: Shape, disk: Disk) -> Digest {
-    let parts = format!(
-        "{FORMAT} {VERSION} {} {} {} {} {} {} {disk:?} {DISK_SIZE} {COMMAND_LINE}",
-        hypervisor.fingerprint(),
-        kernel.digest(),
-        guest::DIGEST,
-        shape.cpus,
-        shape.memory,
-        shape.network,
-    );
-    Digest::of(parts.as_bytes())
+    let hypervisor = &hypervisor.fingerprint();
+    Parts { hypervisor, kernel: kernel.digest(), guest: guest::DIGEST, shape, disk }.key()
+}
+
+/// Everything that a saved state depends on, besides what this program decides.
+#[derive(Debug, Clone, Copy)]
+struct Parts<'a> {
+    hypervisor: &'a str,
+    kernel: Digest,
+    guest: &'a str,
+    shape: Shape,
+    disk: Disk,
+}
+
+impl Parts<'_> {
+    fn key(self) -> Digest {
+        let Self { hypervisor, kernel, guest, shape: Shape { cpus, memory, network }, disk } = self;
+        let parts = format!(
+            "{FORMAT} {VERSION} {hypervisor} {kernel} {guest} {cpus} {memory} {network} {disk:?} {DISK_SIZE} {COMMAND_LINE}"
+        );
+        Digest::of(parts.as_bytes())
+    }
+}
+
+/// The key of the template with the root of an image, whose disk's name is the digest of the layers that it was made from.
+fn root_key(base: Digest, image: &Path) -> Digest {
+    let image_name = image.file_name().unwrap_or_default().to_string_lossy();
+    Digest::of(format!("{base} {image_name}").as_bytes())
 }
 
 fn used(template: &Saved) -> std::time::SystemTime {

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Run in the background and print the id
     #[arg(short, long)]
     detach: bool,
-    /// Show nothing while pulling
+    /// Show no progress: of a pull, and of what the first machine of its kind needs
     #[arg(short, long)]
     quiet: bool,
     /// Whether signals are passed on to a workload without a terminal; else they end this command only
@@ -43,7 +43,7 @@ impl Args {
         if !self.detach {
             need_terminal(self.workload.tty, self.workload.interactive)?;
         }
-        let instances = context.instances()?;
+        let instances = context.instances()?.quietly(self.quiet);
         let record = create(context, &instances, &self.workload, self.quiet, true)?;
         let mode = if self.detach {
             StartMode::Detached

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::process::Stdio;
 use std::time::Duration;
 
-use super::common::{Home, until};
-use super::{HOME, deaf, gone, kill, names, processes};
+use super::common::{Home, IMAGE, finish_within, until};
+use super::kernels::{left, running};
+use super::{HOME, deaf, gone, kill, names, processes, run};
 
 /// What is in the home and is not of an instance that is there, and mounts in it.
 fn kept(home: &Home) -> [BTreeSet<String>; 4] {
@@ -95,4 +96,49 @@ fn whoever_is_killed_during_a_verb_no_half_is_listed_and_nothing_is_left() {
     until("nothing of it runs", || processes(home, &id).is_empty());
     let after = kept(home);
     assert_eq!(after, before);
+}
+
+#[test]
+fn a_run_in_the_foreground_that_is_killed_at_any_moment_leaves_nothing_and_the_next_one_runs() {
+    let Some(home) = Home::with_kernel() else { return };
+    let before = left(&home);
+    let killed_after = |words: &[&str], patience: u64| {
+        let mut command = home.command(words);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(patience));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        until("nothing runs", || running(&home).is_empty());
+    };
+    // From a template that is there: one that is for one run, and one that is kept.
+    for patience in [0, 30, 100, 300] {
+        killed_after(&run(&["--rm", "--name", "once"], &["sleep", "60"]), patience);
+        killed_after(&run(&["--name", "kept"], &["sleep", "60"]), patience);
+        let listed = home.json(["ps", "--all", "--format", "json"]);
+        for instance in listed.as_array().unwrap() {
+            let (name, status) = (&instance["name"], &instance["status"]);
+            assert!(name == "kept" && status != "running", "after {patience} ms: {instance}");
+        }
+        let ended = home.kiln(run(&["--rm"], &["echo", "again"]));
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, "again\n"), "after {patience} ms: {ended:?}");
+        if !listed.as_array().unwrap().is_empty() {
+            home.ok(["rm", "kept"]);
+        }
+        assert_eq!(left(&home), before, "after {patience} ms");
+    }
+    // While the first of its kind is made ready: whoever makes another one clears it away.
+    let words = |memory| ["run", "--vm", "--rm", "--memory", memory, IMAGE, "echo", "ran"];
+    let is_unfinished = |name: &String| name.starts_with(".new");
+    let mut first = home.command(words("192m")).stderr(Stdio::null()).spawn().unwrap();
+    until("a template is being made", || names(&home, "templates").iter().any(is_unfinished));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    until("nothing runs", || running(&home).is_empty());
+    assert!(names(&home, "templates").iter().any(is_unfinished));
+    assert_eq!(home.json(["ps", "--all", "--format", "json"]), serde_json::json!([]));
+    let ended = finish_within(home.command(words("320m")), Duration::from_secs(240));
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "ran\n"), "{ended:?}");
+    assert!(!names(&home, "templates").iter().any(is_unfinished));
+    home.ok(["template", "prune"]);
+    assert_eq!(left(&home), BTreeSet::new());
 }

@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod kernels;
 mod killed;
 
 use std::fs;

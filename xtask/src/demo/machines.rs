@@ -1,8 +1,11 @@
 //! The second act: a Debian system under systemd in a machine, forked, broken and put back, committed, logged in to, and a
 //! machine that reaches one name and nothing else.
 
+use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kiln_fixtures::RegistryServer;
@@ -92,15 +95,25 @@ fn one_name(story: &mut Story, kiln: &Kiln, busybox: &str) -> Outcome {
         let said = kiln.output(["run", "--vm", "--rm", busybox, "uname", "-sr"])?;
         Ok(((), format!("{said}, in {} ms", begun.elapsed().as_millis())))
     })?;
-    story.step("kiln run --allow: one name can be reached, and nothing else", || {
+    story.step("kiln run --allow: one name can be reached, and no other, no address, and nothing by UDP", || {
         kiln.output(["network", "create", "lab"])?;
         for name in ["allowed", "other"] {
             let server = ["httpd", "-f", "-p", "80", "-h", "/var/www"];
             let options = ["run", "-d", "--network", "lab", "--name", name, busybox];
             capture(&mut kiln.command(options.into_iter().chain(server)))?;
         }
-        let script =
-            "wget -q -O - http://allowed/; wget -q -T 5 -O - http://other/ || echo the other: refused";
+        let address = field(&kiln.output(["inspect", "other"])?, "/0/addresses/0")?;
+        let datagrams = DatagramServer::begin(&field(&kiln.output(["network", "inspect", "lab"])?, "/0/gateway")?)?;
+        let (host, port) = (datagrams.address.ip(), datagrams.address.port());
+        let by_udp = format!("timeout 10 tftp -g -r said -l /tmp/said {host} {port} && cat /tmp/said");
+        // A container of the network, which has no policy of its own, reaches all of it.
+        let all = format!("wget -q -O - http://other/ && wget -q -O - http://{address}/ && {by_udp}");
+        let all = kiln.output(["run", "--rm", "--network", "lab", busybox, "sh", "-c", &all])?;
+        expect(&all, DATAGRAMS)?;
+        let script = format!(
+            "exec 2>&1; wget -q -O - http://allowed/; for to in other {address}; do timeout 10 wget -q -O - http://$to/; done; \
+             {by_udp} || echo by UDP: no answer"
+        );
         let said = kiln.output([
             "run",
             "--vm",
@@ -112,14 +125,61 @@ fn one_name(story: &mut Story, kiln: &Kiln, busybox: &str) -> Outcome {
             busybox,
             "sh",
             "-c",
-            script,
+            &script,
         ])?;
-        expect(&said, "hello from kiln")?;
-        expect(&said, "the other: refused")?;
+        let refused = said.matches("Connection refused").count();
+        let served = said.matches("hello from kiln").count();
+        if (refused, served, datagrams.asked()) != (2, 1, 1) {
+            return Err(format!("{served} served, {refused} refused, {} by UDP: {said}", datagrams.asked()));
+        }
+        expect(&said, "by UDP: no answer")?;
         kiln.output(["rm", "--force", "allowed", "other"])?;
         kiln.output(["network", "rm", "lab"])?;
         Ok(((), said))
     })
+}
+
+/// The text at a place of a JSON document.
+fn field(json: &str, pointer: &str) -> Outcome<String> {
+    let value: serde_json::Value = serde_json::from_str(json).map_err(|error| format!("{error}: {json}"))?;
+    let text = value.pointer(pointer).and_then(serde_json::Value::as_str);
+    text.map(str::to_owned).ok_or_else(|| format!("no {pointer} in {json}"))
+}
+
+/// What is said to who asks by UDP.
+const DATAGRAMS: &str = "hello by UDP";
+
+/// A server of TFTP (RFC 1350) with one short file, on this host.
+struct DatagramServer {
+    address: SocketAddr,
+    asked: Arc<AtomicUsize>,
+}
+
+impl DatagramServer {
+    fn begin(ip: &str) -> Outcome<Self> {
+        let problem = |error: std::io::Error| format!("cannot serve UDP at {ip}: {error}");
+        let socket = UdpSocket::bind((ip, 0)).map_err(problem)?;
+        let address = socket.local_addr().map_err(problem)?;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        // It ends with the demo.
+        std::thread::spawn(move || {
+            let mut packet = [0; 600];
+            while let Ok((length, from)) = socket.recv_from(&mut packet) {
+                // A request to read is answered with the first and last block; its acknowledgement with nothing.
+                if packet[..length].starts_with(&[0, 1]) {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    let _ = socket.send_to(&[&[0, 3, 0, 1], DATAGRAMS.as_bytes(), b"\n"].concat(), from);
+                }
+            }
+        });
+        Ok(Self { address, asked })
+    }
+
+    /// How often somebody asked.
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
 }
 
 /// `ssh` and `scp` as they are on any host.
