@@ -5,29 +5,62 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use kiln_contract::Digest;
 use kiln_erofs::Nid;
+
+use crate::objects::{ObjectError, Objects};
 
 /// Objects kept open at once. The kernel keeps what it has read, so that only files being read for the first time
 /// matter.
 const KEPT: usize = 64;
 
+/// Objects of which those that were read last stay open: whoever has very many files open takes no descriptor for each.
+pub(super) struct OpenObjects {
+    objects: Objects,
+    recent: Mutex<RecentObjects>,
+}
+
+impl OpenObjects {
+    pub(super) fn new(objects: Objects) -> Self {
+        Self { objects, recent: Mutex::default() }
+    }
+
+    /// Opens an object for the caller alone. It may have to be read, or fetched.
+    pub(super) fn open(&self, digest: &Digest, size: u64) -> Result<File, ObjectError> {
+        self.objects.open(digest, size)
+    }
+
+    /// The object of an inode. Nothing is locked while it is opened: others read other objects meanwhile.
+    pub(super) fn of(&self, nid: Nid, digest: &Digest, size: u64) -> Result<Arc<File>, ObjectError> {
+        let recent = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = recent().get(nid);
+        match open {
+            Some(file) => Ok(file),
+            None => {
+                let file = self.objects.open(digest, size)?;
+                Ok(recent().keep(nid, file))
+            }
+        }
+    }
+}
+
 /// Objects that were read last, by inode.
 #[derive(Default)]
-pub(super) struct RecentObjects {
+struct RecentObjects {
     files: HashMap<Nid, Arc<File>>,
     order: VecDeque<Nid>,
 }
 
 impl RecentObjects {
     /// The object of an inode, if it is open.
-    pub(super) fn get(&self, nid: Nid) -> Option<Arc<File>> {
+    fn get(&self, nid: Nid) -> Option<Arc<File>> {
         self.files.get(&nid).map(Arc::clone)
     }
 
     /// Keeps what was opened for an inode; what another thread opened meanwhile stays.
-    pub(super) fn keep(&mut self, nid: Nid, file: File) -> Arc<File> {
+    fn keep(&mut self, nid: Nid, file: File) -> Arc<File> {
         if let Some(file) = self.get(nid) {
             return file;
         }

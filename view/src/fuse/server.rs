@@ -21,7 +21,7 @@ use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid};
 use super::Owners;
 use super::attributes::{NOTHING, OverlayNames, kind, lower_attributes, send_xattr};
 use super::edit::{Editable, Upper};
-use super::objects::{RecentObjects, read_at};
+use super::objects::{OpenObjects, read_at};
 use super::space::{FOR_EVER, ROOT, Space};
 use crate::objects::Objects;
 use crate::userns;
@@ -44,7 +44,7 @@ pub(super) fn serve(
         false => OverlayNames::None,
     };
     let may_pass_through = userns::is_root_of_host();
-    let space = Space::Whole;
+    let (space, objects) = (Space::Whole, OpenObjects::new(objects));
     session(
         Served {
             image,
@@ -103,7 +103,6 @@ const PASSED: FileHandle = FileHandle(1);
 
 #[derive(Default)]
 struct OpenFiles {
-    recent: RecentObjects,
     /// Files that the kernel reads by itself, with the number of handles that each has: it wants one identity a file.
     passed: HashMap<u64, (BackingId, usize)>,
     /// Whether the kernel takes objects: not known before the first. It refuses those that are on an overlay themselves.
@@ -114,7 +113,7 @@ struct OpenFiles {
 /// (`ENOSYS`), which would hold for the others too.
 pub(super) struct Served {
     image: Image<'static>,
-    objects: Objects,
+    objects: OpenObjects,
     names: OverlayNames,
     owners: Owners,
     space: Space,
@@ -142,7 +141,7 @@ impl Served {
     ) -> Self {
         // What the kernel reads by itself it must be given when the file is opened, and then it asks at every opening.
         let (names, may_pass_through) = (OverlayNames::None, false);
-        let (open, opened) = (Mutex::default(), AtomicUsize::new(0));
+        let (open, opened, objects) = (Mutex::default(), AtomicUsize::new(0), OpenObjects::new(objects));
         Self { image, objects, names, owners, space, may_pass_through, open, opened }
     }
 
@@ -347,14 +346,8 @@ impl Filesystem for Served {
                 Err(error) => reply.error(error),
             },
             Ok(Some(digest)) => {
-                // Not locked while it is opened and read: others read other objects meanwhile.
-                let recent = self.open_files().recent.get(inode.nid());
-                let file = match recent {
-                    Some(file) => file,
-                    None => match self.object(&digest, inode.size()) {
-                        Ok(file) => self.open_files().recent.keep(inode.nid(), file),
-                        Err(error) => return reply.error(error),
-                    },
+                let Ok(file) = self.objects.of(inode.nid(), &digest, inode.size()) else {
+                    return reply.error(Errno::EIO);
                 };
                 let mut reply = Some(reply);
                 let read = read_at(&file, offset, size as usize, |bytes| {

@@ -67,6 +67,21 @@ impl Edited {
         }
     }
 
+    /// The process that serves it; none for the kernel's overlay.
+    pub(crate) fn server(&self) -> Option<u32> {
+        match self {
+            Self::Fuse(_) => {
+                let children = fs::read_to_string("/proc/thread-self/children").unwrap();
+                let is_server = |pid: &u32| {
+                    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "kiln-view\n")
+                };
+                Some(children.split_whitespace().map(|pid| pid.parse().unwrap()).find(is_server).unwrap())
+            }
+            Self::Router(home) => Some(Self::client(home).unwrap().status().unwrap().pid),
+            Self::Overlay(_) => None,
+        }
+    }
+
     fn client(home: &Home) -> Result<Client, BackendError> {
         Ok(Client::connect(home)?.expect("the service runs"))
     }
@@ -91,6 +106,8 @@ pub(crate) struct Ground {
     directory: PathBuf,
     /// Whether files of the tree have several names.
     linked: bool,
+    /// So many files more, in a directory of their own.
+    many: usize,
     backend: Backend,
 }
 
@@ -113,8 +130,8 @@ impl Drop for Overlaid {
 }
 
 impl Ground {
-    fn new(directory: &Path, linked: bool, backend: Backend) -> Self {
-        let ground = Self { directory: directory.to_owned(), linked, backend };
+    pub(crate) fn new(directory: &Path, linked: bool, many: usize, backend: Backend) -> Self {
+        let ground = Self { directory: directory.to_owned(), linked, many, backend };
         for name in ["objects", "view", "plain", "lower", "upper", "work", "kernel", "kernel-work"] {
             fs::create_dir(ground.at(name)).unwrap();
         }
@@ -205,6 +222,13 @@ impl Ground {
                 }
             }
         }
+        if self.many > 0 {
+            let here = tree.add(NodeId::ROOT, b"many", Content::Directory, owned(0o755)).unwrap();
+            for number in 0..self.many {
+                let object = self.object(format!("{number}\n").repeat(40).as_bytes());
+                tree.add(here, number.to_string().as_bytes(), object, owned(0o644)).unwrap();
+            }
+        }
         tree
     }
 
@@ -222,7 +246,7 @@ impl Ground {
             tree,
             objects,
             scratch,
-            owners: Owners::Kept,
+            owners: owners(),
             below_overlay: false,
             bound: true,
             log: None,
@@ -297,6 +321,30 @@ impl Ground {
     }
 }
 
+/// Whose the files of views are: who has no other numbers to give has them all, as in every view of an ordinary user's.
+fn owners() -> Owners {
+    match (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()) {
+        (0, _) => Owners::Kept,
+        (uid, gid) => Owners::One { uid, gid },
+    }
+}
+
+/// Set for tests that run again as an ordinary user: the directory that is his.
+const DIRECTORY: &str = "KILN_TEST_DIRECTORY";
+
+/// Runs a test, which has this name, as an ordinary user, with a directory of his.
+pub(crate) fn as_ordinary_user(test: &str, body: impl Fn(&Path)) {
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return body(Path::new(&directory));
+    }
+    if !kiln_fixtures::require_root() || kiln_fixtures::require("fusermount3").is_none() {
+        return;
+    }
+    let Some(user) = kiln_fixtures::OrdinaryUser::get() else { return };
+    let directory = user.tempdir();
+    user.test_again(test, DIRECTORY, directory.path());
+}
+
 /// Runs a test as root with a mount namespace of its own.
 pub(crate) fn with_ground(body: impl FnOnce(&Ground) + Send + 'static) {
     with_tree(true, Backend::Fuse, body);
@@ -307,6 +355,15 @@ pub(crate) fn with_ground_of(backend: Backend, body: impl FnOnce(&Ground) + Send
     with_tree(true, backend, body);
 }
 
+/// The same, with so many files more in the tree's directory `many`.
+pub(crate) fn with_ground_of_many(
+    backend: Backend,
+    many: usize,
+    body: impl FnOnce(&Ground) + Send + 'static,
+) {
+    with_private_mounts(move |directory| body(&Ground::new(directory, true, many, backend)));
+}
+
 /// The same in a directory that is made in the test's own.
 pub(crate) fn with_ground_in(
     backend: Backend,
@@ -315,7 +372,7 @@ pub(crate) fn with_ground_in(
 ) {
     with_private_mounts(move |directory| {
         let made = make(directory);
-        body(&Ground::new(&made, false, backend));
+        body(&Ground::new(&made, false, 0, backend));
         // Nothing else uses it any more.
         rustix::mount::unmount(&made, rustix::mount::UnmountFlags::DETACH).unwrap();
     });
@@ -328,7 +385,7 @@ pub(crate) fn with_unlinked_ground(body: impl FnOnce(&Ground) + Send + 'static) 
 }
 
 fn with_tree(linked: bool, backend: Backend, body: impl FnOnce(&Ground) + Send + 'static) {
-    with_private_mounts(move |directory| body(&Ground::new(directory, linked, backend)));
+    with_private_mounts(move |directory| body(&Ground::new(directory, linked, 0, backend)));
 }
 
 /// Does the same in a view and in a plain directory; each must tell the same.

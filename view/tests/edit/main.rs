@@ -6,7 +6,10 @@
 
 mod ground;
 mod kernel;
+mod many_open;
+mod on_demand;
 mod operations;
+mod passthrough;
 mod programs;
 mod random;
 mod reflink;
@@ -16,7 +19,9 @@ mod table;
 use std::fs::{self, File};
 use std::process::Command;
 
-use ground::{BACKENDS, Backend, Ground, assert_same_tree, same, with_ground, with_ground_of};
+use ground::{
+    BACKENDS, Backend, Ground, as_ordinary_user, assert_same_tree, same, with_ground, with_ground_of,
+};
 use kiln_contract::Scratch;
 use kiln_view::fuse;
 use operations::{Op, Place, snapshot};
@@ -38,19 +43,7 @@ fn every_operation_of_the_table_does_what_it_does_in_a_plain_directory() {
     {
         with_ground_of(backend, move |ground| {
             let name = &format!("{name}, on {backend:?}");
-            let mounted = ground.edit();
-            let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
-            for op in &operations {
-                same(&mut view, &mut plain, op, name);
-            }
-            view.close_all();
-            plain.close_all();
-            assert_same_tree(ground, "view", name);
-            mounted.unmount().unwrap();
-            // Everything is on disk, in the form that the kernel knows: another server shows the same, and so does that.
-            let mounted = ground.edit();
-            assert_same_tree(ground, "view", &format!("{name}, served again"));
-            mounted.unmount().unwrap();
+            does_the_same(ground, name, &operations);
             ground.mount_upper("upper", "kernel-work", true);
             assert_same_tree(ground, "kernel", &format!("{name}, mounted by the kernel"));
         });
@@ -69,6 +62,39 @@ fn the_kernel_reads_ahead_by_whole_requests_in_views_of_root() {
             mounted.unmount().unwrap();
         });
     }
+}
+
+#[test]
+fn every_operation_of_the_table_is_allowed_to_an_ordinary_user_as_in_a_plain_directory() {
+    // What he may not do (owners, devices, `trusted.` attributes) he may not do in either.
+    const TEST: &str = "every_operation_of_the_table_is_allowed_to_an_ordinary_user_as_in_a_plain_directory";
+    as_ordinary_user(TEST, |directory| {
+        for (number, (name, operations)) in table().into_iter().enumerate() {
+            for backend in BACKENDS {
+                let own = directory.join(format!("{number}-{backend:?}"));
+                fs::create_dir(&own).unwrap();
+                let ground = Ground::new(&own, true, 0, backend);
+                does_the_same(&ground, &format!("{name}, on {backend:?}"), &operations);
+            }
+        }
+    });
+}
+
+/// The same operations in a view and in a plain directory tell the same and leave the same.
+fn does_the_same(ground: &Ground, name: &str, operations: &[Op]) {
+    let mounted = ground.edit();
+    let (mut view, mut plain) = (Place::new(&ground.at("view")), Place::new(&ground.at("plain")));
+    for op in operations {
+        same(&mut view, &mut plain, op, name);
+    }
+    view.close_all();
+    plain.close_all();
+    assert_same_tree(ground, "view", name);
+    mounted.unmount().unwrap();
+    // Everything is on disk, in the form that the kernel knows: another server shows the same, and so does that.
+    let mounted = ground.edit();
+    assert_same_tree(ground, "view", &format!("{name}, served again"));
+    mounted.unmount().unwrap();
 }
 
 #[test]

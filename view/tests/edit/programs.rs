@@ -1,9 +1,8 @@
 //! Programs that people use, in an edited view.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdout, Command, Stdio};
+use std::process::Command;
 
 use crate::ground::{ALL, Backend, with_ground, with_ground_of};
 
@@ -31,59 +30,6 @@ fn programs_of_a_view_are_executed_and_thousands_of_files_are_open_at_once() {
             assert_eq!(fs::read(at(&format!("many-{number}"))).unwrap()[3..], *number.to_string().as_bytes());
         }
         drop(files);
-        mounted.unmount().unwrap();
-    });
-}
-
-/// How many files are to be open at once.
-const OPEN: usize = 100_000;
-
-/// Opens files to read and waits.
-const OPEN_MANY: &str = r#"
-import sys
-names = ["a/large", "a/small", "b/sub/f", "b/sub/sub/f", "c/large"]
-files = [open(f"{sys.argv[1]}/{names[number % 5]}", "rb", buffering=0) for number in range(int(sys.argv[2]))]
-print("open", flush=True)
-sys.stdin.readline()
-for number in range(0, len(files), 37):
-    assert len(files[number].read()) == [100000, 5, 4, 6, 100000][number % 5]
-print("read", flush=True)
-"#;
-
-#[test]
-fn a_hundred_thousand_files_are_open_at_once_in_a_view_that_is_not_edited() {
-    let Some(python) = kiln_fixtures::require("python3") else { return };
-    with_ground(move |ground| {
-        let mounted = ground.serve(None);
-        // Nobody may have all of them: who may not raise limits has several processes.
-        let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-        let each = usize::try_from(most).unwrap_or(usize::MAX).min(OPEN + 100) - 100;
-        let mut left = OPEN;
-        let mut processes = Vec::new();
-        while left > 0 {
-            let mut child = Command::new(&python)
-                .args(["-c", OPEN_MANY])
-                .arg(ground.at("view"))
-                .arg(each.min(left).to_string())
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap();
-            let said = BufReader::new(child.stdout.take().unwrap());
-            processes.push((child, said));
-            left -= each.min(left);
-        }
-        let hear = |said: &mut BufReader<ChildStdout>, word: &str| {
-            let mut line = String::new();
-            said.read_line(&mut line).unwrap();
-            assert_eq!(line.trim_end(), word);
-        };
-        processes.iter_mut().for_each(|(_, said)| hear(said, "open"));
-        for (child, said) in &mut processes {
-            child.stdin.take().unwrap().write_all(b"go\n").unwrap();
-            hear(said, "read");
-            assert!(child.wait().unwrap().success());
-        }
         mounted.unmount().unwrap();
     });
 }

@@ -304,6 +304,12 @@ pub(crate) fn table() -> Vec<(&'static str, Vec<Op>)> {
                 Op::RemoveXattr(s("a"), s("trusted.overlay.opaque")),
                 Op::List(s("a")),
                 Op::SetXattr(s("a/link"), s("trusted.z"), b("of the link")),
+                // An ordinary user's marks begin so.
+                Op::SetXattr(s("b"), s("user.overlay.opaque"), b("y")),
+                Op::List(s("b")),
+                Op::GetXattr(s("b"), s("user.overlay.opaque")),
+                Op::SetXattr(s("b/small"), s("user.overlay.whiteout"), b("y")),
+                Op::Read(s("b/small")),
             ],
         ),
         (

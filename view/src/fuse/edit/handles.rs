@@ -8,23 +8,52 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use kiln_contract::Digest;
+use kiln_erofs::Nid;
 use rustix::io::{Errno, Result};
 
-use super::super::objects::read_at;
+use super::super::objects::{OpenObjects, read_at};
 use super::copy_up::errno;
 use super::nodes::Id;
 
 /// Where the bytes of an open file are.
-#[derive(Debug)]
 pub(super) enum Source {
     /// In the tree itself.
     Bytes(Cow<'static, [u8]>),
-    /// In an object, or in the scratch.
-    File(File),
+    /// In an object. No descriptor is held for it: the number of files that are open at once is not to be that of the
+    /// server's descriptors.
+    Object(Object),
+    /// In the scratch.
+    File(Arc<File>),
+}
+
+/// An object that is opened when it is read.
+pub(super) struct Object {
+    pub(super) among: Arc<OpenObjects>,
+    pub(super) nid: Nid,
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+}
+
+impl Object {
+    fn open(&self) -> Result<Arc<File>> {
+        // What is wrong with it was told to the log.
+        self.among.of(self.nid, &self.digest, self.size).map_err(|_| Errno::IO)
+    }
+}
+
+impl Source {
+    /// Where the bytes are, or those of the tree itself.
+    fn file(&self) -> Result<std::result::Result<Arc<File>, &[u8]>> {
+        match self {
+            Self::Bytes(bytes) => Ok(Err(bytes)),
+            Self::Object(object) => object.open().map(Ok),
+            Self::File(file) => Ok(Ok(Arc::clone(file))),
+        }
+    }
 }
 
 /// An open file.
-#[derive(Debug)]
 pub(super) struct Handle {
     /// Replaced when the file is copied up.
     source: RwLock<Source>,
@@ -72,10 +101,15 @@ impl Handles {
         }
     }
 
-    /// Whoever reads a file from the tree reads from its copy from now on.
-    pub(super) fn moved(&self, id: Id, open: impl Fn() -> Result<File>) -> Result<()> {
-        for handle in self.of(id) {
-            *handle.source.write().unwrap_or_else(PoisonError::into_inner) = Source::File(open()?);
+    /// Whoever reads a file from the tree reads from its copy from now on: all by one descriptor.
+    pub(super) fn moved(&self, id: Id, open: impl FnOnce() -> Result<File>) -> Result<()> {
+        let handles = self.of(id);
+        if handles.is_empty() {
+            return Ok(());
+        }
+        let copy = Arc::new(open()?);
+        for handle in handles {
+            *handle.source.write().unwrap_or_else(PoisonError::into_inner) = Source::File(Arc::clone(&copy));
         }
         Ok(())
     }
@@ -102,41 +136,46 @@ impl Handles {
     pub(super) fn descriptor(&self, id: Id) -> Result<Option<OwnedFd>> {
         let duplicate = |handle: &Handle| match &*read_lock(&handle.source) {
             Source::File(file) => Some(rustix::io::fcntl_dupfd_cloexec(file, 0)),
-            Source::Bytes(_) => None,
+            Source::Bytes(_) | Source::Object(_) => None,
         };
         self.of(id).iter().find_map(|handle| duplicate(handle)).transpose()
     }
 }
 
 impl Handle {
+    /// Makes sure that what it has can be read: an object is compared with its digest, or fetched.
+    pub(super) fn ready(&self) -> Result<()> {
+        read_lock(&self.source).file().map(drop)
+    }
+
     /// Up to `size` bytes, fewer only at the end.
     pub(super) fn read<T>(&self, offset: u64, size: usize, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        match &*read_lock(&self.source) {
-            Source::Bytes(bytes) => {
+        match read_lock(&self.source).file()? {
+            Err(bytes) => {
                 let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 let to = from.saturating_add(size).min(bytes.len());
                 Ok(then(&bytes[from..to]))
             }
-            Source::File(file) => read_at(file, offset, size, then).map_err(|error| errno(&error)),
+            Ok(file) => read_at(&file, offset, size, then).map_err(|error| errno(&error)),
         }
     }
 
     /// Does something with the file of one that is in a file.
     pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
-        match &*read_lock(&self.source) {
-            Source::File(file) => then(file),
-            Source::Bytes(_) => Err(Errno::BADF),
+        match read_lock(&self.source).file()? {
+            Ok(file) => then(&file),
+            Err(_) => Err(Errno::BADF),
         }
     }
 
     /// Where data or a hole begins, from an offset on (lseek(2), `SEEK_DATA` and `SEEK_HOLE`).
     pub(super) fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
-        match &*read_lock(&self.source) {
-            Source::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
-            Source::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
-            Source::File(file) => {
+        match read_lock(&self.source).file()? {
+            Err(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
+            Err(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
+            Ok(file) => {
                 use rustix::fs::SeekFrom;
-                rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+                rustix::fs::seek(&file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
             }
         }
     }

@@ -230,9 +230,18 @@ impl Filesystem for Editable {
             }
             Ok((self.handles.open(source, ino.0, write), self.opened(&mut union, ino.0)))
         };
-        match open() {
-            Ok((handle, flags)) => reply.opened(FileHandle(handle), flags),
-            Err(error) => reply.error(told(error)),
+        let (handle, flags) = match open() {
+            Ok(opened) => opened,
+            Err(error) => return reply.error(told(error)),
+        };
+        // An object may have to be read, or fetched: nobody else waits for that.
+        drop(union);
+        match self.handles.get(handle).and_then(|open| open.ready()) {
+            Ok(()) => reply.opened(FileHandle(handle), flags),
+            Err(error) => {
+                self.handles.close(handle, ino.0);
+                reply.error(told(error));
+            }
         }
     }
 
@@ -253,7 +262,7 @@ impl Filesystem for Editable {
             Ok((id, attributes, Some(file))) => {
                 union.nodes.count(id);
                 let write = OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY;
-                let handle = FileHandle(self.handles.open(handles::Source::File(file), id, write));
+                let handle = FileHandle(self.handles.open(handles::Source::File(Arc::new(file)), id, write));
                 let flags = self.opened(&mut union, id);
                 let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
                 reply.created(
@@ -300,12 +309,15 @@ impl Filesystem for Editable {
         fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _: WriteFlags,
+        flags: WriteFlags,
         _: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let of_mapping = flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let write = |file: &std::fs::File| {
+            // What is written through a mapping takes no set-user-ID away; of a write(2) the kernel has decided that before.
+            let kept = if of_mapping { rustix::fs::fstat(file)?.st_mode & 0o7777 } else { 0 };
             let mut written = 0;
             while written < data.len() {
                 match rustix::io::pwrite(file, &data[written..], offset + written as u64) {
@@ -315,6 +327,9 @@ impl Filesystem for Editable {
                     Err(_) if written > 0 => break,
                     Err(error) => return Err(error),
                 }
+            }
+            if kept & 0o6000 != 0 {
+                rustix::fs::fchmod(file, rustix::fs::Mode::from_raw_mode(kept))?;
             }
             Ok(written as u32)
         };

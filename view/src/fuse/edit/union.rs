@@ -14,8 +14,9 @@ use rustix::io::{Errno, Result};
 
 use super::super::Owners;
 use super::super::attributes::{kind, lower_attributes};
+use super::super::objects::OpenObjects;
 use super::super::space::ROOT;
-use super::handles::{Handles, Source};
+use super::handles::{Handles, Object, Source};
 use super::leaving::Leaving;
 use super::listings::{Listed, Listings};
 use super::nodes::{Id, Node, Nodes};
@@ -32,7 +33,7 @@ const DEPTH_MOST: usize = 10_000;
 /// A tree below a scratch.
 pub(super) struct Union {
     pub(super) image: Image<'static>,
-    pub(super) objects: Objects,
+    pub(super) objects: Arc<OpenObjects>,
     pub(super) upper: Upper,
     pub(super) nodes: Nodes,
     pub(super) leaving: Leaving,
@@ -82,6 +83,7 @@ impl Union {
         let lower = (opaque.as_deref() != Some(b"y")).then(|| image.root_nid());
         nodes.insert(Some(ROOT), Node::new(inode, true, lower, None));
         let (leaving, listings) = (Leaving::default(), Listings::default());
+        let objects = Arc::new(OpenObjects::new(objects));
         let (parents, is_retired, doubtful) = (None, false, HashSet::new());
         Ok(Self {
             image,
@@ -374,8 +376,11 @@ impl Union {
 
     /// What is read from a file of the tree.
     fn lower_source(&self, inode: &Inode<'static>) -> Result<Source> {
-        match self.object(inode)? {
-            Some(file) => Ok(Source::File(file)),
+        match inode.object().map_err(|error| damaged(&error))? {
+            Some(digest) => {
+                let (among, nid, size) = (Arc::clone(&self.objects), inode.nid(), inode.size());
+                Ok(Source::Object(Object { among, nid, digest, size }))
+            }
             None => inode.embedded().map(Source::Bytes).map_err(|error| damaged(&error)),
         }
     }
@@ -386,7 +391,7 @@ impl Union {
         digest.map(|digest| self.objects.open(&digest, inode.size())).transpose().map_err(|_| Errno::IO)
     }
 
-    /// Opens a file; one that is to be written must have been copied up.
+    /// Opens a file; one that is to be written must have been copied up. An object is not looked at yet.
     pub(super) fn open(&self, id: Id, write: bool) -> Result<Source> {
         let Some(place) = self.place(id)? else { return self.lower_source(&self.inode(id)?) };
         let flags = if write { OFlags::RDWR } else { OFlags::RDONLY };
@@ -395,7 +400,7 @@ impl Union {
             Err(Errno::ACCESS) if write => place.open(OFlags::WRONLY),
             other => other,
         };
-        file.map(Source::File)
+        file.map(|file| Source::File(Arc::new(file)))
     }
 
     /// The xattrs of something, by the names that programs see.
