@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use kiln_contract::{Digest, Hasher};
 use rustix::fs::{Timespec, Timestamps};
 
-use super::{Placed, Record, ZSTD_WINDOW_LOG};
+use super::{Lookup, Placed, ZSTD_WINDOW_LOG};
 use crate::error::{Context as _, is_full};
 use crate::format::{OBJECT_MODE, SOUND};
 use crate::import::disk_full;
@@ -28,14 +28,22 @@ impl Store {
     /// It cannot be had, or what came is not it: nothing of that is kept.
     pub(crate) fn fetch_placed(&self, digest: &Digest, repair: &dyn Repair) -> Result<bool> {
         let mut failed = None;
-        for record in self.lazy_records()? {
-            let Some(wanted) = record.find(digest) else { continue };
-            let turn = if wanted.length > AHEAD { *digest } else { record.key() };
+        for path in self.lazy_paths()? {
+            // One that cannot be read is for `check`.
+            let Ok(Some(record)) = Lookup::open(&path) else { continue };
+            let Some(wanted) = record.find(digest).filter(|wanted| wanted.end() <= record.head.blob.size())
+            else {
+                continue;
+            };
+            if self.layer_of_diff_id(&record.head.diff_id)?.is_some() {
+                continue;
+            }
+            let turn = if wanted.length > AHEAD { *digest } else { record.key };
             let turn = Staging::in_turn(&self.layout, &format!("fetch-{}", turn.hex()), &|| ())?;
             if self.has_sound_object(digest) {
                 return Ok(true);
             }
-            match self.fetch_window(&record, wanted, repair, &turn) {
+            match self.fetch_window(&record, &wanted, repair, &turn) {
                 Ok(()) => return Ok(true),
                 Err(error) => failed = Some(error),
             }
@@ -45,7 +53,7 @@ impl Store {
 
     fn fetch_window(
         &self,
-        record: &Record,
+        record: &Lookup,
         wanted: &Placed,
         repair: &dyn Repair,
         turn: &Staging,
@@ -98,17 +106,17 @@ impl Store {
     }
 
     /// The wanted object and those after it in the blob that are missing, too, as far as they fit in one request.
-    fn window(&self, record: &Record, wanted: &Placed) -> Vec<Placed> {
+    fn window(&self, record: &Lookup, wanted: &Placed) -> Vec<Placed> {
         let last = wanted.offset.saturating_add(AHEAD);
-        let mut window: Vec<Placed> = record
-            .objects
-            .iter()
-            .filter(|file| file.offset > wanted.offset && file.end() <= last)
-            .filter(|file| !self.layout.object(&file.digest).exists())
-            .copied()
-            .collect();
-        window.push(*wanted);
-        window.sort_by_key(|file| file.offset);
+        let mut window = vec![*wanted];
+        let mut end = wanted.end();
+        for file in record.from(end).take_while(|file| file.end() <= last) {
+            // In a record that is damaged they may lie over each other.
+            if file.offset >= end && !self.layout.object(&file.digest).exists() {
+                end = file.end();
+                window.push(file);
+            }
+        }
         window
     }
 

@@ -33,7 +33,7 @@ use crate::tag::files_below;
 use crate::tar::entry::{EntryKind, LayerEntry};
 use crate::{Result, Store, StoreError, overlay};
 
-pub(crate) use self::record::Record;
+pub(crate) use self::record::{Lookup, Record};
 
 /// The annotation of a layer's descriptor that has the digest of its table of contents, as it is in the blob: compressed.
 pub const TOC_DIGEST: &str = "io.github.containers.zstd-chunked.manifest-checksum";
@@ -251,20 +251,6 @@ impl Store {
     pub(crate) fn lazy_paths(&self) -> Result<Vec<PathBuf>> {
         let directory = self.layout.lazy();
         if directory.exists() { files_below(&directory) } else { Ok(Vec::new()) }
-    }
-
-    /// All records of lazy layers that can be read, but not those of layers that came whole meanwhile.
-    pub(crate) fn lazy_records(&self) -> Result<Vec<Record>> {
-        let mut records = Vec::new();
-        for path in self.lazy_paths()? {
-            // One that cannot be read is for `check`.
-            if let Ok(Some(record)) = Record::open(&path)
-                && self.layer_of_diff_id(&record.head.diff_id)?.is_none()
-            {
-                records.push(record);
-            }
-        }
-        Ok(records)
     }
 }
 

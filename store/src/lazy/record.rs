@@ -8,15 +8,21 @@
 //! 16   head  JSON: `layer`, `diff_id`, `toc`, `blob` (a descriptor)
 //!      u64   how many objects
 //!      each: SHA-256, u64 size, u64 offset in the blob, u64 length of its zstd frames; sorted by SHA-256
+//!      each: u32, its place in this list; sorted by their offsets (since version 2)
 //!      SHA-256 of all before it
 //! ```
-//! Numbers are little-endian. Of another version, or removed, the layer counts as missing, and the next pull brings it.
+//! Numbers are little-endian. Of a newer version, or removed, the layer counts as missing, and the next pull brings it.
+//!
+//! An object is looked up in the mapped file ([`Lookup`]): what that costs does not depend on how many there are. The last
+//! digest is for [`Store::check`](crate::Store::check); what a damaged record leads to has not the digest of the object that was looked up, and is
+//! refused for that.
 
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
 use kiln_contract::Digest;
+use memmap2::Mmap;
 use oci_spec::image::Descriptor;
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +32,9 @@ use crate::image::digest_of;
 use crate::{Result, StoreError};
 
 const MAGIC: &[u8; 8] = b"KILNLAZY";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The first that says in which order objects lie.
+const ORDERED: u32 = 2;
 const START: usize = 16;
 /// As many bytes as a manifest may have, and so a descriptor in it.
 const HEAD_MOST: usize = 8 << 20;
@@ -61,17 +69,11 @@ impl Record {
         key(&self.blob, &self.head.toc)
     }
 
-    /// Where an object lies.
-    pub(crate) fn find(&self, digest: &Digest) -> Option<&Placed> {
-        let at = self.objects.binary_search_by(|object| object.digest.cmp(digest)).ok()?;
-        self.objects.get(at)
-    }
-
     pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
         let head = serde_json::to_vec(&self.head).map_err(io::Error::from);
         let head =
             head.map_err(|source| StoreError::Stream { doing: "write a lazy layer's record", source })?;
-        let mut bytes = Vec::with_capacity(START + head.len() + 8 + self.objects.len() * OBJECT + 32);
+        let mut bytes = Vec::with_capacity(START + head.len() + 8 + self.objects.len() * (OBJECT + 4) + 32);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(head.len() as u32).to_le_bytes());
@@ -83,12 +85,19 @@ impl Record {
                 bytes.extend_from_slice(&number.to_le_bytes());
             }
         }
+        let too_many = |_| StoreError::BadImage {
+            what: "table of contents",
+            why: format!("it has {} objects", self.objects.len()),
+        };
+        let mut order: Vec<u32> = (0..u32::try_from(self.objects.len()).map_err(too_many)?).collect();
+        order.sort_by_key(|at| self.objects[*at as usize].offset);
+        order.iter().for_each(|at| bytes.extend_from_slice(&at.to_le_bytes()));
         let digest = Digest::of(&bytes);
         bytes.extend_from_slice(digest.as_bytes());
         Ok(bytes)
     }
 
-    /// Reads a record whole; `None` if there is none.
+    /// Reads a record whole, and compares it with its digest; `None` if there is none.
     pub(crate) fn open(path: &Path) -> Result<Option<Self>> {
         let bytes = match std::fs::read(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -100,21 +109,8 @@ impl Record {
             if Digest::of(body).as_bytes() != digest {
                 return None;
             }
-            let (head, length) = head(body)?;
-            let (count, objects) = body.get(START + length..)?.split_first_chunk::<8>()?;
-            let number = |bytes: &[u8]| Some(u64::from_le_bytes(bytes.try_into().ok()?));
-            if number(count)?.checked_mul(OBJECT as u64)? != objects.len() as u64 {
-                return None;
-            }
-            let object = |bytes: &[u8]| {
-                Some(Placed {
-                    digest: Digest::from_bytes(bytes[..32].try_into().ok()?),
-                    size: number(&bytes[32..40])?,
-                    offset: number(&bytes[40..48])?,
-                    length: number(&bytes[48..])?,
-                })
-            };
-            let objects = objects.chunks_exact(OBJECT).map(object).collect::<Option<Vec<_>>>()?;
+            let (head, parts) = Parts::of(body)?;
+            let objects = (0..parts.count).map(|at| parts.object(body, at)).collect::<Option<Vec<_>>>()?;
             Some(Self { blob: digest_of(&head.blob).ok()?, head, objects })
         };
         parse().map(Some).ok_or_else(|| damaged("it is no record of a lazy layer"))
@@ -132,49 +128,170 @@ impl Record {
         if head(&bytes).is_none() {
             start.read_to_end(&mut bytes).doing("read", path)?;
         }
-        Ok(head(&bytes).map(|(head, _)| head))
+        Ok(head(&bytes).map(|(head, ..)| head))
     }
 }
 
-/// The head at the beginning of a record, and its length.
-fn head(bytes: &[u8]) -> Option<(Head, usize)> {
+/// A record in which objects are looked up.
+#[derive(Debug)]
+pub(crate) struct Lookup {
+    pub(crate) head: Head,
+    pub(crate) key: Digest,
+    map: Mmap,
+    parts: Parts,
+}
+
+impl Lookup {
+    /// Maps a record; `None` if there is none, or none that this program can read.
+    pub(crate) fn open(path: &Path) -> Result<Option<Self>> {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.doing("open", path)?,
+        };
+        // SAFETY: as all files of the store, records are replaced and removed, but never written to or truncated.
+        let map = unsafe { Mmap::map(&file) }.doing("map", path)?;
+        let parse = || {
+            let (body, _) = map.split_last_chunk::<32>()?;
+            let (head, parts) = Parts::of(body)?;
+            let key = key(&digest_of(&head.blob).ok()?, &head.toc);
+            Some((head, key, parts))
+        };
+        Ok(parse().map(|(head, key, parts)| Self { head, key, map, parts }))
+    }
+
+    /// Where an object lies.
+    pub(crate) fn find(&self, digest: &Digest) -> Option<Placed> {
+        let at = partition_point(self.parts.count, |at| {
+            self.object(at).is_some_and(|object| object.digest < *digest)
+        });
+        self.object(at).filter(|object| object.digest == *digest)
+    }
+
+    /// The objects that begin at an offset or behind it, in the order of their offsets.
+    pub(crate) fn from(&self, offset: u64) -> Box<dyn Iterator<Item = Placed> + '_> {
+        if self.parts.order.is_none() {
+            let mut all: Vec<Placed> = (0..self.parts.count).filter_map(|at| self.object(at)).collect();
+            all.retain(|object| object.offset >= offset);
+            all.sort_by_key(|object| object.offset);
+            return Box::new(all.into_iter());
+        }
+        let first = partition_point(self.parts.count, |at| {
+            self.ordered(at).is_some_and(|object| object.offset < offset)
+        });
+        Box::new((first..self.parts.count).map_while(|at| self.ordered(at)))
+    }
+
+    fn object(&self, at: usize) -> Option<Placed> {
+        self.parts.object(&self.map, at)
+    }
+
+    fn ordered(&self, at: usize) -> Option<Placed> {
+        let from = self.parts.order? + at * 4;
+        let at = u32::from_le_bytes(self.map.get(from..from + 4)?.try_into().ok()?);
+        self.object(at as usize)
+    }
+}
+
+/// The first of so many that is not before what is looked for.
+fn partition_point(count: usize, is_before: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = low.midpoint(high);
+        if is_before(middle) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    low
+}
+
+/// What follows the head of a record.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    /// Where objects begin, and how many there are.
+    objects: usize,
+    count: usize,
+    /// Where their order begins.
+    order: Option<usize>,
+}
+
+impl Parts {
+    /// Reads what a record without its last digest begins with, and sees that nothing is missing or too much.
+    fn of(body: &[u8]) -> Option<(Head, Self)> {
+        let (head, length, version) = head(body)?;
+        let objects = START + length + 8;
+        let count = body.get(objects - 8..objects)?;
+        let count = usize::try_from(u64::from_le_bytes(count.try_into().ok()?)).ok()?;
+        let order = objects.checked_add(count.checked_mul(OBJECT)?)?;
+        let is_ordered = version >= ORDERED;
+        let end = if is_ordered { order.checked_add(count.checked_mul(4)?)? } else { order };
+        (end == body.len()).then_some((head, Self { objects, count, order: is_ordered.then_some(order) }))
+    }
+
+    fn object(&self, record: &[u8], at: usize) -> Option<Placed> {
+        let from = self.objects + at * OBJECT;
+        let bytes = record.get(from..from + OBJECT).filter(|_| at < self.count)?;
+        let number = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+        let digest = Digest::from_bytes(bytes[..32].try_into().ok()?);
+        Some(Placed { digest, size: number(32)?, offset: number(40)?, length: number(48)? })
+    }
+}
+
+/// The head at the beginning of a record, its length, and the record's version.
+fn head(bytes: &[u8]) -> Option<(Head, usize, u32)> {
     let rest = bytes.strip_prefix(MAGIC)?;
     let (version, rest) = rest.split_first_chunk::<4>()?;
     let (length, rest) = rest.split_first_chunk::<4>()?;
     let length = u32::from_le_bytes(*length) as usize;
-    if u32::from_le_bytes(*version) != VERSION || length > HEAD_MOST {
+    let version = u32::from_le_bytes(*version);
+    if !(1..=VERSION).contains(&version) || length > HEAD_MOST {
         return None;
     }
-    Some((serde_json::from_slice(rest.get(..length)?).ok()?, length))
+    Some((serde_json::from_slice(rest.get(..length)?).ok()?, length, version))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_record_comes_back_as_it_was_and_a_changed_one_is_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("record");
+    fn placed(number: u64) -> Placed {
+        let digest = Digest::of(&number.to_le_bytes());
+        Placed { digest, size: number, offset: number * 7, length: 5 }
+    }
+
+    fn record(count: u64) -> Record {
         let blob: Descriptor = serde_json::from_value(serde_json::json!({
             "mediaType": "application/vnd.oci.image.layer.v1.tar+zstd", "size": 7,
             "digest": Digest::of(b"blob").to_string(), "annotations": {"a": "b".repeat(6000)},
         }))
         .unwrap();
         let (toc, diff_id) = (Digest::of(b"toc"), Digest::of(b"tar"));
-        let source = LazySource { diff_id, blob: blob.clone(), toc, files_end: 7 };
-        let mut objects: Vec<Placed> = (0..5_u64)
-            .map(|n| Placed { digest: Digest::of(&[n as u8]), size: n, offset: n * 3, length: 2 })
-            .collect();
+        let source = LazySource { diff_id, blob, toc, files_end: 7 };
+        let mut objects: Vec<Placed> = (0..count).map(placed).collect();
         objects.sort();
-        let record = Record::new(Digest::of(b"layer"), &source, objects.clone()).unwrap();
+        Record::new(Digest::of(b"layer"), &source, objects).unwrap()
+    }
+
+    /// What version 1 had of the same.
+    fn first_version(bytes: &[u8], count: usize) -> Vec<u8> {
+        let mut bytes = bytes[..bytes.len() - 32 - 4 * count].to_vec();
+        bytes[8..12].copy_from_slice(&1_u32.to_le_bytes());
+        let digest = Digest::of(&bytes);
+        bytes.extend_from_slice(digest.as_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_and_a_changed_one_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        let record = record(5);
         let bytes = record.to_bytes().unwrap();
         std::fs::write(&path, &bytes).unwrap();
         let back = Record::open(&path).unwrap().unwrap();
-        assert_eq!((back.objects, &back.head.blob), (objects.clone(), &blob));
+        assert_eq!((back.objects, &back.head.blob), (record.objects.clone(), &record.head.blob));
         assert_eq!(Record::head(&path).unwrap().unwrap().layer, Digest::of(b"layer"));
-        assert_eq!(record.find(&objects[3].digest), Some(&objects[3]));
-        assert_eq!(record.find(&Digest::of(b"none")), None);
         for at in (0..bytes.len()).step_by(61) {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
@@ -185,5 +302,72 @@ mod tests {
         }
         std::fs::remove_file(&path).unwrap();
         assert!(Record::open(&path).unwrap().is_none() && Record::head(&path).unwrap().is_none());
+        assert!(Lookup::open(&path).unwrap().is_none());
+    }
+
+    #[test]
+    fn objects_are_looked_up_in_records_of_both_versions() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        let record = record(1000);
+        let bytes = record.to_bytes().unwrap();
+        for bytes in [first_version(&bytes, 1000), bytes] {
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(Record::open(&path).unwrap().unwrap().objects, record.objects);
+            let lookup = Lookup::open(&path).unwrap().unwrap();
+            assert_eq!((lookup.key, lookup.head.layer), (record.key(), record.head.layer));
+            for number in 0..1000 {
+                assert_eq!(lookup.find(&placed(number).digest), Some(placed(number)));
+                let next: Vec<Placed> = lookup.from(number * 7).take(3).collect();
+                let expected: Vec<Placed> = (number..1000).take(3).map(placed).collect();
+                assert_eq!(next, expected);
+            }
+            assert_eq!(lookup.find(&Digest::of(b"none")), None);
+            assert_eq!(lookup.from(999 * 7 + 1).next(), None);
+        }
+    }
+
+    /// Pages that the calling thread has touched for the first time so far (proc_pid_stat(5), `minflt`).
+    #[cfg(target_os = "linux")]
+    fn pages_touched() -> u64 {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        stat.rsplit_once(") ").unwrap().1.split(' ').nth(7).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn little_is_read_of_a_record_of_very_many_objects() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        let bytes = record(300_000).to_bytes().unwrap();
+        let touched = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            let before = pages_touched();
+            let lookup = Lookup::open(&path).unwrap().unwrap();
+            assert_eq!(lookup.find(&placed(271_828).digest), Some(placed(271_828)));
+            assert_eq!(lookup.from(271_828 * 7).nth(20), Some(placed(271_848)));
+            pages_touched() - before
+        };
+        // The first version has no order: all of it is read, sixteen pages at a time.
+        let (few, all) = (touched(&bytes), touched(&first_version(&bytes, 300_000)));
+        assert!(few < 100 && all > 200, "{few} and {all} times something was read of the file");
+    }
+
+    #[test]
+    fn no_damaged_record_leads_out_of_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("record");
+        let bytes = record(20).to_bytes().unwrap();
+        for at in (0..bytes.len()).step_by(5) {
+            let mut changed = bytes.clone();
+            changed[at] ^= if at % 2 == 0 { 1 } else { 0x80 };
+            std::fs::write(&path, &changed).unwrap();
+            let Some(lookup) = Lookup::open(&path).unwrap() else { continue };
+            for number in 0..20 {
+                let wanted = placed(number).digest;
+                assert!(lookup.find(&wanted).is_none_or(|found| found.digest == wanted));
+                assert!(lookup.from(number).count() <= 20);
+            }
+        }
     }
 }
