@@ -4,7 +4,9 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use common::place::{Place, fs_run};
 use common::{Home, IMAGE, until};
@@ -234,4 +236,70 @@ fn a_view_whose_server_was_killed_ends_and_goes_on_when_it_is_entered_again() {
             fs::remove_file(path).unwrap();
         }
     }
+}
+
+/// A command of an ordinary user's where nobody may make a user namespace: in one in which the kernel's limit is 0, and so the
+/// host's stays what it is.
+fn where_namespaces_are_forbidden(place: &Place, words: &[&str]) -> common::Ended {
+    let (user, directory) = place.user.as_ref().unwrap();
+    let command = place.command(words);
+    // Set-user-ID programs, such as fusermount3, are what they are outside: the numbers of users are the same.
+    let script = r#"echo 0 > /proc/sys/user/max_user_namespaces && ! unshare --user true 2>/dev/null && \
+                    exec setpriv --reuid="$0" --regid="$0" --clear-groups -- "$@""#;
+    let mut child = Command::new("unshare")
+        .args(["--user", "--mount", "--propagation", "private", "sh", "-c", "read go; exec \"$@\"", "sh"])
+        .args(["sh", "-c", script, &user.uid.to_string()])
+        .arg(command.get_program())
+        .args(words)
+        .env_clear()
+        .envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .current_dir(directory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let own = fs::read_link("/proc/self/ns/user").unwrap();
+    let there = || fs::read_link(format!("/proc/{}/ns/user", child.id())).is_ok_and(|other| other != own);
+    until("there is a namespace", there);
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{}/{map}", child.id()), "0 0 65536\n").unwrap();
+    }
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    child.wait_with_output().unwrap().into()
+}
+
+#[test]
+fn where_user_namespaces_are_forbidden_views_are_shown_by_fuse_and_the_overlay_says_why_not() {
+    let Some(place) = Place::of_user() else { return };
+    let (at, kiln) = (place.at_by("router"), place.program());
+    let doctor = where_namespaces_are_forbidden(&place, &["system", "doctor"]);
+    assert!(doctor.stdout.contains("user.max_user_namespaces is 0"), "{doctor:?}");
+    for (backend, reached) in [("auto", "fuse"), ("fuse", "fuse"), ("router", "router")] {
+        let script = format!(
+            "set -e; cd {at}; cat var/www/index.html; echo new > new; rm -r etc; mv home moved; cat new
+             {kiln} fs diff; {kiln} fs info | grep -o '\"backend\": \"[a-z]*\"'; {kiln} fs commit -t of/{backend} >/dev/null"
+        );
+        let words = fs_run(IMAGE, &at, backend, &["-e"], &["sh", "-c", &script]);
+        let ended = where_namespaces_are_forbidden(&place, &words);
+        let wanted = format!(
+            "hello from kiln\nnew\nD /etc\nD /home\nA /moved\nA /moved/app\nA /new\n\"backend\": \"{reached}\"\n"
+        );
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, wanted.as_str()), "{backend}: {ended:?}");
+        let told = ended.stderr.contains("all your processes see the view");
+        assert_eq!(told, backend != "router", "{backend}: {ended:?}");
+        assert_eq!(place.ok(&["fs", "cat", &format!("of/{backend}"), "new"]), "new");
+        assert_eq!(place.views(), "", "{backend}");
+    }
+    // Nor may the directory be added that is missing.
+    for backend in ["auto", "fuse"] {
+        let ended = where_namespaces_are_forbidden(&place, &fs_run(IMAGE, "/kiln", backend, &[], &["true"]));
+        assert!(ended.code == 125 && ended.stderr.contains("--at"), "{backend}: {ended:?}");
+    }
+    let ended = where_namespaces_are_forbidden(&place, &fs_run(IMAGE, &at, "overlay", &[], &["true"]));
+    assert_eq!(ended.code, 125, "{ended:?}");
+    for part in ["cannot make a user namespace", "kiln system doctor", "--backend fuse"] {
+        assert!(ended.stderr.contains(part), "{part}: {ended:?}");
+    }
+    assert_eq!(place.views(), "");
 }

@@ -51,6 +51,11 @@ impl View {
         &self.record
     }
 
+    /// Whether, once it was [entered](View::enter), all processes of this user see it: the host forbids user namespaces.
+    pub fn is_seen_by_others(&self) -> bool {
+        self.record.backend != Backend::Router && self.record.namespace.is_none()
+    }
+
     /// Moves this process, which must have one thread only, to where the view is seen, and mounts it there. The router
     /// shows a view to what [`View::run`] runs, and not to this process.
     ///
@@ -72,8 +77,13 @@ impl View {
                 Err(error)
                     if error.kind() == ErrorKind::Unsupported && self.record.backend == Backend::Fuse =>
                 {
-                    tracing::warn!(%error, "the view is seen by all processes of this user");
+                    tracing::info!(%error, "the view is seen by all processes of this user");
                     private = false;
+                }
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    return Err(error.hint(
+                        "`--backend fuse` shows a view without one; `kiln system doctor` tells why there is none",
+                    ));
                 }
                 other => other?,
             }

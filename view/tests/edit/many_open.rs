@@ -9,10 +9,10 @@ use crate::ground::{ALL, Backend, Edited, with_ground_of_many};
 /// How many files are to be open at once.
 const OPEN: usize = 100_000;
 /// How many different ones they are.
-const DIFFERENT: usize = 2000;
+const DIFFERENT: usize = 1000;
 /// How many descriptors a server may have meanwhile: those of the objects that were read last, and some of its own. It is fewer
 /// than these and as many as have the same file open.
-const DESCRIPTORS: usize = 100;
+const DESCRIPTORS: usize = 140;
 
 /// Opens files to read, and waits. What they hold is theirs alone.
 const OPEN_MANY: &str = r#"

@@ -84,7 +84,10 @@ END
 /// The sources of the C library of Zstandard, which this workspace builds too.
 fn zstd() -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["metadata", "--format-version", "1", "--offline", "--manifest-path"]);
+    // What other platforms need may never have been downloaded.
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    cargo.args(["metadata", "--format-version", "1", "--offline", "--filter-platform", &platform]);
+    cargo.arg("--manifest-path");
     let output = cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).output().unwrap();
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let packages = metadata["packages"].as_array().unwrap();

@@ -258,7 +258,14 @@ fn annotation(text: &str) -> std::result::Result<(String, String), String> {
 
 fn run_in(views: &Views, mut view: View, command: &[String]) -> Result<Exit> {
     let command = views.with_startup(view.record(), command)?;
-    let ran = view.enter().and_then(|()| view.run(&command));
+    let entered = view.enter();
+    if entered.is_ok() && view.is_seen_by_others() {
+        let at = view.record().at.display();
+        progress::new(false).note(&format!(
+            "all your processes see the view at {at}: user namespaces are off on this host (`kiln system doctor`)"
+        ));
+    }
+    let ran = entered.and_then(|()| view.run(&command));
     if let Err(error) = view.leave() {
         exit::print_error(&error.into());
     }
