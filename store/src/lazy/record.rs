@@ -8,10 +8,10 @@
 //! 16   head  JSON: `layer`, `diff_id`, `toc`, `blob` (a descriptor)
 //!      u64   how many objects
 //!      each: SHA-256, u64 size, u64 offset in the blob, u64 length of its zstd frames; sorted by SHA-256
-//!      each: u32, its place in this list; sorted by their offsets (since version 2)
+//!      each: u32, its place in this list; sorted by their offsets
 //!      SHA-256 of all before it
 //! ```
-//! Numbers are little-endian. Of a newer version, or removed, the layer counts as missing, and the next pull brings it.
+//! Numbers are little-endian. Of another version, or removed, the layer counts as missing, and the next pull brings it.
 //!
 //! An object is looked up in the mapped file ([`Lookup`]): what that costs does not depend on how many there are. The last
 //! digest is for [`Store::check`](crate::Store::check); what a damaged record leads to has not the digest of the object that was looked up, and is
@@ -33,8 +33,6 @@ use crate::{Result, StoreError};
 
 const MAGIC: &[u8; 8] = b"KILNLAZY";
 const VERSION: u32 = 2;
-/// The first that says in which order objects lie.
-const ORDERED: u32 = 2;
 const START: usize = 16;
 /// As many bytes as a manifest may have, and so a descriptor in it.
 const HEAD_MOST: usize = 8 << 20;
@@ -128,7 +126,7 @@ impl Record {
         if head(&bytes).is_none() {
             start.read_to_end(&mut bytes).doing("read", path)?;
         }
-        Ok(head(&bytes).map(|(head, ..)| head))
+        Ok(head(&bytes).map(|(head, _)| head))
     }
 }
 
@@ -168,17 +166,11 @@ impl Lookup {
     }
 
     /// The objects that begin at an offset or behind it, in the order of their offsets.
-    pub(crate) fn from(&self, offset: u64) -> Box<dyn Iterator<Item = Placed> + '_> {
-        if self.parts.order.is_none() {
-            let mut all: Vec<Placed> = (0..self.parts.count).filter_map(|at| self.object(at)).collect();
-            all.retain(|object| object.offset >= offset);
-            all.sort_by_key(|object| object.offset);
-            return Box::new(all.into_iter());
-        }
+    pub(crate) fn from(&self, offset: u64) -> impl Iterator<Item = Placed> + '_ {
         let first = partition_point(self.parts.count, |at| {
             self.ordered(at).is_some_and(|object| object.offset < offset)
         });
-        Box::new((first..self.parts.count).map_while(|at| self.ordered(at)))
+        (first..self.parts.count).map_while(|at| self.ordered(at))
     }
 
     fn object(&self, at: usize) -> Option<Placed> {
@@ -186,7 +178,7 @@ impl Lookup {
     }
 
     fn ordered(&self, at: usize) -> Option<Placed> {
-        let from = self.parts.order? + at * 4;
+        let from = self.parts.order + at * 4;
         let at = u32::from_le_bytes(self.map.get(from..from + 4)?.try_into().ok()?);
         self.object(at as usize)
     }
@@ -213,20 +205,19 @@ struct Parts {
     objects: usize,
     count: usize,
     /// Where their order begins.
-    order: Option<usize>,
+    order: usize,
 }
 
 impl Parts {
     /// Reads what a record without its last digest begins with, and sees that nothing is missing or too much.
     fn of(body: &[u8]) -> Option<(Head, Self)> {
-        let (head, length, version) = head(body)?;
+        let (head, length) = head(body)?;
         let objects = START + length + 8;
         let count = body.get(objects - 8..objects)?;
         let count = usize::try_from(u64::from_le_bytes(count.try_into().ok()?)).ok()?;
         let order = objects.checked_add(count.checked_mul(OBJECT)?)?;
-        let is_ordered = version >= ORDERED;
-        let end = if is_ordered { order.checked_add(count.checked_mul(4)?)? } else { order };
-        (end == body.len()).then_some((head, Self { objects, count, order: is_ordered.then_some(order) }))
+        let end = order.checked_add(count.checked_mul(4)?)?;
+        (end == body.len()).then_some((head, Self { objects, count, order }))
     }
 
     fn object(&self, record: &[u8], at: usize) -> Option<Placed> {
@@ -238,17 +229,16 @@ impl Parts {
     }
 }
 
-/// The head at the beginning of a record, its length, and the record's version.
-fn head(bytes: &[u8]) -> Option<(Head, usize, u32)> {
+/// The head at the beginning of a record, and its length.
+fn head(bytes: &[u8]) -> Option<(Head, usize)> {
     let rest = bytes.strip_prefix(MAGIC)?;
     let (version, rest) = rest.split_first_chunk::<4>()?;
     let (length, rest) = rest.split_first_chunk::<4>()?;
     let length = u32::from_le_bytes(*length) as usize;
-    let version = u32::from_le_bytes(*version);
-    if !(1..=VERSION).contains(&version) || length > HEAD_MOST {
+    if u32::from_le_bytes(*version) != VERSION || length > HEAD_MOST {
         return None;
     }
-    Some((serde_json::from_slice(rest.get(..length)?).ok()?, length, version))
+    Some((serde_json::from_slice(rest.get(..length)?).ok()?, length))
 }
 
 #[cfg(test)]
@@ -271,15 +261,6 @@ mod tests {
         let mut objects: Vec<Placed> = (0..count).map(placed).collect();
         objects.sort();
         Record::new(Digest::of(b"layer"), &source, objects).unwrap()
-    }
-
-    /// What version 1 had of the same.
-    fn first_version(bytes: &[u8], count: usize) -> Vec<u8> {
-        let mut bytes = bytes[..bytes.len() - 32 - 4 * count].to_vec();
-        bytes[8..12].copy_from_slice(&1_u32.to_le_bytes());
-        let digest = Digest::of(&bytes);
-        bytes.extend_from_slice(digest.as_bytes());
-        bytes
     }
 
     #[test]
@@ -306,25 +287,22 @@ mod tests {
     }
 
     #[test]
-    fn objects_are_looked_up_in_records_of_both_versions() {
+    fn objects_are_looked_up_by_their_digests_and_by_their_offsets() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("record");
         let record = record(1000);
-        let bytes = record.to_bytes().unwrap();
-        for bytes in [first_version(&bytes, 1000), bytes] {
-            std::fs::write(&path, bytes).unwrap();
-            assert_eq!(Record::open(&path).unwrap().unwrap().objects, record.objects);
-            let lookup = Lookup::open(&path).unwrap().unwrap();
-            assert_eq!((lookup.key, lookup.head.layer), (record.key(), record.head.layer));
-            for number in 0..1000 {
-                assert_eq!(lookup.find(&placed(number).digest), Some(placed(number)));
-                let next: Vec<Placed> = lookup.from(number * 7).take(3).collect();
-                let expected: Vec<Placed> = (number..1000).take(3).map(placed).collect();
-                assert_eq!(next, expected);
-            }
-            assert_eq!(lookup.find(&Digest::of(b"none")), None);
-            assert_eq!(lookup.from(999 * 7 + 1).next(), None);
+        std::fs::write(&path, record.to_bytes().unwrap()).unwrap();
+        assert_eq!(Record::open(&path).unwrap().unwrap().objects, record.objects);
+        let lookup = Lookup::open(&path).unwrap().unwrap();
+        assert_eq!((lookup.key, lookup.head.layer), (record.key(), record.head.layer));
+        for number in 0..1000 {
+            assert_eq!(lookup.find(&placed(number).digest), Some(placed(number)));
+            let next: Vec<Placed> = lookup.from(number * 7).take(3).collect();
+            let expected: Vec<Placed> = (number..1000).take(3).map(placed).collect();
+            assert_eq!(next, expected);
         }
+        assert_eq!(lookup.find(&Digest::of(b"none")), None);
+        assert_eq!(lookup.from(999 * 7 + 1).next(), None);
     }
 
     /// Pages that the calling thread has touched for the first time so far (proc_pid_stat(5), `minflt`).
@@ -339,18 +317,14 @@ mod tests {
     fn little_is_read_of_a_record_of_very_many_objects() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("record");
-        let bytes = record(300_000).to_bytes().unwrap();
-        let touched = |bytes: &[u8]| {
-            std::fs::write(&path, bytes).unwrap();
-            let before = pages_touched();
-            let lookup = Lookup::open(&path).unwrap().unwrap();
-            assert_eq!(lookup.find(&placed(271_828).digest), Some(placed(271_828)));
-            assert_eq!(lookup.from(271_828 * 7).nth(20), Some(placed(271_848)));
-            pages_touched() - before
-        };
-        // The first version has no order: all of it is read, sixteen pages at a time.
-        let (few, all) = (touched(&bytes), touched(&first_version(&bytes, 300_000)));
-        assert!(few < 100 && all > 200, "{few} and {all} times something was read of the file");
+        std::fs::write(&path, record(300_000).to_bytes().unwrap()).unwrap();
+        let before = pages_touched();
+        let lookup = Lookup::open(&path).unwrap().unwrap();
+        assert_eq!(lookup.find(&placed(271_828).digest), Some(placed(271_828)));
+        assert_eq!(lookup.from(271_828 * 7).nth(20), Some(placed(271_848)));
+        // It has more than four thousand pages, and the kernel maps sixteen at once.
+        let few = pages_touched() - before;
+        assert!(few < 100, "{few} times something was read of the file");
     }
 
     #[test]
