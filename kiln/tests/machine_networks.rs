@@ -146,12 +146,12 @@ fn a_machine_with_a_device_of_its_own_is_a_neighbour_like_any_other_and_a_fork_o
     let on = |more: &[&'static str]| [&VM[..], &["--network", "tap:yard"], more].concat();
     serving(home, &on(&["-p", "127.0.0.1:0:80"]), "cabin");
     serving(home, &on(&["--allow", "192.0.2.0/24"]), "cell");
-    serving(home, &["--network", "yard"], "box");
-    for (from, to) in [("cabin", "box"), ("box", "cabin"), ("cabin", "cell"), ("box", "cell")] {
+    serving(home, &["--network", "yard"], "hut");
+    for (from, to) in [("cabin", "hut"), ("hut", "cabin"), ("cabin", "cell"), ("hut", "cell")] {
         reaches(home, from, to, to);
     }
     // By its device, and nothing else: what it may not reach there, it does not reach otherwise.
-    does_not_reach(home, "cell", &address(home, "box"));
+    does_not_reach(home, "cell", &address(home, "hut"));
     let own = home.ok(["exec", "cabin", "ip", "-o", "-4", "addr", "show", "eth0"]);
     assert!(own.contains(&format!("{}/32", address(home, "cabin"))), "{own}");
     let published = home.ok(["port", "cabin"]);
@@ -164,8 +164,8 @@ fn a_machine_with_a_device_of_its_own_is_a_neighbour_like_any_other_and_a_fork_o
 
     home.ok(["fork", "cabin", "shed"]);
     assert_ne!(address(home, "shed"), address(home, "cabin"));
-    reaches(home, "box", &address(home, "shed"), "cabin");
-    reaches(home, "shed", "box", "box");
+    reaches(home, "hut", &address(home, "shed"), "cabin");
+    reaches(home, "shed", "hut", "hut");
     reaches(home, "shed", "cabin", "cabin");
     let hardware = |name: &str| home.ok(["exec", name, "cat", "/sys/class/net/eth0/address"]);
     assert_ne!(hardware("shed"), hardware("cabin"));
@@ -184,8 +184,8 @@ fn a_machine_with_a_device_of_its_own_is_a_neighbour_like_any_other_and_a_fork_o
     });
     // And again, from its disk.
     home.ok(["start", "shed"]);
-    until("it is back", || fetch(home, "box", &address(home, "shed")).stdout == "cabin\n");
-    home.ok(["rm", "-f", "cabin", "cell", "box", "shed"]);
+    until("it is back", || fetch(home, "hut", &address(home, "shed")).stdout == "cabin\n");
+    home.ok(["rm", "-f", "cabin", "cell", "hut", "shed"]);
     assert_eq!(traces_of_device(&id), (false, false));
     home.ok(["network", "rm", "yard"]);
 }

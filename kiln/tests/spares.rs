@@ -120,11 +120,12 @@ fn names(directory: &Path) -> Vec<String> {
     names.filter(|name| !name.starts_with('.')).collect()
 }
 
-/// All that a workload can see of its machine, but for numbers of processes, times, and what is drawn.
+/// All that a workload can see of its machine, but for numbers of processes, times, what is drawn, and threads of the kernel that
+/// come and go.
 const LOOK: &str = "cd /; hostname; cat /proc/mounts; cat /proc/swaps; cat /proc/self/cgroup; \
     find /sys/fs/cgroup -type d | sort; find / -xdev ! -path '/proc*' | sort | xargs ls -ldn | cut -c1-40 | md5sum; \
     find / -xdev ! -path '/proc*' | sort | md5sum; \
-    for p in /proc/[0-9]*; do cat $p/comm; done 2>/dev/null | sed 's/kworker.*/kworker/' | sort | uniq | grep -v kworker; \
+    for p in /proc/[0-9]*; do cat $p/comm; done 2>/dev/null | sed 's/kworker.*/kworker/' | sort | uniq | grep -v -e kworker -e ext4lazyinit; \
     ip addr 2>/dev/null | grep -v inet6; cat /etc/hosts /etc/resolv.conf; df / | tail -1 | cut -c1-20; \
     ls -l /proc/1/fd | wc -l; cat /sys/fs/cgroup/cgroup.stat";
 

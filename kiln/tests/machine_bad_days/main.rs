@@ -153,6 +153,9 @@ fn whoever_of_a_machine_is_killed_while_it_starts_or_runs_nothing_is_left_and_it
             }
             gone(home, &id);
         }
+        // The last one may be running, or about to end.
+        home.kiln(["kill", "victim"]);
+        gone(home, &id);
         home.ok(["start", "victim"]);
         assert_eq!(home.ok(["exec", "victim", "echo", which]), which);
         assert_eq!(processes(home, &id).len(), 3, "{which}: {:?}", processes(home, &id));

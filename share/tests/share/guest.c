@@ -338,7 +338,10 @@ static int port(const char *wanted) {
             if (strcmp(name, wanted)) continue;
             snprintf(path, sizeof path, "/dev/%s", e->d_name);
             closedir(dir);
-            return open(path, O_RDWR);
+            /* Until the driver has heard that the host is there, a port reads as if it had ended. */
+            struct pollfd host = {open(path, O_RDWR), POLLIN, 0};
+            while (host.fd >= 0 && poll(&host, 1, 0) >= 0 && host.revents & POLLHUP) usleep(1000);
+            return host.fd;
         }
         if (dir) closedir(dir);
         usleep(1000);

@@ -107,6 +107,12 @@ fn through_fusermount(target: &Path, kind: Kind) -> Result<OwnedFd, BackendError
         }
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         let what = format!("cannot mount a tree over FUSE at {}: {said}", target.display());
-        Err(BackendError::new(ErrorKind::Failed, what))
+        let error = BackendError::new(ErrorKind::Failed, what);
+        // As fusermount3 says it of a directory that is somebody else's.
+        Err(if said.contains("no write access to mountpoint") {
+            error.hint("show it with `--at` at a directory of your own")
+        } else {
+            error
+        })
     })
 }
