@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use super::slirp::{accelerator_options, early_rate, found, pack, unpacked_kernel};
 use crate::shell::{Outcome, capture};
 
-/// The modules that a port takes, in the order in which they are loaded.
-const MODULES: [&str; 4] = ["virtio.ko", "virtio_ring.ko", "virtio_mmio.ko", "virtio_console.ko"];
+/// The modules that a port takes, in the order in which they are loaded: in newer kernels `virtio` needs `virtio_ring`, and in none
+/// the other way round.
+const MODULES: [&str; 4] = ["virtio_ring.ko", "virtio.ko", "virtio_mmio.ko", "virtio_console.ko"];
 const MEBIBYTES: u32 = 256;
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -205,8 +206,9 @@ fn make_root(package: &Path, root: &Path) -> Outcome {
         std::fs::copy(file, root.join("modules").join(module)).map_err(fail)?;
         init += &format!("/bin/busybox insmod /modules/{module}\n");
     }
-    // A redirection that fails ends a shell, so another tries the port until the host has answered.
-    init += "until (exec 3<>/dev/vport0p1) 2> /dev/null; do :; done\nexec 3<>/dev/vport0p1\n";
+    // Before the port is there, a shell would make a plain file by its name. A redirection that fails ends a shell, so another
+    // tries the port until the host has answered.
+    init += "until [ -c /dev/vport0p1 ] && (exec 3<>/dev/vport0p1) 2> /dev/null; do :; done\nexec 3<>/dev/vport0p1\n";
     init += "echo >&3\nwhile read line <&3; do $line; echo >&3; done\n";
     let path = root.join("init");
     std::fs::write(&path, init).map_err(fail)?;

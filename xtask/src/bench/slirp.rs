@@ -10,7 +10,7 @@ use crate::shell::{Outcome, capture};
 
 /// Modules in the order in which they are loaded; what the kernel has built in is not among its files.
 const MODULES: [&str; 6] =
-    ["virtio.ko", "virtio_ring.ko", "virtio_mmio.ko", "failover.ko", "net_failover.ko", "virtio_net.ko"];
+    ["virtio_ring.ko", "virtio.ko", "virtio_mmio.ko", "failover.ko", "net_failover.ko", "virtio_net.ko"];
 
 /// The running guest; it ends when this is dropped.
 pub(super) struct Slirp {

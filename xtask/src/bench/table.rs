@@ -59,8 +59,8 @@ impl Part {
             Self::Machines => {
                 "\nWhat keeps goals out of reach where machines are emulated:\n\n\
                  - **A start without a spare machine, a live fork, memory**: QEMU translates what the guest executes anew in each \
-                 process, some seven microseconds a piece of code, and keeps it there. Where the table has two figures of the bare guest, the second \
-                 shows what a shell's starting one program adds to a restore; Kiln's guest is told who it is besides. With KVM, or when a \
+                 process, some seven microseconds a piece of code, and keeps it there. The second figures of the bare guest show \
+                 what a shell's starting one program adds to a restore; Kiln's guest is told who it is besides. With KVM, or when a \
                  spare machine waits, nothing of it is left.\n\
                  - **`usernet` outward**: all of a machine's network goes through the link, whose port QEMU fills 4 KiB at a time. It \
                  is as fast as the link is; QEMU's own network has a device to itself.\n"

@@ -42,13 +42,19 @@ impl Object {
     }
 }
 
+/// What is read from.
+enum Opened<'a> {
+    Bytes(&'a [u8]),
+    File(Arc<File>),
+}
+
 impl Source {
-    /// Where the bytes are, or those of the tree itself.
-    fn file(&self) -> Result<std::result::Result<Arc<File>, &[u8]>> {
+    /// Opens an object; what else there is, is there.
+    fn open(&self) -> Result<Opened<'_>> {
         match self {
-            Self::Bytes(bytes) => Ok(Err(bytes)),
-            Self::Object(object) => object.open().map(Ok),
-            Self::File(file) => Ok(Ok(Arc::clone(file))),
+            Self::Bytes(bytes) => Ok(Opened::Bytes(bytes)),
+            Self::Object(object) => object.open().map(Opened::File),
+            Self::File(file) => Ok(Opened::File(Arc::clone(file))),
         }
     }
 }
@@ -145,35 +151,35 @@ impl Handles {
 impl Handle {
     /// Makes sure that what it has can be read: an object is compared with its digest, or fetched.
     pub(super) fn ready(&self) -> Result<()> {
-        read_lock(&self.source).file().map(drop)
+        read_lock(&self.source).open().map(drop)
     }
 
     /// Up to `size` bytes, fewer only at the end.
     pub(super) fn read<T>(&self, offset: u64, size: usize, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        match read_lock(&self.source).file()? {
-            Err(bytes) => {
+        match read_lock(&self.source).open()? {
+            Opened::Bytes(bytes) => {
                 let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 let to = from.saturating_add(size).min(bytes.len());
                 Ok(then(&bytes[from..to]))
             }
-            Ok(file) => read_at(&file, offset, size, then).map_err(|error| errno(&error)),
+            Opened::File(file) => read_at(&file, offset, size, then).map_err(|error| errno(&error)),
         }
     }
 
     /// Does something with the file of one that is in a file.
     pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
-        match read_lock(&self.source).file()? {
-            Ok(file) => then(&file),
-            Err(_) => Err(Errno::BADF),
+        match read_lock(&self.source).open()? {
+            Opened::File(file) => then(&file),
+            Opened::Bytes(_) => Err(Errno::BADF),
         }
     }
 
     /// Where data or a hole begins, from an offset on (lseek(2), `SEEK_DATA` and `SEEK_HOLE`).
     pub(super) fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
-        match read_lock(&self.source).file()? {
-            Err(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
-            Err(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
-            Ok(file) => {
+        match read_lock(&self.source).open()? {
+            Opened::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
+            Opened::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
+            Opened::File(file) => {
                 use rustix::fs::SeekFrom;
                 rustix::fs::seek(&file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
             }
