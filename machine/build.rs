@@ -17,7 +17,9 @@ fn main() {
         println!("cargo:rerun-if-changed={}", Path::new(&ready).display());
         return embed(Path::new(&ready));
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_owned).unwrap_or_default();
+    // Where it is now: a build directory may have been moved here together with this script, compiled.
+    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap_or_default());
+    let root = here.parent().map(Path::to_owned).unwrap_or_default();
     for used in ["guest", "link", "ssh", "accounts", "usernet", "Cargo.lock", "Cargo.toml"] {
         if root.join(used).exists() {
             println!("cargo:rerun-if-changed={}", root.join(used).display());

@@ -1,6 +1,7 @@
 //! The agent: the process that the host talks to.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
@@ -24,7 +25,7 @@ pub(crate) const ARGUMENT: &str = "agent";
 pub(crate) struct Machine {
     pub(crate) pid_one: PidOne,
     pub(crate) workload: Arc<Workload>,
-    /// Processes that were started over the link, by number: where to send who wants to attach, and their pids.
+    /// Processes that were started over the link, by number.
     pub(crate) processes: Mutex<HashMap<u32, Entry>>,
     /// What the root and the network are made of, until they are.
     pub(crate) ready: Ready,
@@ -37,8 +38,19 @@ pub(crate) struct Machine {
 /// A process that was started over the link.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
-    pub(crate) pid: u32,
+    pub(crate) who: Who,
     pub(crate) attach: mpsc::Sender<Attachment>,
+}
+
+/// Who is behind a number of the host's.
+#[derive(Debug, Clone)]
+pub(crate) enum Who {
+    /// Nobody yet: the process is being started.
+    Nobody,
+    /// A process, by its pidfd.
+    Process(Arc<OwnedFd>),
+    /// A system's init.
+    Init,
 }
 
 impl Machine {

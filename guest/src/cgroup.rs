@@ -43,8 +43,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Workload {
     /// Of the hierarchy; its path is out of reach once the root is another.
     root: OwnedFd,
-    /// `workload/init/cgroup.procs`.
-    init: File,
+    /// `workload/init`.
+    init: OwnedFd,
     /// The namespace that sees the root as it is.
     whole: OwnedFd,
     /// All of the hierarchy is the workload's but the agent's group.
@@ -65,9 +65,7 @@ impl Workload {
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = openat(CWD, MOUNT, flags, Mode::empty()).doing("open the control groups")?;
-        let init = File::options()
-            .write(true)
-            .open(format!("{MOUNT}/workload/init/cgroup.procs"))
+        let init = openat(&root, "workload/init", flags, Mode::empty())
             .doing("open the workload's control group")?;
         let whole = File::open("/proc/self/ns/cgroup").doing("open the control group namespace")?;
         let workload = Self { root, init, whole: whole.into(), system: AtomicBool::new(false) };
@@ -93,7 +91,7 @@ impl Workload {
         mount_remount(SEEN, flags, "").doing(doing())
     }
 
-    /// Where a process writes `0` to join. For use between fork and exec.
+    /// The directory of the group that processes are started in.
     pub(crate) fn entrance(&self) -> BorrowedFd<'_> {
         self.init.as_fd()
     }
@@ -104,8 +102,9 @@ impl Workload {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(failed(format_args!("make the control group {APART}"), errno)),
         }
-        let entrance = self.open(APART, "cgroup.procs", OFlags::WRONLY);
-        entrance.map(|file| Arc::new(file.into())).doing(format_args!("open the control group {APART}"))
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let group = openat(&self.root, APART, flags, Mode::empty());
+        group.map(Arc::new).doing(format_args!("open the control group {APART}"))
     }
 
     /// Removes that group, which must be empty.

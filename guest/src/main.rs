@@ -6,7 +6,7 @@
 //!    name or the network.
 //! 3. The host begins a life and says who the machine is: [`configure`] seeds the random generator, sets clock and names, makes
 //!    the [`root`], and both processes move into it.
-//! 4. [`process`]es are started, their streams carried; [`control`] answers the rest.
+//! 4. [`process`]es are started ([`spawn`]), their streams carried; [`control`] answers the rest.
 //! 5. Before the machine is saved again, the workload is frozen in its control group ([`cgroup`]), so that a copy runs
 //!    nothing before step 3 was done for it.
 //!
@@ -54,6 +54,8 @@ mod process;
 mod ready;
 #[cfg(target_os = "linux")]
 mod root;
+#[cfg(target_os = "linux")]
+mod spawn;
 #[cfg(target_os = "linux")]
 mod ssh;
 #[cfg(target_os = "linux")]

@@ -3,13 +3,12 @@
 //! While nobody is attached (the machine was forked, or the host's end broke), a process's output stays in its pipes: a
 //! workload waits until somebody takes it.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::Arc;
 
 use kiln_link::message::{self, Input, MAX_CHUNK, Output, Process, TerminalSize};
@@ -18,11 +17,11 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf};
-use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
-use crate::agent::{Entry, Machine, aside};
+use crate::agent::{Entry, Machine, Who, aside};
 use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid, say};
+use crate::spawn::{self, Start, Started};
 
 /// How long an init may take until it hears signals.
 const INIT_BEGINS: std::time::Duration = std::time::Duration::from_secs(30);
@@ -81,7 +80,7 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
             Err(failure) => Err(failure),
         },
         Input::Attach { number } => match entry(number) {
-            Some(Entry { pid: 1, .. }) => return as_long_as_the_machine(&mut reader).await,
+            Some(Entry { who: Who::Init, .. }) => return as_long_as_the_machine(&mut reader).await,
             Some(entry) => Ok(entry.attach),
             None => Err(Failure {
                 kind: FailureKind::NotFound,
@@ -93,7 +92,7 @@ pub(crate) async fn serve(machine: &Arc<Machine>, stream: Stream) -> Result<(), 
                 Ok(()) => {
                     // It only gets signals.
                     let (attach, _) = mpsc::channel(1);
-                    machine.processes().insert(message::WORKLOAD, Entry { pid: 1, attach });
+                    machine.processes().insert(message::WORKLOAD, Entry { who: Who::Init, attach });
                     Output::Started
                 }
                 Err(failure) => Output::Failed(failure),
@@ -140,7 +139,7 @@ async fn start(
 ) -> Result<mpsc::Sender<Attachment>, Failure> {
     let (attach, attachments) = mpsc::channel(1);
     // Taken before the process is there: nobody else gets the number meanwhile.
-    let taken = Entry { pid: 0, attach: attach.clone() };
+    let taken = Entry { who: Who::Nobody, attach: attach.clone() };
     match machine.processes().entry(number) {
         std::collections::hash_map::Entry::Occupied(_) => {
             return Err(invalid(format!("there is a process {number} already")));
@@ -149,11 +148,11 @@ async fn start(
     }
     let asking = Arc::clone(machine);
     // Its directory and its program may be on a share.
-    match aside(move || spawn(asking.workload.entrance(), asking.workload.namespace(), &process)).await {
-        Ok((child, ends)) => {
-            let pid = child.id().unwrap_or(0);
-            machine.processes().insert(number, Entry { pid, attach: attach.clone() });
-            tokio::spawn(own(child, ends, attachments));
+    match aside(move || spawn(asking.workload.entrance(), asking.workload.namespace(), *process)).await {
+        Ok((started, ends)) => {
+            let who = Who::Process(Arc::new(started.handle));
+            machine.processes().insert(number, Entry { who, attach: attach.clone() });
+            tokio::spawn(own(ends, attachments));
             Ok(attach)
         }
         Err(failure) => {
@@ -163,16 +162,17 @@ async fn start(
     }
 }
 
-/// Starts a process that nobody asks for by a number, in the control group behind `entrance` and in this process's namespaces.
-pub(crate) async fn begin(entrance: Arc<OwnedFd>, process: Process) -> Result<Running, Failure> {
-    let (child, ends) = aside(move || spawn(entrance.as_fd(), None, &process)).await?;
+/// Starts a process that nobody asks for by a number, in the control group whose directory is `group` and in this process's
+/// namespaces.
+pub(crate) async fn begin(group: Arc<OwnedFd>, process: Process) -> Result<Running, Failure> {
+    let (started, ends) = aside(move || spawn(group.as_fd(), None, process)).await?;
     let terminal = match &ends.terminal {
         Some(terminal) => Some(terminal.try_clone().doing("keep the terminal")?),
         None => None,
     };
     let (attach, attachments) = mpsc::channel(1);
-    let running = Running { pid: child.id().unwrap_or(0), attach, ended: ends.ended.subscribe(), terminal };
-    tokio::spawn(own(child, ends, attachments));
+    let running = Running { pid: started.pid, attach, ended: ends.ended.clone(), terminal };
+    tokio::spawn(own(ends, attachments));
     Ok(running)
 }
 
@@ -194,8 +194,8 @@ struct Ends {
     input: Option<Pipe>,
     output: Option<Pieces>,
     errors: Option<Pieces>,
-    /// Told when the process has ended: what it wrote is there then.
-    ended: watch::Sender<Option<ExitStatus>>,
+    /// The process's status, once it has ended: what it wrote is there then.
+    ended: watch::Receiver<Option<ExitStatus>>,
     /// The terminal, for its size.
     terminal: Option<OwnedFd>,
 }
@@ -253,27 +253,24 @@ fn pipe(end: OwnedFd) -> io::Result<Pipe> {
     crate::port::watched(File::from(end))
 }
 
-/// Starts a process in the control group behind `entrance`, and in another control group namespace if it needs one.
+/// Starts a process in the control group whose directory is `group`, and in another control group namespace if it needs one.
 fn spawn(
-    entrance: BorrowedFd<'_>,
+    group: BorrowedFd<'_>,
     namespace: Option<BorrowedFd<'_>>,
-    process: &Process,
-) -> Result<(Child, Ends), Failure> {
-    let (program, arguments) = process.args.split_first().ok_or_else(|| invalid("no command is given"))?;
+    process: Process,
+) -> Result<(Started, Ends), Failure> {
     let user = kiln_accounts::resolve(Path::new("/"), &process.user, &process.groups)
         .map_err(|error| invalid(error.to_string()))?;
-    let cwd = if process.cwd.is_empty() { "/" } else { &process.cwd };
-    std::fs::create_dir_all(cwd).doing(format_args!("make the working directory {cwd}"))?;
-    let mut command = std::process::Command::new(program);
-    command.args(arguments).env_clear();
-    command.envs(process.env.iter().filter_map(|variable| variable.split_once('=')));
-    if !process.env.iter().any(|variable| variable.starts_with("HOME=")) {
-        command.env("HOME", &user.home);
+    let cwd = if process.cwd.is_empty() { "/".to_owned() } else { process.cwd };
+    std::fs::create_dir_all(&cwd).doing(format_args!("make the working directory {cwd}"))?;
+    let mut env = process.env;
+    if !env.iter().any(|variable| variable.starts_with("HOME=")) {
+        env.push(format!("HOME={}", user.home));
     }
     let (ended, watched) = watch::channel(None);
-    let mut ends = Ends { input: None, output: None, errors: None, ended, terminal: None };
+    let mut ends = Ends { input: None, output: None, errors: None, ended: watched.clone(), terminal: None };
     let made = "make its streams";
-    if let Some(size) = process.terminal {
+    let streams = if let Some(size) = process.terminal {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
             .doing("make a terminal")?;
         grantpt(&master).and_then(|()| unlockpt(&master)).doing("make a terminal")?;
@@ -281,118 +278,55 @@ fn spawn(
             .doing("make a terminal")?;
         set_size(&near, size).doing("size the terminal")?;
         let _ = rustix::fs::fchown(&near, Some(rustix::fs::Uid::from_raw(user.uid)), None);
-        let copy = || near.try_clone().map(Stdio::from).doing("make a terminal");
-        command.stdin(copy()?).stdout(copy()?).stderr(copy()?);
+        let copy = || near.try_clone().doing("make a terminal");
         ends.terminal = Some(master.try_clone().doing("make a terminal")?);
         ends.input = Some(pipe(master.try_clone().doing(made)?).doing(made)?);
         ends.output = Some(pieces(master, watched).doing(made)?);
+        [copy()?, copy()?, near]
     } else {
         let new = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).doing(made);
-        if process.stdin {
+        let input = if process.stdin {
             let (theirs, ours) = new()?;
-            command.stdin(theirs);
             ends.input = Some(pipe(ours).doing(made)?);
+            theirs
         } else {
-            command.stdin(Stdio::null());
-        }
-        let (ours, theirs) = new()?;
-        command.stdout(theirs);
+            File::open("/dev/null").doing(made)?.into()
+        };
+        let (ours, output) = new()?;
         ends.output = Some(pieces(ours, watched.clone()).doing(made)?);
-        let (ours, theirs) = new()?;
-        command.stderr(theirs);
+        let (ours, errors) = new()?;
         ends.errors = Some(pieces(ours, watched).doing(made)?);
-    }
-    let plan = Plan {
-        entrance: entrance.as_raw_fd(),
+        [input, output, errors]
+    };
+    let start = Start {
+        args: process.args,
+        env,
+        cwd,
+        streams,
+        terminal: process.terminal.is_some(),
         namespace: namespace.map(|namespace| namespace.as_raw_fd()),
         uid: user.uid,
         gid: user.gid,
         groups: user.groups,
-        cwd: CString::new(cwd).doing("name the working directory")?,
-        terminal: process.terminal.is_some(),
         capabilities: process.capabilities,
-        limits: process.limits.clone(),
+        limits: process.limits,
         no_new_privileges: process.no_new_privileges,
     };
-    // SAFETY: `enter` makes system calls on what was prepared, and neither allocates nor locks.
-    unsafe { command.pre_exec(move || plan.enter()) };
-    let child = Command::from(command).spawn().map_err(|error| not_started(program, &error))?;
-    Ok((child, ends))
+    let Started { pid, handle } = start.start(group.as_raw_fd())?;
+    let watched = crate::port::watched(File::from(handle.try_clone().doing("watch a process")?))
+        .doing("watch a process")?;
+    tokio::spawn(async move {
+        let status = match watched.readable().await {
+            Ok(_) => spawn::wait(watched.get_ref().as_fd()),
+            Err(error) => Err(error),
+        };
+        ended.send_replace(Some(status.unwrap_or_else(|_| ExitStatus::from_raw(LOST))));
+    });
+    Ok((Started { pid, handle }, ends))
 }
 
-fn not_started(program: &str, error: &io::Error) -> Failure {
-    let kind = match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => FailureKind::CommandNotFound,
-        io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => FailureKind::CommandNotExecutable,
-        _ if error.raw_os_error() == Some(libc::ENOEXEC) => FailureKind::CommandNotExecutable,
-        _ => FailureKind::Failed,
-    };
-    let what = match kind {
-        FailureKind::CommandNotFound => format!("cannot run `{program}`: no such command in the machine"),
-        _ => format!("cannot run `{program}`: {error}"),
-    };
-    Failure { kind, what }
-}
-
-/// What a process does between fork and exec.
-struct Plan {
-    entrance: i32,
-    namespace: Option<i32>,
-    uid: u32,
-    gid: u32,
-    groups: Vec<u32>,
-    cwd: CString,
-    terminal: bool,
-    capabilities: Option<u64>,
-    limits: Vec<(u32, u64, u64)>,
-    no_new_privileges: bool,
-}
-
-/// `check` of a system call's result.
-fn done(result: impl Into<i64>) -> io::Result<()> {
-    if result.into() == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-impl Plan {
-    fn enter(&self) -> io::Result<()> {
-        // SAFETY: every pointer is to memory of `self` that lives until the call returns, with the length that is given.
-        unsafe {
-            done(libc::write(self.entrance, b"0".as_ptr().cast(), 1) as i64)?;
-            if let Some(namespace) = self.namespace {
-                done(libc::setns(namespace, libc::CLONE_NEWCGROUP))?;
-            }
-            done(libc::setsid())?;
-            if self.terminal {
-                done(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
-            }
-            for (resource, soft, hard) in &self.limits {
-                let limit = libc::rlimit { rlim_cur: *soft, rlim_max: *hard };
-                done(libc::setrlimit(*resource as _, &raw const limit))?;
-            }
-            if let Some(kept) = self.capabilities {
-                for capability in 0..=last_capability() {
-                    if kept & (1 << capability) == 0 {
-                        done(libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0))?;
-                    }
-                }
-            }
-            done(libc::setgroups(self.groups.len(), self.groups.as_ptr()))?;
-            done(libc::setresgid(self.gid, self.gid, self.gid))?;
-            done(libc::setresuid(self.uid, self.uid, self.uid))?;
-            // Of somebody who is not root the kernel has taken them by now; of root, exec gives what the bounding set has.
-            if self.no_new_privileges {
-                done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-            }
-            // As the user: it may not be everybody's.
-            done(libc::chdir(self.cwd.as_ptr()))
-        }
-    }
-}
-
-/// The highest capability of a kernel that knows fewer would be refused; 40 is `CAP_CHECKPOINT_RESTORE`, of Linux 5.9.
-const fn last_capability() -> u32 {
-    40
-}
+/// What is told of a process whose end was not seen: that it exited with 255.
+const LOST: i32 = 255 << 8;
 
 pub(crate) fn set_size(terminal: &OwnedFd, size: TerminalSize) -> io::Result<()> {
     let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -408,35 +342,30 @@ enum Came {
 }
 
 /// Owns a process: whoever is attached gets its output, one after the other, and one of them its status.
-async fn own(mut child: Child, mut ends: Ends, mut attachments: mpsc::Receiver<Attachment>) {
-    let mut status = None;
+async fn own(mut ends: Ends, mut attachments: mpsc::Receiver<Attachment>) {
     while let Some(attachment) = attachments.recv().await {
-        if let Ok(Came::Over) = carry(&mut child, &mut ends, &mut status, attachment).await {
+        if let Ok(Came::Over) = carry(&mut ends, attachment).await {
             break;
         }
     }
 }
 
 /// Carries streams until the process or whoever is attached has gone.
-async fn carry(
-    child: &mut Child,
-    ends: &mut Ends,
-    status: &mut Option<u8>,
-    attachment: Attachment,
-) -> Result<Came, LinkError> {
+async fn carry(ends: &mut Ends, attachment: Attachment) -> Result<Came, LinkError> {
     let Attachment { reader, mut writer } = attachment;
     let (inputs, mut input) = mpsc::channel(4);
     let listening = tokio::spawn(listen(reader, inputs));
     let mut pending: Vec<u8> = Vec::new();
     let mut closing = false;
     let mut listens = true;
+    let mut status = *ends.ended.borrow();
     let came = loop {
         if closing && pending.is_empty() && ends.terminal.is_none() {
             ends.input = None;
         }
         let drained = ends.output.is_none() && ends.errors.is_none();
-        if let (Some(code), true) = (*status, drained) {
-            message::send(&mut writer, &Output::Exited(code)).await?;
+        if let (Some(status), true) = (status, drained) {
+            message::send(&mut writer, &Output::Exited(code_of(status))).await?;
             let _ = writer.shutdown().await;
             break Came::Over;
         }
@@ -465,14 +394,19 @@ async fn carry(
                 // The stream has ended on their side, so nobody would hear the rest.
                 None => { listens = false; if status.is_none() { break Came::Alone; } }
             },
-            ended = child.wait(), if status.is_none() => {
-                *status = Some(code_of(&ended));
-                ends.ended.send_replace(ended.ok().or(Some(ExitStatus::default())));
-            }
+            ended = end(&mut ends.ended), if status.is_none() => status = Some(ended),
         }
     };
     listening.abort();
     Ok(came)
+}
+
+/// A process's status, when it has ended.
+async fn end(ended: &mut watch::Receiver<Option<ExitStatus>>) -> ExitStatus {
+    match ended.wait_for(Option::is_some).await {
+        Ok(status) => status.unwrap_or_default(),
+        Err(_) => ExitStatus::from_raw(LOST),
+    }
 }
 
 /// The next piece; `None` at the end. Never, if there is no stream.
@@ -502,14 +436,12 @@ async fn listen<R: AsyncRead + Unpin>(mut reader: R, inputs: mpsc::Sender<Input>
     }
 }
 
-fn code_of(ended: &io::Result<std::process::ExitStatus>) -> u8 {
-    match ended {
-        Ok(status) => match (status.code(), status.signal()) {
-            (Some(code), _) => code.to_le_bytes()[0],
-            (None, Some(signal)) => 128_u8.wrapping_add(signal.to_le_bytes()[0]),
-            (None, None) => 255,
-        },
-        Err(_) => 255,
+/// As a shell tells it.
+fn code_of(status: ExitStatus) -> u8 {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => code.to_le_bytes()[0],
+        (None, Some(signal)) => 128_u8.wrapping_add(signal.to_le_bytes()[0]),
+        (None, None) => 255,
     }
 }
 
@@ -534,16 +466,23 @@ async fn until_init_takes(signal: i32) {
 /// Sends a signal to a process that was started over the link.
 pub(crate) async fn signal(machine: &Machine, number: u32, signal: i32) -> Result<(), Failure> {
     let entry = machine.processes().get(&number).cloned();
-    let pid =
-        entry.and_then(|entry| i32::try_from(entry.pid).ok()).filter(|pid| *pid > 0).ok_or_else(|| {
-            Failure { kind: FailureKind::NotFound, what: format!("there is no process {number}") }
-        })?;
-    if pid == 1 {
-        until_init_takes(signal).await;
-    }
-    // SAFETY: takes two numbers. The process is this one's child, so its number is its own until it is waited for, or it
-    // is PID 1.
-    if unsafe { libc::kill(pid, signal) } == 0 {
+    let sent = match entry.map(|entry| entry.who) {
+        Some(Who::Process(handle)) => {
+            let none = std::ptr::null::<libc::siginfo_t>();
+            // SAFETY: takes two numbers, nothing and a number. The handle is the process's, and nobody's once that has ended.
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, handle.as_raw_fd(), signal, none, 0) }
+        }
+        Some(Who::Init) => {
+            until_init_takes(signal).await;
+            // SAFETY: takes two numbers.
+            unsafe { libc::kill(1, signal) }.into()
+        }
+        Some(Who::Nobody) | None => {
+            let what = format!("there is no process {number}");
+            return Err(Failure { kind: FailureKind::NotFound, what });
+        }
+    };
+    if sent == 0 {
         return Ok(());
     }
     match io::Error::last_os_error() {

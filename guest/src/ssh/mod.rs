@@ -31,7 +31,7 @@ use crate::agent::Machine;
 use crate::failure::{Doing as _, Failure, invalid, say};
 
 /// What makes this program the server of one connection. Its standard input is the connection, its standard output the
-/// entrance of the workload's control group.
+/// directory of the workload's control group.
 pub(crate) const ARGUMENT: &str = "ssh";
 /// What makes this program carry files between its standard input and output.
 pub(crate) const FILES_ARGUMENT: &str = "files";

@@ -26,6 +26,9 @@ const IFF_UP: u32 = 1;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_MTU: u16 = 4;
 const IFLA_TXQLEN: u16 = 13;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 /// No duplicate address detection: nobody else is there.
@@ -48,6 +51,14 @@ pub(super) fn configure(index: u32, config: &TunConfig) -> Result<(), GuestError
     let name = &config.name;
     let mut netlink =
         Netlink::open().map_err(GuestError::doing("opening a socket to the kernel's network"))?;
+    // Without an address of its own making it looks for no router. A kernel without IPv6 refuses, and does not either.
+    let mode = nested(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+    let mut quiet = Message::new(RTM_NEWLINK, 0);
+    quiet.bytes(&[0, 0, 0, 0]).word(index).word(0).word(0);
+    quiet.attribute(IFLA_AF_SPEC, &nested(AF_INET6.into(), &mode));
+    if let Err(error) = netlink.request(quiet) {
+        tracing::debug!(%error, "the guest's device may look for routers");
+    }
     let mut link = Message::new(RTM_NEWLINK, 0);
     link.bytes(&[0, 0, 0, 0]).word(index).word(IFF_UP).word(IFF_UP);
     link.attribute(IFLA_MTU, &u32::from(config.mtu).to_ne_bytes());
@@ -76,6 +87,13 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
+/// An attribute, as what another one holds.
+fn nested(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut inner = Message(Vec::new());
+    inner.attribute(kind, value);
+    inner.0
+}
+
 struct Message(Vec<u8>);
 
 impl Message {
@@ -95,7 +113,7 @@ impl Message {
     }
 
     fn attribute(&mut self, kind: u16, value: &[u8]) -> &mut Self {
-        // Values are addresses and numbers: 16 bytes at most.
+        // Values are addresses, numbers and attributes of such: some 20 bytes at most.
         let length = 4 + value.len() as u16;
         self.bytes(&length.to_ne_bytes()).bytes(&kind.to_ne_bytes()).bytes(value);
         self.0.resize(self.0.len().next_multiple_of(4), 0);
