@@ -148,7 +148,13 @@ async fn start(
     }
     let asking = Arc::clone(machine);
     // Its directory and its program may be on a share.
-    match aside(move || spawn(asking.workload.entrance(), asking.workload.namespace(), *process)).await {
+    let begun = aside(move || {
+        if number == message::WORKLOAD {
+            make_directory_of(&process)?;
+        }
+        spawn(asking.workload.entrance(), asking.workload.namespace(), *process)
+    });
+    match begun.await {
         Ok((started, ends)) => {
             let who = Who::Process(Arc::new(started.handle));
             machine.processes().insert(number, Entry { who, attach: attach.clone() });
@@ -165,7 +171,11 @@ async fn start(
 /// Starts a process that nobody asks for by a number, in the control group whose directory is `group` and in this process's
 /// namespaces.
 pub(crate) async fn begin(group: Arc<OwnedFd>, process: Process) -> Result<Running, Failure> {
-    let (started, ends) = aside(move || spawn(group.as_fd(), None, process)).await?;
+    let begun = aside(move || {
+        make_directory_of(&process)?;
+        spawn(group.as_fd(), None, process)
+    });
+    let (started, ends) = begun.await?;
     let terminal = match &ends.terminal {
         Some(terminal) => Some(terminal.try_clone().doing("keep the terminal")?),
         None => None,
@@ -253,6 +263,16 @@ fn pipe(end: OwnedFd) -> io::Result<Pipe> {
     crate::port::watched(File::from(end))
 }
 
+/// Where it begins.
+fn directory_of(process: &Process) -> &str {
+    if process.cwd.is_empty() { "/" } else { &process.cwd }
+}
+
+fn make_directory_of(process: &Process) -> Result<(), Failure> {
+    let cwd = directory_of(process);
+    std::fs::create_dir_all(cwd).doing(format_args!("make the working directory {cwd}"))
+}
+
 /// Starts a process in the control group whose directory is `group`, and in another control group namespace if it needs one.
 fn spawn(
     group: BorrowedFd<'_>,
@@ -261,8 +281,7 @@ fn spawn(
 ) -> Result<(Started, Ends), Failure> {
     let user = kiln_accounts::resolve(Path::new("/"), &process.user, &process.groups)
         .map_err(|error| invalid(error.to_string()))?;
-    let cwd = if process.cwd.is_empty() { "/".to_owned() } else { process.cwd };
-    std::fs::create_dir_all(&cwd).doing(format_args!("make the working directory {cwd}"))?;
+    let cwd = directory_of(&process).to_owned();
     let mut env = process.env;
     if !env.iter().any(|variable| variable.starts_with("HOME=")) {
         env.push(format!("HOME={}", user.home));

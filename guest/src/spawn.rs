@@ -9,13 +9,14 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::ptr::null;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
-use crate::failure::{Doing as _, Failure, FailureKind, invalid};
+use crate::failure::{Doing as _, Failure, FailureKind, failed, invalid};
 
 /// Where programs are looked for if the environment does not say (confstr(3)).
 const USUAL_PATH: &str = "/bin:/usr/bin";
@@ -64,8 +65,18 @@ struct Plan {
     programs: Vec<CString>,
     args: Words,
     env: Words,
+    /// What it does now, as a number of [`Step`]'s.
+    step: AtomicU8,
     /// The number of the error that kept it from executing the program.
     failed: AtomicI32,
+}
+
+/// What a process does on its way to be another program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Become,
+    Enter,
+    Execute,
 }
 
 /// Words as execve(2) takes them.
@@ -94,25 +105,32 @@ impl Start {
     pub(crate) fn start(self, group: RawFd) -> Result<Started, Failure> {
         let env = last_of_each(&self.env);
         let program = self.args.first().ok_or_else(|| invalid("no command is given"))?.clone();
+        let places = places_of(&program, &env);
         let plan = Plan {
             cwd: c_string(&self.cwd)?,
-            programs: places_of(&program, &env)
-                .iter()
-                .map(|place| c_string(place))
-                .collect::<Result<_, _>>()?,
+            programs: places.iter().map(|place| c_string(place)).collect::<Result<_, _>>()?,
             args: Words::new(&self.args)?,
             env: Words::new(&env)?,
+            step: AtomicU8::new(Step::Become as u8),
             failed: AtomicI32::new(0),
             start: self,
         };
-        let started = clone_into(group, &plan).map_err(|error| not_started(&program, &error))?;
-        match plan.failed.load(Ordering::Relaxed) {
-            0 => Ok(started),
-            errno => {
-                wait(started.handle.as_fd()).doing("wait for a process that did not begin")?;
-                Err(not_started(&program, &io::Error::from_raw_os_error(errno)))
-            }
+        let started = clone_into(group, &plan).doing(format_args!("make a process for `{program}`"))?;
+        let errno = plan.failed.load(Ordering::Relaxed);
+        if errno == 0 {
+            return Ok(started);
         }
+        wait(started.handle.as_fd()).doing("wait for a process that did not begin")?;
+        let error = io::Error::from_raw_os_error(errno);
+        let (cwd, step) = (Path::new(&plan.start.cwd), plan.step.load(Ordering::Relaxed));
+        Err(if step == Step::Execute as u8 {
+            let places: Vec<_> = places.iter().map(|place| cwd.join(place)).collect();
+            not_executed(&program, &places, &error)
+        } else if step == Step::Enter as u8 {
+            failed(format_args!("enter the working directory {}", cwd.display()), error)
+        } else {
+            failed(format_args!("prepare a process for `{program}`"), error)
+        })
     }
 }
 
@@ -128,18 +146,28 @@ pub(crate) fn wait(handle: BorrowedFd<'_>) -> io::Result<ExitStatus> {
     }))
 }
 
-fn not_started(program: &str, error: &io::Error) -> Failure {
-    let kind = match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => FailureKind::CommandNotFound,
-        io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory => FailureKind::CommandNotExecutable,
-        _ if error.raw_os_error() == Some(libc::ENOEXEC) => FailureKind::CommandNotExecutable,
-        _ => FailureKind::Failed,
+/// Says what execve(2) did not, in the words that containers have for it. `places` are where the program was looked for.
+fn not_executed(program: &str, places: &[PathBuf], error: &io::Error) -> Failure {
+    let not_executable = |reason: &str| Failure {
+        kind: FailureKind::CommandNotExecutable,
+        what: format!("cannot run `{program}`: {reason}"),
     };
-    let what = match kind {
-        FailureKind::CommandNotFound => format!("cannot run `{program}`: no such command in the machine"),
-        _ => format!("cannot run `{program}`: {error}"),
-    };
-    Failure { kind, what }
+    let (is_file, is_directory) = (places.iter().any(|at| at.is_file()), places.iter().any(|at| at.is_dir()));
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) if is_file => {
+            not_executable("the interpreter that it names is not in the machine")
+        }
+        Some(libc::ENOENT | libc::ENOTDIR) => Failure {
+            kind: FailureKind::CommandNotFound,
+            what: format!("cannot run `{program}`: no such command in the machine"),
+        },
+        Some(libc::EACCES) if is_directory && !is_file => not_executable("it is a directory"),
+        Some(libc::EACCES) => not_executable("permission denied"),
+        Some(libc::ENOEXEC) => not_executable(
+            "it is neither a program for this processor nor a script that names its interpreter",
+        ),
+        _ => failed(format_args!("run `{program}`"), error),
+    }
 }
 
 /// Of variables with one name only the last, in the place of the first.
@@ -334,6 +362,7 @@ impl Plan {
             if start.no_new_privileges {
                 done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
             }
+            self.step.store(Step::Enter as u8, Ordering::Relaxed);
             done(libc::chdir(self.cwd.as_ptr()))
         }
     }
@@ -349,6 +378,7 @@ impl Plan {
             libc::sigaction(libc::SIGPIPE, &raw const default, std::ptr::null_mut());
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
         }
+        self.step.store(Step::Execute as u8, Ordering::Relaxed);
         let mut outcome = libc::ENOENT;
         for program in &self.programs {
             // SAFETY: all three are what execve(2) wants, and are there.
@@ -394,12 +424,22 @@ mod tests {
     }
 
     #[test]
-    fn what_did_not_begin_says_why() {
-        let of = |errno| not_started("x", &io::Error::from_raw_os_error(errno)).kind;
-        assert_eq!(of(libc::ENOENT), FailureKind::CommandNotFound);
-        assert_eq!(of(libc::ENOTDIR), FailureKind::CommandNotFound);
-        assert_eq!(of(libc::EACCES), FailureKind::CommandNotExecutable);
-        assert_eq!(of(libc::ENOEXEC), FailureKind::CommandNotExecutable);
-        assert_eq!(of(libc::ENOMEM), FailureKind::Failed);
+    fn what_was_not_executed_says_why() {
+        let of = |place: &str, errno| {
+            let failure = not_executed("x", &[place.into()], &io::Error::from_raw_os_error(errno));
+            (failure.kind, failure.what)
+        };
+        let (found, executable) = (FailureKind::CommandNotFound, FailureKind::CommandNotExecutable);
+        for (place, errno, kind, says) in [
+            ("/no/such", libc::ENOENT, found, "no such command in the machine"),
+            ("/etc/passwd/x", libc::ENOTDIR, found, "no such command in the machine"),
+            ("/etc/passwd", libc::ENOENT, executable, "the interpreter that it names is not in the machine"),
+            ("/etc", libc::EACCES, executable, "it is a directory"),
+            ("/etc/passwd", libc::EACCES, executable, "permission denied"),
+        ] {
+            assert_eq!(of(place, errno), (kind, format!("cannot run `x`: {says}")));
+        }
+        assert_eq!(of("/etc/passwd", libc::ENOEXEC).0, executable);
+        assert_eq!(of("/etc/passwd", libc::ENOMEM).0, FailureKind::Failed);
     }
 }

@@ -160,7 +160,7 @@ pub struct Process {
     /// `NAME=value`.
     #[n(1)]
     pub env: Vec<String>,
-    /// The working directory, absolute; made if it is missing.
+    /// The working directory, absolute. The [`WORKLOAD`]'s is made if it is missing.
     #[n(2)]
     pub cwd: String,
     /// `user[:group]` by name or number; empty is root.

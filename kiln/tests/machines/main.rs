@@ -58,6 +58,30 @@ fn exit_codes_and_streams_are_the_commands_own() {
         let ended = home.kiln(run(&["--rm"], command));
         assert_eq!(ended.code, code, "{command:?}: {ended:?}");
     }
+    sleeper(home, "refuses");
+    let script =
+        "printf '#!/no/such\\n' > /lost; echo true > /plain; chmod 755 /lost /plain; mkdir -m 700 /mine";
+    home.ok(["exec", "refuses", "sh", "-c", script]);
+    let mine: &[&str] = &["-u", "1000", "-w", "/mine"];
+    let table: [(&[&str], &str, i32, &str); 6] = [
+        (&[], "/lost", 126, "cannot run `/lost`: the interpreter that it names is not in the machine"),
+        (&[], "/plain", 126, "cannot run `/plain`: it is neither a program"),
+        (&[], "/etc", 126, "cannot run `/etc`: it is a directory"),
+        (&[], "lost", 127, "cannot run `lost`: no such command in the machine"),
+        (mine, "true", 125, "cannot enter the working directory /mine: Permission denied"),
+        (
+            &["-w", "/none"],
+            "true",
+            125,
+            "cannot enter the working directory /none: No such file or directory",
+        ),
+    ];
+    for (flags, command, code, says) in table {
+        let ended = home.kiln([&["exec"], flags, &["refuses", command]].concat());
+        assert_eq!(ended.code, code, "{command:?}: {ended:?}");
+        assert!(ended.stderr.contains(says), "{command:?}: {ended:?}");
+    }
+    home.ok(["rm", "--force", "refuses"]);
     let words = run(
         &["-i", "--rm", "-e", "A=1", "-w", "/tmp", "-h", "box"],
         &["sh", "-c", "cat; echo err >&2; echo $A $PWD; hostname; exit 3"],
