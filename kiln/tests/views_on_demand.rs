@@ -4,12 +4,17 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use common::place::{Place, fs_run};
 use kiln_fixtures::{RegistryOptions, RegistryServer};
+
+/// How long something may take that must not take long.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A view in which files are read when the test says so.
 struct Reader {
@@ -158,6 +163,97 @@ fn what_is_missing_is_fetched_once_and_what_is_damaged_is_never_shown() {
         reader.end();
         let ended = place.kiln(&["fs", "cat", &reference, "/second"]);
         assert!(ended.code != 0 && ended.stderr.contains("have the digest"), "{ended:?}");
+    }
+}
+
+/// The kernel's list of FUSE's connections, at a directory.
+struct Connections(PathBuf);
+
+impl Connections {
+    fn at(directory: PathBuf) -> Self {
+        fs::create_dir_all(&directory).unwrap();
+        let none: Option<&std::ffi::CStr> = None;
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", &directory, "fusectl", flags, none).unwrap();
+        Self(directory)
+    }
+
+    /// How many requests of a mount, by its device number, have no answer yet.
+    fn waiting(&self, device: &str) -> usize {
+        let minor = rustix::fs::minor(device.parse().unwrap());
+        fs::read_to_string(self.0.join(minor.to_string()).join("waiting")).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Connections {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// The lines that a program says, for who does not wait for ever.
+fn lines(said: impl std::io::BufRead + Send + 'static) -> Receiver<String> {
+    let (told, lines) = channel();
+    std::thread::spawn(move || said.lines().map_while(Result::ok).try_for_each(|line| told.send(line)));
+    lines
+}
+
+#[test]
+fn a_registry_that_hangs_keeps_nobody_from_what_is_here() {
+    // More than a server has threads or fetches at once, and than the kernel reads ahead at once if nobody tells it otherwise.
+    let missing: Vec<(String, Vec<u8>)> =
+        (0..24).map(|n| (n.to_string(), n.to_string().repeat(300_000).into())).collect();
+    let here = kiln_fixtures::noise(4 << 20, 5);
+    for place in Place::all() {
+        let Some(server) = RegistryServer::start(&RegistryOptions::default()) else { return };
+        let mut files: Vec<_> = missing.iter().map(|(name, bytes)| (name.as_str(), bytes.clone())).collect();
+        files.push(("here", here.clone()));
+        let reference = image(&place, &server, &files);
+        let (connections, out) = (Connections::at(place.beside("connections")), place.beside("out"));
+        for backend in if place.user.is_some() { &["fuse", "router"][..] } else { &["fuse"] } {
+            let (at, go) = (place.at_by(backend), out.join("go"));
+            fs::create_dir(&out).unwrap();
+            fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
+            missing.iter().for_each(|(_, bytes)| fs::remove_file(object(&place, bytes)).unwrap());
+            let before = blobs_given(&server);
+            let script = format!(
+                "cd {at}; stat -c %d .
+                 for n in $(seq 0 23); do (sha256sum < $n > {out}/$n) & done
+                 until test -e {go}; do sleep 0.05; done
+                 sha256sum < here; ls | wc -l; wait; cat {out}/[0-9] {out}/[0-9][0-9]",
+                out = out.display(),
+                go = go.display()
+            );
+            let hanging = server.hang();
+            let words = fs_run(&reference, &at, backend, &[], &["sh", "-c", &script]);
+            let mut child = place.command(&words).stdout(Stdio::piped()).spawn().unwrap();
+            let said = lines(BufReader::new(child.stdout.take().unwrap()));
+            let device = said.recv_timeout(PATIENCE).unwrap();
+            let begun = Instant::now();
+            while connections.waiting(&device) < missing.len() {
+                assert!(begun.elapsed() < PATIENCE, "{backend}: {} wait", connections.waiting(&device));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            fs::write(&go, "").unwrap();
+            let looked = [0, 1].map(|_| said.recv_timeout(PATIENCE));
+            let is_read = |name: &str| fs::metadata(out.join(name)).is_ok_and(|sum| sum.len() > 0);
+            let read = missing.iter().filter(|(name, _)| is_read(name));
+            assert_eq!(read.count(), 0, "{backend}: the registry has answered nothing");
+            drop(hanging);
+            let sum = |bytes: &[u8]| format!("{}  -", hex(bytes));
+            assert_eq!(looked, [sum(&here), files.len().to_string()].map(Ok), "{backend}");
+            let expected: Vec<_> = missing.iter().map(|(_, bytes)| sum(bytes)).collect();
+            assert_eq!(said.iter().collect::<Vec<_>>(), expected, "{backend}");
+            assert!(child.wait().unwrap().success(), "{backend}");
+            assert_eq!(
+                blobs_given(&server),
+                before + 1,
+                "{backend}: one layer, once: {:?}",
+                server.requests()
+            );
+            fs::remove_dir_all(&out).unwrap();
+        }
+        place.ok(&["fs", "service", "stop"]);
     }
 }
 

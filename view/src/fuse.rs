@@ -35,10 +35,13 @@ use crate::sockets;
 
 mod attributes;
 mod edit;
+mod fetches;
 mod objects;
+mod passed;
 mod server;
 pub(crate) mod shared;
 pub(crate) mod space;
+mod state;
 
 /// Whose the files of a tree are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -97,6 +97,19 @@ pub(crate) struct Objects {
     failed: Mutex<HashMap<Digest, Instant>>,
 }
 
+/// Where an object is.
+enum Local<'a> {
+    Here(File),
+    /// It is missing or damaged, and may be had by this.
+    Elsewhere(ObjectError, &'a Fetcher),
+    /// It cannot be had now.
+    Nowhere(ObjectError),
+}
+
+fn not_fetched(flaw: ObjectError, why: String) -> ObjectError {
+    ObjectError::NotFetched { flaw: Box::new(flaw), why }
+}
+
 impl AsFd for Objects {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
@@ -122,25 +135,51 @@ impl Objects {
         })
     }
 
-    /// Opens an object of the size that the tree says, after it was compared with its digest. What is wrong is told to
-    /// the log.
+    /// Opens an object of the size that the tree says, after it was compared with its digest. One that is missing or damaged
+    /// is fetched meanwhile. What is wrong is told to the log.
     pub(crate) fn open(&self, digest: &Digest, size: u64) -> Result<File, ObjectError> {
-        self.open_or_fetch(digest, size).inspect_err(|error| {
-            let path = self.path.join(relative(digest));
-            tracing::error!(object = %path.display(), "the object cannot be shown: {error}");
-        })
+        let opened = match self.local(digest, size) {
+            Local::Here(file) => return Ok(file),
+            Local::Elsewhere(flaw, fetcher) => self.fetch(fetcher, flaw, digest, size),
+            Local::Nowhere(why) => Err(why),
+        };
+        opened.inspect_err(|why| self.tell(digest, why))
     }
 
-    fn open_or_fetch(&self, digest: &Digest, size: u64) -> Result<File, ObjectError> {
+    /// The same for who cannot wait: `None` for one that has to be fetched.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn open_local(&self, digest: &Digest, size: u64) -> Result<Option<File>, ObjectError> {
+        match self.local(digest, size) {
+            Local::Here(file) => Ok(Some(file)),
+            Local::Elsewhere(..) => Ok(None),
+            Local::Nowhere(why) => Err(why).inspect_err(|why| self.tell(digest, why)),
+        }
+    }
+
+    fn tell(&self, digest: &Digest, why: &ObjectError) {
+        let path = self.path.join(relative(digest));
+        tracing::error!(object = %path.display(), "the object cannot be shown: {why}");
+    }
+
+    fn local(&self, digest: &Digest, size: u64) -> Local<'_> {
         let flaw = match self.open_verified(digest, size) {
-            Ok(file) => return Ok(file),
+            Ok(file) => return Local::Here(file),
             Err(flaw) => flaw,
         };
-        let Some(fetcher) = &self.fetcher else { return Err(flaw) };
-        let not_fetched = |flaw, why| ObjectError::NotFetched { flaw: Box::new(flaw), why };
+        let Some(fetcher) = &self.fetcher else { return Local::Nowhere(flaw) };
         if lock(&self.failed).get(digest).is_some_and(|failed| failed.elapsed() < PAUSE) {
-            return Err(not_fetched(flaw, "it could not be a moment ago".to_owned()));
+            return Local::Nowhere(not_fetched(flaw, "it could not be a moment ago".to_owned()));
         }
+        Local::Elsewhere(flaw, fetcher)
+    }
+
+    fn fetch(
+        &self,
+        fetcher: &Fetcher,
+        flaw: ObjectError,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<File, ObjectError> {
         tracing::warn!(object = %digest, "the object is fetched: {flaw}");
         let fetched = match fetcher.fetch(digest) {
             Ok(()) => self.open_verified(digest, size),

@@ -5,11 +5,12 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_contract::Digest;
 use kiln_erofs::Nid;
 
+use super::fetches::Fetches;
 use crate::objects::{ObjectError, Objects};
 
 /// Objects kept open at once. The kernel keeps what it has read, so that only files being read for the first time
@@ -17,33 +18,73 @@ use crate::objects::{ObjectError, Objects};
 const KEPT: usize = 64;
 
 /// Objects of which those that were read last stay open: whoever has very many files open takes no descriptor for each.
+///
+/// Who wants one says what is to be done with it. If it is here that is done at once, else when it has been fetched, by
+/// another thread: those that answer requests never wait for a network. What cannot be had is told to the log.
 pub(super) struct OpenObjects {
-    objects: Objects,
-    recent: Mutex<RecentObjects>,
+    objects: Arc<Objects>,
+    fetches: Arc<Fetches>,
+    recent: Arc<Mutex<RecentObjects>>,
 }
 
 impl OpenObjects {
     pub(super) fn new(objects: Objects) -> Self {
-        Self { objects, recent: Mutex::default() }
+        let objects = Arc::new(objects);
+        let fetches = Arc::new(Fetches::of(Arc::clone(&objects)));
+        Self { objects, fetches, recent: Arc::default() }
     }
 
-    /// Opens an object for the caller alone. It may have to be read, or fetched.
-    pub(super) fn open(&self, digest: &Digest, size: u64) -> Result<File, ObjectError> {
-        self.objects.open(digest, size)
+    /// An object for the caller alone.
+    pub(super) fn open(
+        &self,
+        digest: &Digest,
+        size: u64,
+        then: impl FnOnce(Option<Arc<File>>) + Send + 'static,
+    ) {
+        match self.objects.open_local(digest, size) {
+            Ok(Some(file)) => then(Some(Arc::new(file))),
+            Ok(None) => self.fetch(digest, size, then),
+            Err(_) => then(None),
+        }
     }
 
     /// The object of an inode. Nothing is locked while it is opened: others read other objects meanwhile.
-    pub(super) fn of(&self, nid: Nid, digest: &Digest, size: u64) -> Result<Arc<File>, ObjectError> {
-        let recent = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = recent().get(nid);
-        match open {
-            Some(file) => Ok(file),
-            None => {
-                let file = self.objects.open(digest, size)?;
-                Ok(recent().keep(nid, file))
-            }
+    pub(super) fn of(
+        &self,
+        nid: Nid,
+        digest: &Digest,
+        size: u64,
+        then: impl FnOnce(Option<Arc<File>>) + Send + 'static,
+    ) {
+        let open = lock(&self.recent).get(nid);
+        if open.is_some() {
+            return then(open);
         }
+        let recent = Arc::clone(&self.recent);
+        self.open(digest, size, move |file| {
+            let kept = file.map(|file| lock(&recent).keep(nid, file));
+            then(kept);
+        });
     }
+
+    /// An object if it is here. `Ok(None)`: it has to be fetched.
+    pub(super) fn local(&self, digest: &Digest, size: u64) -> Result<Option<File>, ObjectError> {
+        self.objects.open_local(digest, size)
+    }
+
+    /// An object that was not here a moment ago. This returns at once, and never calls `then` itself.
+    pub(super) fn fetch(
+        &self,
+        digest: &Digest,
+        size: u64,
+        then: impl FnOnce(Option<Arc<File>>) + Send + 'static,
+    ) {
+        self.fetches.add(digest, size, Box::new(then));
+    }
+}
+
+fn lock(recent: &Mutex<RecentObjects>) -> MutexGuard<'_, RecentObjects> {
+    recent.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Objects that were read last, by inode.
@@ -60,11 +101,10 @@ impl RecentObjects {
     }
 
     /// Keeps what was opened for an inode; what another thread opened meanwhile stays.
-    fn keep(&mut self, nid: Nid, file: File) -> Arc<File> {
+    fn keep(&mut self, nid: Nid, file: Arc<File>) -> Arc<File> {
         if let Some(file) = self.get(nid) {
             return file;
         }
-        let file = Arc::new(file);
         if self.order.len() >= KEPT
             && let Some(oldest) = self.order.pop_front()
         {

@@ -1,27 +1,25 @@
 //! The server: requests answered from a mapped tree and opened objects.
 
-use std::collections::HashMap;
-use std::collections::hash_map;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fuser::{
-    BackingId, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
     Session, SessionACL,
 };
-use kiln_contract::Digest;
 use kiln_erofs::{Entry, FileType, Image, ImageError, Inode, Nid};
 
 use super::Owners;
 use super::attributes::{NOTHING, OverlayNames, kind, lower_attributes, send_xattr};
-use super::edit::{Editable, Upper};
+use super::edit::{Among, Editable, Upper};
 use super::objects::{OpenObjects, read_at};
+use super::passed::PassedFiles;
 use super::space::{FOR_EVER, ROOT, Space};
 use crate::objects::Objects;
 use crate::userns;
@@ -53,7 +51,7 @@ pub(super) fn serve(
             owners,
             space,
             may_pass_through,
-            open: Mutex::default(),
+            passed: Arc::default(),
             opened: AtomicUsize::new(0),
         },
         device,
@@ -72,10 +70,10 @@ pub(super) fn serve_editable(
     let image = Image::open(bytes).map_err(std::io::Error::other)?;
     // The kernel has applied that of whoever makes something.
     rustix::process::umask(rustix::fs::Mode::empty());
-    session(Editable::new(image, objects, upper, owners, Space::Whole)?, device)?.run()
+    session(Editable::new(image, objects, upper, owners, Among::nobody())?, device)?.run()
 }
 
-/// A connection whose requests are answered by several threads. At least two: one may wait for an object that is being fetched.
+/// A connection whose requests are answered by several threads. At least two: one may have a large object to read.
 pub(super) fn session<F: Filesystem>(filesystem: F, device: OwnedFd) -> std::io::Result<Session<F>> {
     let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, THREADS);
     let mut config = Config::default();
@@ -94,20 +92,13 @@ pub(super) fn ask_for_usual(config: &mut KernelConfig) {
     ] {
         let _ = config.add_capabilities(wanted);
     }
+    // Of reads ahead the kernel sends so many at once, of all files together: those that wait for objects that are being
+    // fetched must not keep it from reading others.
+    let _ = config.set_max_background(u16::MAX);
 }
 
 /// The handle of files that are read here, which need none.
 const READ_HERE: FileHandle = FileHandle(0);
-/// The handle of files that the kernel reads by itself.
-const PASSED: FileHandle = FileHandle(1);
-
-#[derive(Default)]
-struct OpenFiles {
-    /// Files that the kernel reads by itself, with the number of handles that each has: it wants one identity a file.
-    passed: HashMap<u64, (BackingId, usize)>,
-    /// Whether the kernel takes objects: not known before the first. It refuses those that are on an overlay themselves.
-    passes: Option<bool>,
-}
 
 /// One tree, read-only. Where it shares its connection ([`Space::Share`]), the kernel is never told that it need not ask again
 /// (`ENOSYS`), which would hold for the others too.
@@ -120,7 +111,7 @@ pub(super) struct Served {
     /// Whether the kernel lets this process hand objects to it. If not, it is told not to ask when files are opened: an
     /// object that is missing then shows when it is read.
     may_pass_through: bool,
-    open: Mutex<OpenFiles>,
+    passed: Arc<Mutex<PassedFiles>>,
     /// How many files are open, where the kernel tells.
     opened: AtomicUsize,
 }
@@ -129,6 +120,24 @@ pub(super) struct Served {
 fn fault(nid: Nid, error: &ImageError) -> Errno {
     tracing::error!(inode = nid, %error, "the tree cannot be read");
     Errno::EIO
+}
+
+fn lock(passed: &Mutex<PassedFiles>) -> MutexGuard<'_, PassedFiles> {
+    passed.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Answers who reads a file that is this object.
+fn send(nid: Nid, object: &File, offset: u64, size: u32, reply: ReplyData) {
+    let mut reply = Some(reply);
+    let read = read_at(object, offset, size as usize, |bytes| {
+        if let Some(reply) = reply.take() {
+            reply.data(bytes);
+        }
+    });
+    if let (Err(error), Some(reply)) = (read, reply) {
+        tracing::error!(inode = nid, %error, "an object cannot be read");
+        reply.error(Errno::EIO);
+    }
 }
 
 impl Served {
@@ -141,8 +150,8 @@ impl Served {
     ) -> Self {
         // What the kernel reads by itself it must be given when the file is opened, and then it asks at every opening.
         let (names, may_pass_through) = (OverlayNames::None, false);
-        let (open, opened, objects) = (Mutex::default(), AtomicUsize::new(0), OpenObjects::new(objects));
-        Self { image, objects, names, owners, space, may_pass_through, open, opened }
+        let (passed, opened, objects) = (Arc::default(), AtomicUsize::new(0), OpenObjects::new(objects));
+        Self { image, objects, names, owners, space, may_pass_through, passed, opened }
     }
 
     /// Whether a file is open. Only a connection that serves more than this tree is told.
@@ -172,10 +181,6 @@ impl Served {
         self.image.inode(nid).map_err(|error| fault(nid, &error))
     }
 
-    fn open_files(&self) -> MutexGuard<'_, OpenFiles> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn attributes(&self, inode: &Inode<'_>) -> FileAttr {
         lower_attributes(inode, self.number(inode.nid()), self.owners)
     }
@@ -201,18 +206,6 @@ impl Served {
         Ok(all.enumerate().map(move |(index, entry)| {
             entry.map(|entry| (from + index as u64 + 1, entry)).map_err(|error| fault(nid, &error))
         }))
-    }
-
-    /// The object that a file is; `None` for files that are in the tree itself.
-    fn open_for_kernel(&self, ino: INodeNo) -> Result<Option<File>, Errno> {
-        let inode = self.inode(ino)?;
-        let object = inode.object().map_err(|error| fault(inode.nid(), &error))?;
-        object.map(|digest| self.object(&digest, inode.size())).transpose()
-    }
-
-    /// Opens an object. It may have to be read, or fetched: nothing is locked meanwhile.
-    fn object(&self, digest: &Digest, size: u64) -> Result<File, Errno> {
-        self.objects.open(digest, size).map_err(|_| Errno::EIO)
     }
 
     /// Everything of an inode's xattrs that is shown.
@@ -276,48 +269,25 @@ impl Filesystem for Served {
             self.opened.fetch_add(1, Ordering::AcqRel);
             return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE);
         }
-        if !self.may_pass_through || self.open_files().passes == Some(false) {
+        if !self.may_pass_through || lock(&self.passed).are_refused() {
             // Neither this nor the end of its use needs a request: the kernel never asks again.
             return reply.error(Errno::ENOSYS);
         }
-        let passes_already = self.open_files().passed.contains_key(&ino.0);
-        let mut opened = None;
-        if !passes_already {
-            match self.open_for_kernel(ino) {
-                Ok(Some(file)) => opened = Some(file),
-                Ok(None) => return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
-                Err(error) => return reply.error(error),
+        let Err(reply) = lock(&self.passed).open_again(ino, reply) else { return };
+        let inode = match self.inode(ino) {
+            Ok(inode) => inode,
+            Err(error) => return reply.error(error),
+        };
+        match inode.object().map_err(|error| fault(inode.nid(), &error)) {
+            Ok(None) => reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Some(digest)) => {
+                let passed = Arc::clone(&self.passed);
+                self.objects.open(&digest, inode.size(), move |file| match file {
+                    Some(file) => lock(&passed).open(ino, &file, reply),
+                    None => reply.error(Errno::EIO),
+                });
             }
-        }
-        let mut files = self.open_files();
-        let OpenFiles { passed, passes, .. } = &mut *files;
-        if let hash_map::Entry::Vacant(vacant) = passed.entry(ino.0) {
-            // The last who had it may have let go a moment ago.
-            let file = match opened.map_or_else(|| self.open_for_kernel(ino), |file| Ok(Some(file))) {
-                Ok(Some(file)) => file,
-                Ok(None) => return reply.opened(READ_HERE, FopenFlags::FOPEN_KEEP_CACHE),
-                Err(error) => return reply.error(error),
-            };
-            match reply.open_backing(&file) {
-                Ok(backing) => {
-                    vacant.insert((backing, 0));
-                }
-                Err(error) if passes.is_none() => {
-                    tracing::debug!(%error, "the kernel does not read objects by itself");
-                    *passes = Some(false);
-                    return reply.error(Errno::ENOSYS);
-                }
-                // A file must not be read both ways at once, so that there is no way back once it took one.
-                Err(error) => {
-                    tracing::error!(inode = ino.0, %error, "the kernel does not take an object");
-                    return reply.error(Errno::EIO);
-                }
-            }
-            *passes = Some(true);
-        }
-        if let Some((backing, handles)) = passed.get_mut(&ino.0) {
-            *handles += 1;
-            reply.opened_passthrough(PASSED, FopenFlags::empty(), backing);
+            Err(error) => reply.error(error),
         }
     }
 
@@ -346,19 +316,11 @@ impl Filesystem for Served {
                 Err(error) => reply.error(error),
             },
             Ok(Some(digest)) => {
-                let Ok(file) = self.objects.of(inode.nid(), &digest, inode.size()) else {
-                    return reply.error(Errno::EIO);
-                };
-                let mut reply = Some(reply);
-                let read = read_at(&file, offset, size as usize, |bytes| {
-                    if let Some(reply) = reply.take() {
-                        reply.data(bytes);
-                    }
+                let nid = inode.nid();
+                self.objects.of(nid, &digest, inode.size(), move |file| match file {
+                    Some(file) => send(nid, &file, offset, size, reply),
+                    None => reply.error(Errno::EIO),
                 });
-                if let (Err(error), Some(reply)) = (read, reply) {
-                    tracing::error!(inode = inode.nid(), %error, "an object cannot be read");
-                    reply.error(Errno::EIO);
-                }
             }
             Err(error) => reply.error(error),
         }
@@ -377,15 +339,7 @@ impl Filesystem for Served {
         if self.space != Space::Whole {
             self.opened.fetch_sub(1, Ordering::AcqRel);
         }
-        let mut files = self.open_files();
-        if handle == PASSED
-            && let Some((_, handles)) = files.passed.get_mut(&ino.0)
-        {
-            *handles -= 1;
-            if *handles == 0 {
-                files.passed.remove(&ino.0);
-            }
-        }
+        lock(&self.passed).close(ino, handle);
         reply.ok();
     }
 

@@ -11,7 +11,7 @@ mod requests;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use fuser::{BackgroundSession, Errno, Filesystem, INodeNo, Session};
 use kiln_contract::{BackendError, ErrorKind, Scratch};
@@ -20,9 +20,10 @@ use memmap2::Mmap;
 
 use self::requests::Shared;
 use super::Owners;
-use super::edit::{Editable, Upper};
+use super::edit::{Among, Editable, Upper};
 use super::server::{Served, session};
 use super::space::{Share, Space};
+use super::state::{Changes, State};
 use crate::mounting::{Host, Kind, Mounting as _};
 use crate::objects::{Fetcher, Objects};
 
@@ -91,7 +92,7 @@ impl SharedMount {
     /// has the other one be seen, while nobody who wants to change something gets an answer.
     pub(crate) fn retire(&self, share: Share, replace: impl FnOnce()) {
         let trees = self.trees.all(&[share]);
-        let held: Vec<_> = trees.iter().map(|tree| (tree.state(), tree)).collect();
+        let held: Vec<_> = trees.iter().map(|tree| (tree.changes.decide(), tree)).collect();
         replace();
         for (mut state, tree) in held {
             *state = State::Retired;
@@ -108,7 +109,7 @@ impl SharedMount {
     pub(crate) fn freeze(&self, share: Share, earlier: &[Share], frozen: bool) -> Result<(), BackendError> {
         for tree in self.trees.all(&[share]) {
             // Nobody opens a file to write to it meanwhile.
-            let mut state = tree.state();
+            let mut state = tree.changes.decide();
             if frozen && self.trees.all(earlier).iter().chain([&tree]).any(|tree| tree.is_written(None)) {
                 let what = format!("files at {} are open for writing", self.target.display());
                 return Err(BackendError::new(ErrorKind::State, what).hint("end what writes to them first"));
@@ -154,76 +155,58 @@ impl Trees {
     }
 }
 
-/// What may be changed in a tree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Everything, if it has a scratch.
-    Changing,
-    /// Nothing, and nothing is open to be written.
-    Frozen,
-    /// Only what is open to be written: another tree has its scratch.
-    Retired,
-}
-
 /// One tree. Its parts go in this order.
 struct Tree {
     server: Server,
-    state: RwLock<State>,
-    _mapping: Mmap,
+    changes: Arc<Changes>,
+    _mapping: Arc<Mmap>,
 }
 
 enum Server {
     ReadOnly(Box<Served>),
-    Editable(Box<Editable>),
+    Editable(Editable),
 }
 
 impl Tree {
     fn open(new: &NewTree<'_>, space: Space, earlier: &[Arc<Self>]) -> Result<Self, BackendError> {
         let NewTree { tree, objects, scratch, owners, fetcher, frozen, earlier: _ } = *new;
-        let mapping = crate::tree::map(tree)?;
+        let mapping = Arc::new(crate::tree::map(tree)?);
         // SAFETY: what is mapped stays where it is until the mapping is dropped, which is after the server that reads it:
-        // the order of the fields says so.
+        // the order of the fields says so, here and in what of the server goes with requests that wait for objects.
         let bytes: &'static [u8] = unsafe { std::slice::from_raw_parts(mapping.as_ptr(), mapping.len()) };
         let image = Image::open(bytes).map_err(|error| {
             BackendError::caused(format!("cannot read the tree {}", tree.display()), error)
         })?;
         let objects = Objects::of(objects, fetcher.cloned())?;
+        let changes = Arc::new(Changes::new(if frozen { State::Frozen } else { State::Changing }));
         let server = match scratch {
             None => Server::ReadOnly(Box::new(Served::among_others(image, objects, owners, space))),
             Some(scratch) => {
                 let upper = Upper::open(scratch, crate::userns::is_root_of_host())?;
-                let editable = Editable::new(image, objects, upper, owners, space).map_err(|error| {
+                let earlier = earlier.iter().filter_map(|tree| tree.editable().ok());
+                let (changes, mapping) = (Arc::clone(&changes), Arc::clone(&mapping));
+                let among = Among::others(space, earlier, changes, mapping);
+                let editable = Editable::new(image, objects, upper, owners, among).map_err(|error| {
                     let what = format!("cannot open the scratch {}", scratch.upper.display());
                     BackendError::caused(what, error)
                 })?;
-                let earlier = earlier.iter().filter_map(|tree| tree.editable().ok());
-                Server::Editable(Box::new(editable.after(earlier)))
+                Server::Editable(editable)
             }
         };
-        let state = if frozen { State::Frozen } else { State::Changing };
-        Ok(Self { server, state: RwLock::new(state), _mapping: mapping })
+        Ok(Self { server, changes, _mapping: mapping })
     }
 
     fn server(&self) -> &dyn Filesystem {
         match &self.server {
             Server::ReadOnly(served) => &**served,
-            Server::Editable(editable) => &**editable,
+            Server::Editable(editable) => editable,
         }
-    }
-
-    fn state(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Held, what may be changed stays as it is.
     fn is_changing(&self) -> Result<RwLockReadGuard<'_, State>, Errno> {
-        let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        match *state {
-            // The kernel looks the whole path up again then, which leads to what is seen now, if it begins above.
-            State::Retired => Err(Errno::ESTALE),
-            State::Frozen => Err(Errno::EROFS),
-            State::Changing => self.editable().map(|_| state),
-        }
+        let state = self.changes.are_allowed().map_err(|error| Errno::from_i32(error.raw_os_error()))?;
+        self.editable().map(|_| state)
     }
 
     /// Whether something, or this file, is open to be written.

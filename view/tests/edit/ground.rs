@@ -8,10 +8,10 @@ use kiln_contract::{BackendError, Digest, Home, Scratch, ViewBackend, ViewReques
 use kiln_erofs::{Attributes, Content, Data, NodeId, Time, Tree, Xattrs, object_redirect, write_metadata};
 use kiln_fixtures::with_private_mounts;
 use kiln_store::Store;
-use kiln_view::Overlay;
 use kiln_view::fuse::{self, Mounted, Owners, Served};
 use kiln_view::router::Client;
 use kiln_view::views::{self, NewView, Views};
+use kiln_view::{Fetcher, Overlay};
 
 use crate::operations::{Op, Place, Told, snapshot};
 
@@ -98,6 +98,13 @@ fn launch(home: &Home, _: std::time::Duration) -> Command {
     command
 }
 
+/// What brings objects: a script beside a home, where there is one.
+pub(crate) fn fetcher(home: &Home) -> Fetcher {
+    let ground = home.path().parent().unwrap();
+    let program = "/bin/sh".into();
+    Fetcher { program, arguments: vec![ground.join("fetch").into()], home: ground.to_owned() }
+}
+
 /// The name of the router's view.
 const VIEW: &str = "edited";
 
@@ -153,7 +160,15 @@ impl Ground {
         ground
     }
 
-    fn home(&self) -> Home {
+    /// The directory of the objects that the view shows.
+    pub(crate) fn objects(&self) -> PathBuf {
+        match self.backend {
+            Backend::Router => Store::open(&self.home()).unwrap().objects_dir(),
+            Backend::Fuse | Backend::Overlay => self.at("objects"),
+        }
+    }
+
+    pub(crate) fn home(&self) -> Home {
         Home::at(self.at("home"))
     }
 
@@ -256,7 +271,9 @@ impl Ground {
 
     pub(crate) fn serve(&self, scratch: Option<&Scratch>) -> Mounted {
         let (tree, objects) = (self.at("tree.erofs"), self.at("objects"));
-        fuse::start(&self.served(&tree, &objects, scratch)).unwrap().mount(&self.at("view")).unwrap()
+        let fetcher = fetcher(&self.home());
+        let served = Served { fetcher: Some(&fetcher), ..self.served(&tree, &objects, scratch) };
+        fuse::start(&served).unwrap().mount(&self.at("view")).unwrap()
     }
 
     pub(crate) fn edit(&self) -> Edited {

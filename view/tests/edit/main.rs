@@ -32,7 +32,8 @@ use table::{b, s, table};
 #[test]
 fn the_routers_service_itself() {
     let Ok(home) = std::env::var(ground::SERVICE) else { return };
-    let views = kiln_view::views::Views::open(&kiln_contract::Home::at(home));
+    let home = kiln_contract::Home::at(home);
+    let views = kiln_view::views::Views::open(&home).fetching(ground::fetcher(&home));
     kiln_view::router::serve(&views, kiln_view::router::IDLE, || {}).unwrap();
 }
 

@@ -1,5 +1,6 @@
 //! What the tree has is copied to the scratch before it is changed.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -13,6 +14,33 @@ use super::nodes::{Id, Node, Nodes};
 use super::parents::Parents;
 use super::place::Place;
 use super::union::{Union, damaged};
+
+/// What is copied of a file.
+enum Data {
+    Nothing,
+    Embedded { bytes: Cow<'static, [u8]>, length: usize },
+    Object { object: File, length: u64, whole: bool },
+}
+
+impl Data {
+    fn copy(self, mut to: &File) -> Result<()> {
+        match self {
+            Self::Nothing => Ok(()),
+            Self::Embedded { bytes, length } => {
+                to.write_all(&bytes[..length.min(bytes.len())]).map_err(|error| errno(&error))
+            }
+            // Shared blocks where the file system has that; else the kernel copies, where it can.
+            Self::Object { object, whole: true, .. } if rustix::fs::ioctl_ficlone(to, &object).is_ok() => {
+                Ok(())
+            }
+            Self::Object { object, length, .. } => {
+                let copied =
+                    std::io::copy(&mut object.take(length), &mut to).map_err(|error| errno(&error))?;
+                if copied == length { Ok(()) } else { Err(Errno::IO) }
+            }
+        }
+    }
+}
 
 impl Union {
     /// The directory of the scratch (`O_PATH`) in which the names of a directory are changed. It is made if it is missing.
@@ -73,6 +101,8 @@ impl Union {
         if inode.file_type() == FileType::Directory {
             return self.copy_up_directory(id);
         }
+        // Before anything is made: who has to fetch it begins anew.
+        let data = self.data(&inode, length.unwrap_or(u64::MAX))?;
         let names = self.visible_names(id)?;
         // Before the copy is made, so that a directory that cannot be made costs none.
         let mut directories = Vec::new();
@@ -81,7 +111,7 @@ impl Union {
         }
         let temporary = self.upper.new_name();
         let place = Place::named(self.upper.work_again()?, &temporary);
-        let copied = self.copy(&inode, &place, &temporary, length).and_then(|()| place.stat());
+        let copied = self.copy(&inode, &place, &temporary, data).and_then(|()| place.stat());
         let stat = copied.inspect_err(|_| self.upper.discard(&temporary))?;
         let held = if names.is_empty() { Some(place.hold()?) } else { None };
         let mut node = Node::new(stat.st_ino, false, None, None);
@@ -153,8 +183,23 @@ impl Union {
         Ok(self.find(parent, name)?.is_some_and(|found| found.id == id && !found.in_scratch))
     }
 
+    /// As much of a file's data as is wanted.
+    fn data(&mut self, inode: &Inode<'static>, wanted: u64) -> Result<Data> {
+        let length = wanted.min(inode.size());
+        if inode.file_type() != FileType::Regular || length == 0 {
+            return Ok(Data::Nothing);
+        }
+        match self.object(inode)? {
+            Some(object) => Ok(Data::Object { object, length, whole: length == inode.size() }),
+            None => {
+                let bytes = inode.embedded().map_err(|error| damaged(&error))?;
+                Ok(Data::Embedded { bytes, length: usize::try_from(length).unwrap_or(usize::MAX) })
+            }
+        }
+    }
+
     /// Makes a copy in the work directory.
-    fn copy(&self, inode: &Inode<'static>, place: &Place, name: &[u8], length: Option<u64>) -> Result<()> {
+    fn copy(&self, inode: &Inode<'static>, place: &Place, name: &[u8], data: Data) -> Result<()> {
         let work = self.upper.work();
         let node = |kind| {
             let device = inode.device().map_or(0, |device| rustix::fs::makedev(device.major, device.minor));
@@ -164,8 +209,7 @@ impl Union {
             FileType::Regular => {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
                 let file: File = rustix::fs::openat(work, name, flags, Mode::RUSR | Mode::WUSR)?.into();
-                let wanted = length.unwrap_or(u64::MAX).min(inode.size());
-                self.copy_data(inode, &file, wanted)?;
+                data.copy(&file)?;
                 self.dress(inode, place)?;
                 if self.upper.durable() {
                     file.sync_data().map_err(|error| errno(&error))?;
@@ -183,24 +227,6 @@ impl Union {
             FileType::Directory => return Err(Errno::ISDIR),
         }
         self.dress(inode, place)
-    }
-
-    fn copy_data(&self, inode: &Inode<'static>, mut to: &File, wanted: u64) -> Result<()> {
-        match self.object(inode)? {
-            None => {
-                let bytes = inode.embedded().map_err(|error| damaged(&error))?;
-                let end = usize::try_from(wanted).unwrap_or(usize::MAX).min(bytes.len());
-                to.write_all(&bytes[..end]).map_err(|error| errno(&error))
-            }
-            Some(from) => {
-                // Shared blocks where the file system has that; else the kernel copies, where it can.
-                if wanted == inode.size() && rustix::fs::ioctl_ficlone(to, &from).is_ok() {
-                    return Ok(());
-                }
-                let copied = std::io::copy(&mut from.take(wanted), &mut to).map_err(|error| errno(&error))?;
-                if copied == wanted { Ok(()) } else { Err(Errno::IO) }
-            }
-        }
     }
 
     /// Gives a copy the owner, the mode, the xattrs and the times of what it is a copy of.

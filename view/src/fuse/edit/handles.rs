@@ -28,6 +28,7 @@ pub(super) enum Source {
 }
 
 /// An object that is opened when it is read.
+#[derive(Clone)]
 pub(super) struct Object {
     pub(super) among: Arc<OpenObjects>,
     pub(super) nid: Nid,
@@ -35,28 +36,10 @@ pub(super) struct Object {
     pub(super) size: u64,
 }
 
-impl Object {
-    fn open(&self) -> Result<Arc<File>> {
-        // What is wrong with it was told to the log.
-        self.among.of(self.nid, &self.digest, self.size).map_err(|_| Errno::IO)
-    }
-}
-
 /// What is read from.
-enum Opened<'a> {
+pub(super) enum Opened<'a> {
     Bytes(&'a [u8]),
-    File(Arc<File>),
-}
-
-impl Source {
-    /// Opens an object; what else there is, is there.
-    fn open(&self) -> Result<Opened<'_>> {
-        match self {
-            Self::Bytes(bytes) => Ok(Opened::Bytes(bytes)),
-            Self::Object(object) => object.open().map(Opened::File),
-            Self::File(file) => Ok(Opened::File(Arc::clone(file))),
-        }
-    }
+    File(&'a File),
 }
 
 /// An open file.
@@ -149,39 +132,56 @@ impl Handles {
 }
 
 impl Handle {
-    /// Makes sure that what it has can be read: an object is compared with its digest, or fetched.
-    pub(super) fn ready(&self) -> Result<()> {
-        read_lock(&self.source).open().map(drop)
+    /// Hands on what is read from. An object is compared with its digest; if it has to be fetched, another thread hands it on
+    /// afterwards.
+    pub(super) fn opened(self: &Arc<Self>, then: impl FnOnce(Result<Opened<'_>>) + Send + 'static) {
+        let object = match &*read_lock(&self.source) {
+            Source::Object(object) => object.clone(),
+            Source::Bytes(bytes) => return then(Ok(Opened::Bytes(bytes))),
+            Source::File(file) => return then(Ok(Opened::File(file))),
+        };
+        let handle = Arc::clone(self);
+        object.among.of(object.nid, &object.digest, object.size, move |file| {
+            // It may have been copied up since.
+            match (&*read_lock(&handle.source), &file) {
+                (Source::File(copy), _) => then(Ok(Opened::File(copy))),
+                (_, Some(file)) => then(Ok(Opened::File(file))),
+                // What is wrong with it was told to the log.
+                (_, None) => then(Err(Errno::IO)),
+            }
+        });
     }
 
+    /// Does something with the file of one that is in the scratch.
+    pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
+        match &*read_lock(&self.source) {
+            Source::File(file) => then(file),
+            Source::Bytes(_) | Source::Object(_) => Err(Errno::BADF),
+        }
+    }
+}
+
+impl Opened<'_> {
     /// Up to `size` bytes, fewer only at the end.
     pub(super) fn read<T>(&self, offset: u64, size: usize, then: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        match read_lock(&self.source).open()? {
-            Opened::Bytes(bytes) => {
+        match self {
+            Self::Bytes(bytes) => {
                 let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
                 let to = from.saturating_add(size).min(bytes.len());
                 Ok(then(&bytes[from..to]))
             }
-            Opened::File(file) => read_at(&file, offset, size, then).map_err(|error| errno(&error)),
-        }
-    }
-
-    /// Does something with the file of one that is in a file.
-    pub(super) fn with_file<T>(&self, then: impl FnOnce(&File) -> Result<T>) -> Result<T> {
-        match read_lock(&self.source).open()? {
-            Opened::File(file) => then(&file),
-            Opened::Bytes(_) => Err(Errno::BADF),
+            Self::File(file) => read_at(file, offset, size, then).map_err(|error| errno(&error)),
         }
     }
 
     /// Where data or a hole begins, from an offset on (lseek(2), `SEEK_DATA` and `SEEK_HOLE`).
     pub(super) fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
-        match read_lock(&self.source).open()? {
-            Opened::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
-            Opened::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
-            Opened::File(file) => {
+        match self {
+            Self::Bytes(bytes) if offset >= bytes.len() as u64 => Err(Errno::NXIO),
+            Self::Bytes(bytes) => Ok(if hole { bytes.len() as u64 } else { offset }),
+            Self::File(file) => {
                 use rustix::fs::SeekFrom;
-                rustix::fs::seek(&file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+                rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
             }
         }
     }

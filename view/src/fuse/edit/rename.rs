@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::{Errno, Result};
 
+use super::super::space::Space;
 use super::change::{OnDisk, hold, on_disk};
 use super::nodes::Id;
 use super::place::Place;
@@ -20,8 +21,43 @@ pub(super) struct Name<'n> {
 }
 
 impl Union {
+    /// renameat2(2) as a request says. A name on its way to a root that everybody shares may have to be asked for once more
+    /// ([`leaving`](super::leaving)).
+    pub(super) fn rename_as_told(
+        &mut self,
+        from: Name<'_>,
+        to: Name<'_>,
+        flags: fuser::RenameFlags,
+        space: Space,
+    ) -> Result<()> {
+        let to_root = |to: &Name<'_>, from: &Name<'_>| {
+            space.is_everybodys(to.parent) && !space.is_everybodys(from.parent)
+        };
+        let leaving = match flags {
+            _ if to_root(&to, &from) => Some((from.parent, from.name)),
+            fuser::RenameFlags::RENAME_EXCHANGE if to_root(&from, &to) => Some((to.parent, to.name)),
+            _ => None,
+        };
+        if let Some((parent, name)) = leaving
+            && !self.leaving.may_go(parent, name)
+        {
+            return Err(Errno::STALE);
+        }
+        let renamed = match flags {
+            fuser::RenameFlags::RENAME_EXCHANGE => self.exchange(from, to),
+            fuser::RenameFlags::RENAME_NOREPLACE => self.rename(from, to, false),
+            flags if flags.is_empty() => self.rename(from, to, true),
+            _ => Err(Errno::INVAL),
+        };
+        // What has to be fetched first is still on its way.
+        if let Some((parent, name)) = leaving.filter(|_| self.missing.is_none()) {
+            self.leaving.went(parent, name);
+        }
+        renamed
+    }
+
     /// rename(2), in place of what has the new name if there is such.
-    pub(super) fn rename(&mut self, from: Name<'_>, to: Name<'_>, replace: bool) -> Result<()> {
+    fn rename(&mut self, from: Name<'_>, to: Name<'_>, replace: bool) -> Result<()> {
         let source = self.find(from.parent, from.name)?.ok_or(Errno::NOENT)?;
         let target = self.find(to.parent, to.name)?;
         if let Some(target) = &target {
@@ -69,7 +105,7 @@ impl Union {
     }
 
     /// renameat2(2) with `RENAME_EXCHANGE`.
-    pub(super) fn exchange(&mut self, a: Name<'_>, b: Name<'_>) -> Result<()> {
+    fn exchange(&mut self, a: Name<'_>, b: Name<'_>) -> Result<()> {
         let first = self.find(a.parent, a.name)?.ok_or(Errno::NOENT)?;
         let second = self.find(b.parent, b.name)?.ok_or(Errno::NOENT)?;
         if first.id == second.id {

@@ -20,7 +20,8 @@ use super::super::space::FOR_EVER;
 use super::change::{Attributes, Maker, New};
 use super::place::Place;
 use super::rename::Name;
-use super::{Editable, handles, listings};
+use super::union::Union;
+use super::{Editable, Edited, handles, listings};
 use crate::mounting::LARGEST_REQUEST;
 
 /// As the kernel is told.
@@ -58,6 +59,31 @@ impl Editable {
     }
 }
 
+impl Edited {
+    /// An object may have to be read, or fetched: nobody else waits for that.
+    fn open_to_read(&self, ino: INodeNo, reply: ReplyOpen) {
+        let mut union = self.union();
+        let source = match union.open(ino.0, false) {
+            Ok(source) => source,
+            Err(error) => return reply.error(told(error)),
+        };
+        let number = self.handles.open(source, ino.0, false);
+        let flags = self.opened(&mut union, ino.0);
+        drop(union);
+        let handles = Arc::clone(&self.handles);
+        match self.handles.get(number) {
+            Ok(handle) => handle.opened(move |opened| match opened {
+                Ok(_) => reply.opened(FileHandle(number), flags),
+                Err(error) => {
+                    handles.close(number, ino.0);
+                    reply.error(told(error));
+                }
+            }),
+            Err(error) => reply.error(told(error)),
+        }
+    }
+}
+
 impl Filesystem for Editable {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         Self::ask_for(config);
@@ -88,7 +114,7 @@ impl Filesystem for Editable {
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         match self.union().attributes(ino.0) {
             Ok(attributes) => {
-                reply.attr(self.while_certain(self.space.remembered(ino.0)), &self.told(attributes));
+                reply.attr(self.while_certain(self.among.space.remembered(ino.0)), &self.told(attributes));
             }
             Err(error) => reply.error(told(error)),
         }
@@ -116,12 +142,16 @@ impl Filesystem for Editable {
             .then(|| Timestamps { last_access: timespec(atime), last_modification: timespec(mtime) });
         let changes = Attributes { mode, uid, gid, size, times };
         let open = fh.and_then(|fh| self.handles.get(fh.0).ok());
-        match self.union().set_attributes(ino.0, &changes, open.as_deref()) {
-            Ok(attributes) => {
-                reply.attr(self.while_certain(self.space.remembered(ino.0)), &self.told(attributes));
-            }
-            Err(error) => reply.error(told(error)),
-        }
+        self.change(
+            move |union| union.set_attributes(ino.0, &changes, open.as_deref()),
+            move |edited, _, changed| match changed {
+                Ok(attributes) => {
+                    let remembered = edited.while_certain(edited.among.space.remembered(ino.0));
+                    reply.attr(remembered, &edited.told(attributes));
+                }
+                Err(error) => reply.error(told(error)),
+            },
+        );
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
@@ -171,78 +201,53 @@ impl Filesystem for Editable {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let from = Name { parent: parent.0, name: name.as_bytes() };
-        let to = Name { parent: new_parent.0, name: new_name.as_bytes() };
-        let mut union = self.union();
-        let to_root = |to: &Name<'_>, from: &Name<'_>| {
-            self.space.is_everybodys(to.parent) && !self.space.is_everybodys(from.parent)
+        let (name, new_name) = (name.as_bytes().to_vec(), new_name.as_bytes().to_vec());
+        let space = self.among.space;
+        let rename = move |union: &mut Union| {
+            let from = Name { parent: parent.0, name: &name };
+            union.rename_as_told(from, Name { parent: new_parent.0, name: &new_name }, flags, space)
         };
-        let leaving = match flags {
-            _ if to_root(&to, &from) => Some((from.parent, from.name)),
-            RenameFlags::RENAME_EXCHANGE if to_root(&from, &to) => Some((to.parent, to.name)),
-            _ => None,
-        };
-        if let Some((parent, name)) = leaving
-            && !union.leaving.may_go(parent, name)
-        {
-            return reply.error(Errno::ESTALE);
-        }
-        let renamed = match flags {
-            RenameFlags::RENAME_EXCHANGE => union.exchange(from, to),
-            RenameFlags::RENAME_NOREPLACE => union.rename(from, to, false),
-            flags if flags.is_empty() => union.rename(from, to, true),
-            _ => Err(Failure::INVAL),
-        };
-        if let Some((parent, name)) = leaving {
-            union.leaving.went(parent, name);
-        }
-        answer(renamed, reply);
+        self.change(rename, |_, _, renamed| answer(renamed, reply));
     }
 
     fn link(&self, _: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let mut union = self.union();
-        match union.link(ino.0, parent.0, name.as_bytes()) {
-            Ok(attributes) => {
-                union.nodes.count(ino.0);
-                let remembered = self.remembered(&mut union, parent.0, name.as_bytes());
-                reply.entry_with_ttls(
-                    self.while_certain(&FOR_EVER),
-                    remembered,
-                    &self.told(attributes),
-                    Generation(0),
-                );
-            }
-            Err(error) => reply.error(told(error)),
-        }
+        let name = Arc::new(name.as_bytes().to_vec());
+        let linked = Arc::clone(&name);
+        self.change(
+            move |union| union.link(ino.0, parent.0, &linked),
+            move |edited, union, linked| match linked {
+                Ok(attributes) => {
+                    union.nodes.count(ino.0);
+                    let remembered = edited.remembered(union, parent.0, &name);
+                    let certain = edited.while_certain(&FOR_EVER);
+                    reply.entry_with_ttls(certain, remembered, &edited.told(attributes), Generation(0));
+                }
+                Err(error) => reply.error(told(error)),
+            },
+        );
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let anew = flags.0 & libc::O_TRUNC != 0;
-        let mut union = self.union();
-        let mut open = || {
-            if write || anew {
-                union.copy_up(ino.0, anew.then_some(0))?;
-            }
-            let source = union.open(ino.0, write || anew)?;
+        if !write && !anew {
+            return self.open_to_read(ino, reply);
+        }
+        let open = move |union: &mut Union| {
+            union.copy_up(ino.0, anew.then_some(0))?;
+            let source = union.open(ino.0, true)?;
             if anew && let handles::Source::File(file) = &source {
                 rustix::fs::ftruncate(file, 0)?;
             }
-            Ok((self.handles.open(source, ino.0, write), self.opened(&mut union, ino.0)))
+            Ok(source)
         };
-        let (handle, flags) = match open() {
-            Ok(opened) => opened,
-            Err(error) => return reply.error(told(error)),
-        };
-        // An object may have to be read, or fetched: nobody else waits for that.
-        drop(union);
-        match self.handles.get(handle).and_then(|open| open.ready()) {
-            Ok(()) => reply.opened(FileHandle(handle), flags),
-            Err(error) => {
-                self.handles.close(handle, ino.0);
-                reply.error(told(error));
+        self.change(open, move |edited, union, opened| match opened {
+            Ok(source) => {
+                let handle = edited.handles.open(source, ino.0, write);
+                reply.opened(FileHandle(handle), edited.opened(union, ino.0));
             }
-        }
+            Err(error) => reply.error(told(error)),
+        });
     }
 
     fn create(
@@ -290,16 +295,22 @@ impl Filesystem for Editable {
         reply: ReplyData,
     ) {
         let size = size.min(LARGEST_REQUEST) as usize;
-        let mut reply = Some(reply);
-        let mut send = |bytes: &[u8]| {
-            if let Some(reply) = reply.take() {
-                reply.data(bytes);
-            }
+        let handle = match self.handles.get(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(told(error)),
         };
-        let read = self.handles.get(fh.0).and_then(|handle| handle.read(offset, size, &mut send));
-        if let (Err(error), Some(reply)) = (read, reply) {
-            reply.error(told(error));
-        }
+        handle.opened(move |opened| {
+            let mut reply = Some(reply);
+            let send = |bytes: &[u8]| {
+                if let Some(reply) = reply.take() {
+                    reply.data(bytes);
+                }
+            };
+            let read = opened.and_then(|opened| opened.read(offset, size, send));
+            if let (Err(error), Some(reply)) = (read, reply) {
+                reply.error(told(error));
+            }
+        });
     }
 
     fn write(
@@ -366,14 +377,14 @@ impl Filesystem for Editable {
                 })
             };
         match self.handles.get(fh.0).and_then(sync) {
-            // What is in the tree itself is on the disk.
+            // What the tree has is on the disk.
             Err(Failure::BADF) => reply.ok(),
             other => answer(other, reply),
         }
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.space.open_directory(ino.0, reply);
+        self.among.space.open_directory(ino.0, reply);
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
@@ -383,7 +394,7 @@ impl Filesystem for Editable {
             Err(error) => return reply.error(told(error)),
         };
         for (index, name) in DOTS.into_iter().enumerate().skip(offset as usize) {
-            let own = self.space.number(ino.0);
+            let own = self.among.space.number(ino.0);
             if reply.add(own, index as u64 + 1, fuser::FileType::Directory, name) {
                 return reply.ok();
             }
@@ -394,7 +405,7 @@ impl Filesystem for Editable {
         }
         for entry in rest {
             let (next, name) = (entry.position + DOTS.len() as u64, OsStr::from_bytes(&entry.name));
-            if reply.add(self.space.number(entry.id), next, entry.kind, name) {
+            if reply.add(self.among.space.number(entry.id), next, entry.kind, name) {
                 break;
             }
         }
@@ -415,7 +426,7 @@ impl Filesystem for Editable {
             Ok((listing, own)) => (listing, self.told(own)),
             Err(error) => return reply.error(told(error)),
         };
-        let remembered = self.space.remembered(ino.0);
+        let remembered = self.among.space.remembered(ino.0);
         for (index, name) in DOTS.into_iter().enumerate().skip(offset as usize) {
             if reply.add(own.ino, index as u64 + 1, name, remembered, &own, Generation(0)) {
                 return reply.ok();
@@ -482,7 +493,9 @@ impl Filesystem for Editable {
         reply: ReplyEmpty,
     ) {
         let flags = XattrFlags::from_bits_truncate(flags.cast_unsigned());
-        answer(self.union().set_xattr(ino.0, name.as_bytes(), value, flags), reply);
+        let (name, value) = (name.as_bytes().to_vec(), value.to_vec());
+        let set = move |union: &mut Union| union.set_xattr(ino.0, &name, &value, flags);
+        self.change(set, |_, _, set| answer(set, reply));
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
@@ -504,7 +517,9 @@ impl Filesystem for Editable {
     }
 
     fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        answer(self.union().remove_xattr(ino.0, name.as_bytes()), reply);
+        let name = name.as_bytes().to_vec();
+        let remove = move |union: &mut Union| union.remove_xattr(ino.0, &name);
+        self.change(remove, |_, _, removed| answer(removed, reply));
     }
 
     fn fallocate(
@@ -523,15 +538,21 @@ impl Filesystem for Editable {
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        let seek = |handle: Arc<handles::Handle>| match whence {
-            libc::SEEK_DATA => handle.seek(offset.cast_unsigned(), false),
-            libc::SEEK_HOLE => handle.seek(offset.cast_unsigned(), true),
-            _ => Err(Failure::INVAL),
+        let hole = match whence {
+            libc::SEEK_DATA => false,
+            libc::SEEK_HOLE => true,
+            _ => return reply.error(Errno::EINVAL),
         };
-        match self.handles.get(fh.0).and_then(seek) {
-            Ok(found) => reply.offset(found.cast_signed()),
-            Err(error) => reply.error(told(error)),
-        }
+        let handle = match self.handles.get(fh.0) {
+            Ok(handle) => handle,
+            Err(error) => return reply.error(told(error)),
+        };
+        handle.opened(move |opened| {
+            match opened.and_then(|opened| opened.seek(offset.cast_unsigned(), hole)) {
+                Ok(found) => reply.offset(found.cast_signed()),
+                Err(error) => reply.error(told(error)),
+            }
+        });
     }
 
     fn copy_file_range(
@@ -549,20 +570,24 @@ impl Filesystem for Editable {
     ) {
         // An answer has 32 bits.
         let length = length.min(1 << 30) as usize;
-        let mut copy = || {
-            let (from, to) = (self.handles.get(from.0)?, self.handles.get(to.0)?);
-            from.with_file(|from| {
-                to.with_file(|to| {
-                    rustix::fs::copy_file_range(from, Some(&mut offset), to, Some(&mut to_offset), length)
-                })
-            })
+        let (from, to) = match (self.handles.get(from.0), self.handles.get(to.0)) {
+            (Ok(from), Ok(to)) => (from, to),
+            (Err(error), _) | (_, Err(error)) => return reply.error(told(error)),
         };
-        match copy() {
-            Ok(copied) => reply.written(copied as u32),
-            // From the tree itself, or between file systems: the kernel reads and writes instead.
-            Err(Failure::BADF | Failure::XDEV) => reply.error(Errno::EOPNOTSUPP),
-            Err(error) => reply.error(told(error)),
-        }
+        from.opened(move |from| {
+            let copied = from.and_then(|from| match from {
+                handles::Opened::File(from) => to.with_file(|to| {
+                    rustix::fs::copy_file_range(from, Some(&mut offset), to, Some(&mut to_offset), length)
+                }),
+                handles::Opened::Bytes(_) => Err(Failure::BADF),
+            });
+            match copied {
+                Ok(copied) => reply.written(copied as u32),
+                // From the tree itself, or between file systems: the kernel reads and writes instead.
+                Err(Failure::BADF | Failure::XDEV) => reply.error(Errno::EOPNOTSUPP),
+                Err(error) => reply.error(told(error)),
+            }
+        });
     }
 }
 

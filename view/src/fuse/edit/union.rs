@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, INodeNo};
+use kiln_contract::Digest;
 use kiln_erofs::{FileType, Image, ImageError, Inode, Nid};
 use rustix::fs::{AtFlags, Mode, OFlags, Stat};
 use rustix::io::{Errno, Result};
@@ -34,6 +35,8 @@ const DEPTH_MOST: usize = 10_000;
 pub(super) struct Union {
     pub(super) image: Image<'static>,
     pub(super) objects: Arc<OpenObjects>,
+    /// The object, and its size, for want of which something could not be done: it has to be fetched.
+    pub(super) missing: Option<(Digest, u64)>,
     pub(super) upper: Upper,
     pub(super) nodes: Nodes,
     pub(super) leaving: Leaving,
@@ -88,6 +91,7 @@ impl Union {
         Ok(Self {
             image,
             objects,
+            missing: None,
             upper,
             nodes,
             leaving,
@@ -385,10 +389,18 @@ impl Union {
         }
     }
 
-    /// The object that has the bytes of a file of the tree, if it does not have them itself.
-    pub(super) fn object(&self, inode: &Inode<'static>) -> Result<Option<File>> {
-        let digest = inode.object().map_err(|error| damaged(&error))?;
-        digest.map(|digest| self.objects.open(&digest, inode.size())).transpose().map_err(|_| Errno::IO)
+    /// The object that has the bytes of a file of the tree, if it does not have them itself. One that has to be fetched is
+    /// [missing](Self::missing).
+    pub(super) fn object(&mut self, inode: &Inode<'static>) -> Result<Option<File>> {
+        let Some(digest) = inode.object().map_err(|error| damaged(&error))? else { return Ok(None) };
+        match self.objects.local(&digest, inode.size()) {
+            Ok(Some(file)) => Ok(Some(file)),
+            Ok(None) => {
+                self.missing = Some((digest, inode.size()));
+                Err(Errno::IO)
+            }
+            Err(_) => Err(Errno::IO),
+        }
     }
 
     /// Opens a file; one that is to be written must have been copied up. An object is not looked at yet.
