@@ -58,6 +58,8 @@ impl Machines {
 
     /// Makes what a start would otherwise make without anybody seeing how far it is.
     pub(crate) fn prepare(&self, record: &InstanceRecord) -> Result<(), BackendError> {
+        // Said before anything is made, and also where nothing boots this time.
+        crate::life::to_boot()?;
         let hypervisor = kiln_vmm::open(record.spec.machine.hypervisor)?;
         crate::admission::check(&record.spec)?;
         let image = image(self.home(), record, &*self.progress)?;
@@ -161,6 +163,7 @@ impl RuntimeBackend for Machines {
         }
         signals::parse(&spec.stop.signal)?;
         refusal::check(spec)?;
+        crate::life::to_boot()?;
         crate::services::check_device(spec)?;
         if let Some(driver) = spec.machine.hypervisor {
             // One that was chosen is there, or that is said before anything is made.

@@ -215,14 +215,27 @@ fn config(shape: Shape, boot: Option<BootConfig>, paths: &Paths) -> VmConfig {
 }
 
 /// How long a guest that boots may take: as the environment says, or as it does not.
-fn to_boot() -> Duration {
-    to_boot_of(&std::env::var(SETTING).unwrap_or_default())
+///
+/// # Errors
+/// The environment says something else.
+pub(crate) fn to_boot() -> Result<Duration, BackendError> {
+    to_boot_of(&std::env::var_os(SETTING).unwrap_or_default().to_string_lossy())
 }
 
-fn to_boot_of(said: &str) -> Duration {
-    match said.trim().parse() {
-        Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
-        _ => TO_BOOT,
+fn to_boot_of(said: &str) -> Result<Duration, BackendError> {
+    match said.trim() {
+        "" => Ok(TO_BOOT),
+        seconds => match seconds.parse() {
+            Ok(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+            _ => Err(BackendError::new(
+                ErrorKind::Invalid,
+                format!("`{said}` in {SETTING} is not how long a guest may take to boot"),
+            )
+            .hint(format!(
+                "{SETTING} is a whole number of seconds, at least 1; unset, it is {}",
+                TO_BOOT.as_secs()
+            ))),
+        },
     }
 }
 
@@ -231,7 +244,7 @@ pub(crate) async fn greet<S>(stream: S) -> Result<HostLink<S>, BackendError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    greet_within(stream, to_boot()).await
+    greet_within(stream, to_boot()?).await
 }
 
 async fn greet_within<S>(stream: S, patience: Duration) -> Result<HostLink<S>, BackendError>
@@ -331,9 +344,13 @@ mod tests {
 
     #[test]
     fn a_guest_may_take_as_long_as_the_environment_says() {
-        for (said, seconds) in [("", 180), ("7", 7), (" 600\n", 600), ("0", 180), ("-1", 180), ("long", 180)]
-        {
-            assert_eq!(to_boot_of(said).as_secs(), seconds, "{said:?}");
+        for (said, seconds) in [("", 180), ("7", 7), (" 600\n", 600)] {
+            assert_eq!(to_boot_of(said).unwrap().as_secs(), seconds, "{said:?}");
+        }
+        for said in ["0", "-1", "1.5", "10s", "long", "99999999999999999999"] {
+            let error = to_boot_of(said).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().contains(&format!("`{said}` in KILN_BOOT_TIMEOUT")), "{error}");
         }
     }
 

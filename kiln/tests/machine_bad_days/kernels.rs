@@ -131,7 +131,22 @@ fn a_guest_that_never_says_hello_is_given_up_in_time_with_its_last_words_and_not
     assert!(ended.code == 1 && ended.stderr.contains("and says nothing more"), "{ended:?}");
     until("nothing runs", || running(&home).is_empty());
     assert_ne!(inspect(&home, "kept")["status"], "running");
+    // What is no time is refused before anything is made or begun.
+    for (said, words, code) in [
+        ("soon", run(&["--rm"], &["true"]), 125),
+        ("0", run(&["--rm", "--cold"], &["true"]), 125),
+        ("1.5", ["start", "kept"].map(Into::into).to_vec(), 1),
+    ] {
+        let mut command = home.command(&words);
+        command.env("KILN_BOOT_TIMEOUT", said);
+        let ended = finish_within(command, Duration::from_secs(100));
+        assert_eq!(ended.code, code, "{words:?}: {ended:?}");
+        for part in [&format!("`{said}` in KILN_BOOT_TIMEOUT"), "a whole number of seconds, at least 1"] {
+            assert!(ended.stderr.contains(part), "{words:?}: no `{part}`: {}", ended.stderr);
+        }
+    }
     home.ok(["rm", "kept"]);
+    assert_eq!(left(&home), before);
 }
 
 #[test]
