@@ -106,7 +106,7 @@ pub(crate) fn fetcher(home: &Home) -> Fetcher {
 }
 
 /// The name of the router's view.
-const VIEW: &str = "edited";
+pub(crate) const VIEW: &str = "edited";
 
 /// A tree, and a directory with the same in it.
 pub(crate) struct Ground {

@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 
 use kiln_contract::Digest;
 use kiln_erofs::object_redirect;
+use kiln_view::router::Client;
+use kiln_view::views::Alteration;
 
-use crate::ground::{BACKENDS, Backend, Edited, Ground, with_ground_of_many};
+use crate::ground::{BACKENDS, Backend, Edited, Ground, VIEW, with_ground_of_many};
 
 /// Files of the view that are read, each by a fetch of its own: more than a server has threads or fetches at once, and more
 /// than the kernel reads ahead at once where nobody tells it otherwise.
@@ -226,4 +228,41 @@ fn however_many_wait_for_objects_that_are_being_fetched_nobody_else_waits() {
 #[test]
 fn however_many_wait_for_objects_that_are_being_fetched_everybody_else_uses_and_changes_an_editable_view() {
     BACKENDS.into_iter().for_each(|backend| nobody_else_waits(backend, true));
+}
+
+#[test]
+fn what_waited_for_an_object_changes_nothing_in_a_view_that_is_read_only_since() {
+    with_ground_of_many(Backend::Router, 3, |ground| {
+        let held = Held::all_of(ground);
+        let mounted = ground.edit();
+        let waiting = waiting(ground);
+        let view = ground.at("view");
+        let appended =
+            |view: &Path| File::options().append(true).open(view.join("many/1"))?.write_all(b"more");
+        let other = view.clone();
+        let users = [
+            std::thread::spawn({
+                let view = view.clone();
+                move || appended(&view)
+            }),
+            std::thread::spawn(move || {
+                fs::set_permissions(other.join("many/2"), fs::Permissions::from_mode(0o600))
+            }),
+        ];
+        until("both are to wait", || waiting() == 2);
+        let mut client = Client::connect(&ground.home()).unwrap().expect("the service runs");
+        let frozen = client.alter(VIEW, &Alteration::Edit(false));
+        drop(held);
+        frozen.unwrap();
+        for user in users {
+            let refused = user.join().unwrap().unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EROFS), "{refused}");
+        }
+        assert_eq!(fs::read_dir(ground.at("upper")).unwrap().count(), 0, "nothing is in the scratch");
+        client.alter(VIEW, &Alteration::Edit(true)).unwrap();
+        appended(&view).unwrap();
+        assert_eq!(fs::read_to_string(view.join("many/1")).unwrap(), contents(1) + "more");
+        rustix::mount::unmount(ground.at("connections"), rustix::mount::UnmountFlags::DETACH).unwrap();
+        mounted.unmount().unwrap();
+    });
 }
