@@ -7,7 +7,11 @@ use kiln_contract::{DiskId, SnapshotName};
 use crate::{DiskError, Result};
 
 /// The columns that [`Listing::parse`] reads.
-pub(super) const COLUMNS: &str = "name,type,creation,volsize,used,referenced,usedbydataset,clones,kiln:disk";
+pub(super) const COLUMNS: &str =
+    "name,type,createtxg,creation,volsize,used,referenced,usedbydataset,written,origin,clones,kiln:disk";
+
+/// A volume that was rolled back has that much of its own again, in bytes: what ZFS notes about it.
+const NEGLIGIBLE: u64 = 64 << 10;
 
 /// What a volume is for: the last part of its name tells. The names of disks have no colon.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,12 +44,17 @@ pub(super) struct Volume {
     /// Whose snapshots it keeps; `None` when that disk was removed.
     pub(super) disk: Option<DiskId>,
     pub(super) size: u64,
-    /// What would be freed without it and its snapshots, were there no clones.
+    /// What is charged to it and its snapshots: would be freed without them, were there no clones.
     pub(super) used: u64,
     /// What can be read through it.
     pub(super) referenced: u64,
-    /// What would be freed without it, its snapshots kept.
+    /// What of that is charged to it, and not to the volume that it is a clone of; its snapshots may need it too.
     pub(super) used_by_itself: u64,
+    /// What of that was written since its last snapshot (since it was made, if it has none).
+    pub(super) written: u64,
+    /// The volume that it is a clone of.
+    pub(super) origin: Option<String>,
+    /// Oldest first.
     pub(super) snapshots: Vec<Snapshot>,
 }
 
@@ -55,10 +64,15 @@ pub(super) struct Snapshot {
     /// Its name, with the volume's.
     pub(super) name: String,
     pub(super) purpose: Purpose,
+    /// The pool's transaction that it is of: a later snapshot has a greater one.
+    pub(super) transaction: u64,
     /// Seconds since 1970.
     pub(super) created: i64,
     pub(super) size: u64,
-    pub(super) has_clones: bool,
+    /// What nothing but this snapshot needs.
+    pub(super) used: u64,
+    /// The volumes that are clones of it.
+    pub(super) clones: Vec<String>,
 }
 
 /// What a snapshot is for: the part of its name after `@` tells.
@@ -95,9 +109,22 @@ impl Listing {
         let mut snapshots = Vec::new();
         for line in text.lines() {
             let fields: Vec<&str> = line.split('\t').collect();
-            let [name, kind, created, size, used, referenced, used_by_itself, clones, disk] = fields[..]
+            let [
+                name,
+                kind,
+                transaction,
+                created,
+                size,
+                used,
+                referenced,
+                by_itself,
+                written,
+                origin,
+                clones,
+                disk,
+            ] = fields[..]
             else {
-                return Err(unreadable(format!("{} fields instead of 9 in `{line}`", fields.len())));
+                return Err(unreadable(format!("{} fields instead of 12 in `{line}`", fields.len())));
             };
             let number = |text: &str| match text {
                 "-" => Ok(0),
@@ -116,20 +143,28 @@ impl Listing {
                         size: number(size)?,
                         used: number(used)?,
                         referenced: number(referenced)?,
-                        used_by_itself: number(used_by_itself)?,
+                        used_by_itself: number(by_itself)?,
+                        written: number(written)?,
+                        origin: origin.split_once('@').map(|(volume, _)| volume.to_owned()),
                         snapshots: Vec::new(),
                     });
                 }
                 ("snapshot", Some((_, part))) => snapshots.push(Snapshot {
                     name: name.to_owned(),
                     purpose: Purpose::parse(part),
+                    transaction: number(transaction)?,
                     created: number(created)?.try_into().unwrap_or(i64::MAX),
                     size: number(size)?,
-                    has_clones: !matches!(clones, "" | "-"),
+                    used: number(used)?,
+                    clones: match clones {
+                        "" | "-" => Vec::new(),
+                        clones => clones.split(',').map(str::to_owned).collect(),
+                    },
                 }),
                 _ => {}
             }
         }
+        snapshots.sort_by_key(|snapshot: &Snapshot| snapshot.transaction);
         for snapshot in snapshots {
             let volume = snapshot.name.split('@').next().unwrap_or_default();
             if let Some(volume) = listing.volumes.iter_mut().find(|candidate| candidate.name == volume) {
@@ -154,7 +189,7 @@ impl Listing {
                 _ => None,
             })
             .collect();
-        named.sort_by_key(|(snapshot, name)| (snapshot.created, *name));
+        named.sort_by_key(|(snapshot, _)| snapshot.transaction);
         named
     }
 
@@ -182,6 +217,32 @@ impl Listing {
         })
     }
 
+    /// Whether both volumes of a restore are there that was cut short between the renames: each is needed.
+    fn is_half_restored(&self, token: &str) -> bool {
+        let disk_of = |role: Role| self.volumes.iter().find(|volume| volume.role == role)?.disk.as_ref();
+        let made = disk_of(Role::Making(token.to_owned()));
+        made.is_some_and(|id| disk_of(Role::Old(token.to_owned())) == Some(id) && self.live(id).is_none())
+    }
+
+    /// Whether a volume has to stay as it is, whatever stands on it.
+    fn is_in_use(&self, volume: &Volume, alive: &BTreeSet<String>) -> bool {
+        match &volume.role {
+            Role::Live(_) => true,
+            Role::Making(token) | Role::Old(token) => alive.contains(token) || self.is_half_restored(token),
+        }
+    }
+
+    /// The last snapshots of volumes that are kept only for snapshots, where the volume has changed a lot since: it may be rolled
+    /// back to that.
+    pub(super) fn outgrown(&self, alive: &BTreeSet<String>) -> Vec<&str> {
+        let outgrown = self.volumes.iter().filter(|volume| {
+            volume.written > NEGLIGIBLE
+                && matches!(volume.role, Role::Old(_))
+                && !self.is_in_use(volume, alive)
+        });
+        outgrown.filter_map(|volume| Some(volume.snapshots.last()?.name.as_str())).collect()
+    }
+
     /// What nobody needs and nothing depends on, snapshots before volumes. `alive` are the tokens of what is being done. When
     /// all that is gone, there may be more.
     pub(super) fn unneeded(&self, alive: &BTreeSet<String>) -> Vec<&str> {
@@ -194,17 +255,13 @@ impl Listing {
                     Purpose::Base(token) => alive.contains(token),
                     Purpose::Foreign => true,
                 };
-                if needed || snapshot.has_clones {
+                if needed || !snapshot.clones.is_empty() {
                     kept += 1;
                 } else {
                     unneeded.push(snapshot.name.as_str());
                 }
             }
-            let in_use = match &volume.role {
-                Role::Live(_) => true,
-                Role::Making(token) | Role::Old(token) => alive.contains(token),
-            };
-            if !in_use && kept == 0 {
+            if kept == 0 && !self.is_in_use(volume, alive) {
                 unneeded.push(volume.name.as_str());
             }
         }
@@ -219,16 +276,16 @@ mod tests {
     /// As OpenZFS 2.1 writes it: a disk with a snapshot of its own and one that a clone stands on, that clone, what a
     /// restore left, and things that are not ours.
     const SAMPLE: &str = "\
-tank/kiln\tfilesystem\t1700000000\t-\t9000000\t98304\t98304\t-\t-
-tank/kiln/web\tvolume\t1700000100\t10737418240\t7000000\t5000000\t4000000\t-\tweb
-tank/kiln/web@snap-before\tsnapshot\t1700000200\t10737418240\t1000000\t4500000\t-\t\t-
-tank/kiln/web@base-abc\tsnapshot\t1700000300\t10737418240\t0\t5000000\t-\ttank/kiln/fork\tweb
-tank/kiln/web@zfs-auto-snap_daily-2024\tsnapshot\t1700000400\t10737418240\t0\t5000000\t-\t-\tweb
-tank/kiln/fork\tvolume\t1700000300\t21474836480\t250000\t5200000\t200000\t-\tfork
-tank/kiln/old:xyz\tvolume\t1700000050\t10737418240\t80000\t80000\t80000\t-\tweb
-tank/kiln/old:xyz@snap-first\tsnapshot\t1700000060\t10737418240\t1\t1\t-\ttank/kiln/web,tank/else\tweb
-tank/kiln/other:thing\tvolume\t1700000050\t1\t1\t1\t1\t-\t-
-tank/kiln/user data\tfilesystem\t1700000050\t-\t1\t1\t1\t-\t-
+tank/kiln\tfilesystem\t5\t1700000000\t-\t9000000\t98304\t98304\t98304\t-\t-\t-
+tank/kiln/web\tvolume\t9\t1700000100\t10737418240\t7000000\t5000000\t4000000\t300000\ttank/kiln/old:xyz@snap-first\t-\tweb
+tank/kiln/web@snap-before\tsnapshot\t21\t1700000300\t10737418240\t1000000\t4500000\t-\t4500000\t-\t\tweb
+tank/kiln/web@base-abc\tsnapshot\t20\t1700000300\t10737418240\t0\t5000000\t-\t500000\t-\ttank/kiln/fork\tweb
+tank/kiln/web@zfs-auto-snap_daily-2024\tsnapshot\t22\t1700000400\t10737418240\t0\t5000000\t-\t0\t-\t-\tweb
+tank/kiln/fork\tvolume\t20\t1700000300\t21474836480\t250000\t5200000\t200000\t200000\ttank/kiln/web@base-abc\t-\tfork
+tank/kiln/old:xyz\tvolume\t3\t1700000050\t10737418240\t80000\t80000\t80000\t0\t-\t-\tweb
+tank/kiln/old:xyz@snap-first\tsnapshot\t8\t1700000060\t10737418240\t1\t1\t-\t1\t-\ttank/kiln/web,tank/else\tweb
+tank/kiln/other:thing\tvolume\t2\t1700000050\t1\t1\t1\t1\t1\t-\t-\t-
+tank/kiln/user data\tfilesystem\t2\t1700000050\t-\t1\t1\t1\t1\t-\t-\t-
 ";
 
     fn id(text: &str) -> DiskId {
@@ -242,15 +299,19 @@ tank/kiln/user data\tfilesystem\t1700000050\t-\t1\t1\t1\t-\t-
         assert_eq!(names, ["tank/kiln/web", "tank/kiln/fork", "tank/kiln/old:xyz"]);
         let fork = listing.live(&id("fork")).unwrap();
         assert_eq!(
-            (fork.size, fork.used, fork.referenced, fork.used_by_itself),
-            (21_474_836_480, 250_000, 5_200_000, 200_000)
+            (fork.size, fork.used, fork.referenced, fork.used_by_itself, fork.written),
+            (21_474_836_480, 250_000, 5_200_000, 200_000, 200_000)
         );
+        assert_eq!(fork.origin.as_deref(), Some("tank/kiln/web"));
+        let of_web: Vec<u64> =
+            listing.live(&id("web")).unwrap().snapshots.iter().map(|snapshot| snapshot.transaction).collect();
+        assert_eq!(of_web, [20, 21, 22], "oldest first, also of one second");
         let snapshots = listing.snapshots_of(&id("web"));
         let seen: Vec<_> = snapshots
             .iter()
-            .map(|(snapshot, name)| (name.as_str(), snapshot.created, snapshot.has_clones))
+            .map(|(snapshot, name)| (name.as_str(), snapshot.created, snapshot.clones.len()))
             .collect();
-        assert_eq!(seen, [("first", 1_700_000_060, true), ("before", 1_700_000_200, false)]);
+        assert_eq!(seen, [("first", 1_700_000_060, 2), ("before", 1_700_000_300, 0)]);
         assert_eq!(listing.live(&id("gone")), None);
         assert_eq!(Listing::parse("tank/kiln", "").unwrap(), Listing::default());
     }
@@ -258,9 +319,9 @@ tank/kiln/user data\tfilesystem\t1700000050\t-\t1\t1\t1\t-\t-
     #[test]
     fn lines_that_are_none_are_errors() {
         for (text, expected) in [
-            ("tank/kiln/web\tvolume\n", "2 fields instead of 9"),
-            ("tank/kiln/web\tvolume\t1\tten\t1\t1\t1\t-\t-\n", "`ten` is not a number"),
-            ("tank/kiln/web\tvolume\t1\t-1\t1\t1\t1\t-\t-\n", "`-1` is not a number"),
+            ("tank/kiln/web\tvolume\n", "2 fields instead of 12"),
+            ("tank/kiln/web\tvolume\t1\t1\tten\t1\t1\t1\t1\t-\t-\t-\n", "`ten` is not a number"),
+            ("tank/kiln/web\tvolume\t1\t1\t-1\t1\t1\t1\t1\t-\t-\t-\n", "`-1` is not a number"),
         ] {
             let error = Listing::parse("tank/kiln", text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
@@ -269,11 +330,13 @@ tank/kiln/user data\tfilesystem\t1700000050\t-\t1\t1\t1\t-\t-
 
     /// A listing of volumes (name, disk) and snapshots (name, clones).
     fn listing(volumes: &[(&str, &str)], snapshots: &[(&str, &str)]) -> Listing {
-        let volumes =
-            volumes.iter().map(|(name, disk)| format!("t/k/{name}\tvolume\t1\t1\t1\t1\t1\t-\t{disk}\n"));
+        let written = 2 * NEGLIGIBLE;
+        let volumes = volumes
+            .iter()
+            .map(|(name, disk)| format!("t/k/{name}\tvolume\t1\t1\t1\t1\t1\t1\t{written}\t-\t-\t{disk}\n"));
         let snapshots = snapshots
             .iter()
-            .map(|(name, clones)| format!("t/k/{name}\tsnapshot\t1\t1\t1\t1\t-\t{clones}\t-\n"));
+            .map(|(name, clones)| format!("t/k/{name}\tsnapshot\t1\t1\t1\t1\t1\t-\t1\t-\t{clones}\t-\n"));
         Listing::parse("t/k", &volumes.chain(snapshots).collect::<String>()).unwrap()
     }
 
@@ -315,12 +378,30 @@ tank/kiln/user data\tfilesystem\t1700000050\t-\t1\t1\t1\t-\t-
                 &[("old:dead@snap-x", "t/k/b"), ("old:dead@snap-y", "-")],
                 &["t/k/old:dead@snap-y"],
             ),
+            (
+                "a restore that was cut short",
+                &[("making:dead", "a"), ("old:dead", "a"), ("making:x", "b"), ("old:y", "b"), ("b", "b")],
+                &[("old:dead@base-gone", "t/k/making:dead")],
+                &["t/k/making:x", "t/k/old:y"],
+            ),
             ("a removed disk with a foreign snapshot", &[("old:dead", "-")], &[("old:dead@daily", "-")], &[]),
         ];
         let alive = BTreeSet::from(["live".to_owned()]);
         for (what, volumes, snapshots, expected) in cases {
             assert_eq!(listing(volumes, snapshots).unneeded(&alive), *expected, "{what}");
         }
+    }
+
+    #[test]
+    fn what_is_kept_for_its_snapshots_is_rolled_back_to_the_last_of_them() {
+        let volumes =
+            [("a", "a"), ("old:dead", "a"), ("old:live", "a"), ("old:gone", "-"), ("making:x", "b")];
+        let snapshots =
+            [("a@snap-w", "-"), ("old:dead@snap-x", "-"), ("old:dead@daily", "-"), ("old:live@snap-y", "-")];
+        let alive = BTreeSet::from(["live".to_owned()]);
+        assert_eq!(listing(&volumes, &snapshots).outgrown(&alive), ["t/k/old:dead@daily"]);
+        let half = [("old:dead", "a"), ("making:dead", "a")];
+        assert_eq!(listing(&half, &snapshots).outgrown(&alive), [""; 0], "a restore is to be finished");
     }
 
     #[test]

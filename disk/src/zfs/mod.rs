@@ -12,31 +12,38 @@
 //!
 //! ZFS rolls back only to the last snapshot, and destroys nothing that has clones. So a restore never rolls back: it clones the
 //! snapshot, renames the disk to `old:…` and the clone to the disk; a snapshot stays where it was made, and belongs to the disk
-//! by the property. A removed disk becomes an `old:…` of nobody, and goes when the last clone that stands on it does. What
-//! killed processes left is finished or taken away when the back end is opened the next time.
+//! by the property. A removed disk becomes an `old:…` of nobody, and goes when the last clone that stands on it does. Such
+//! volumes are rolled back to their last snapshot: what they wrote later nobody needs. What killed processes left is finished
+//! or taken away when the back end is opened the next time.
 //!
-//! ZFS charges a block to the volume that wrote it first: what clones share counts as their original's own while that is there.
+//! The kernel renames devices after `zfs rename` has ended, in the order in which it was asked to; until then a device may
+//! have a name that another volume has already, and a volume made with that name gets no device. So whoever renames waits
+//! until the device has the new name.
 
+mod devices;
+mod leavings;
 mod listing;
 mod pending;
 #[cfg(test)]
 mod tests;
+mod usage;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use kiln_contract::{
-    BackendError, DiskBackend, DiskId, DiskSnapshot, DiskUsage, DisksUsage, ErrorKind as Kind, Home,
-    PendingDisk, SnapshotName,
+    BackendError, DiskBackend, DiskId, DiskSnapshot, DisksUsage, ErrorKind as Kind, Home, PendingDisk,
+    SnapshotName,
 };
 
+use self::devices::{Devices, HostDevices};
 use self::listing::{COLUMNS, Listing, Role, Volume};
 use self::pending::{PendingVolume, Rest};
 use crate::error::Context as _;
@@ -48,18 +55,12 @@ use crate::{DiskError, Result, size};
 /// The volumes' block, in bytes: sizes are multiples of it.
 const BLOCK: u64 = 16 << 10;
 
-/// How long udev may take to make a device's name.
-const DEVICE_WAIT: Duration = Duration::from_secs(10);
-
-/// A volume that goes may let the one go that it was cloned from: a chain of that many is taken down at once.
-const SWEEPS: usize = 64;
-
 /// Disks that are volumes of a ZFS dataset.
 #[derive(Debug, Clone)]
 pub(crate) struct ZfsDisks {
     dataset: String,
     root: PathBuf,
-    devices: PathBuf,
+    devices: Arc<dyn Devices>,
     programs: Arc<dyn Programs>,
 }
 
@@ -69,7 +70,7 @@ impl ZfsDisks {
     /// # Errors
     /// There is no such dataset, or no `zfs`; this is not root.
     pub(crate) fn open(home: &Home, dataset: &str) -> Result<Self> {
-        Self::with(home.disks(), dataset, "/dev/zvol".into(), Arc::new(HostPrograms))
+        Self::with(home.disks(), dataset, Arc::new(HostDevices), Arc::new(HostPrograms))
     }
 
     /// Whether there could be disks below `dataset`.
@@ -77,16 +78,26 @@ impl ZfsDisks {
     /// # Errors
     /// As of [`open`](Self::open).
     pub(crate) fn examine(home: &Home, dataset: &str) -> Result<()> {
-        Self::below(home.disks(), dataset, "/dev/zvol".into(), Arc::new(HostPrograms)).map(drop)
+        Self::below(home.disks(), dataset, Arc::new(HostDevices), Arc::new(HostPrograms)).map(drop)
     }
 
-    fn below(root: PathBuf, dataset: &str, devices: PathBuf, programs: Arc<dyn Programs>) -> Result<Self> {
+    fn below(
+        root: PathBuf,
+        dataset: &str,
+        devices: Arc<dyn Devices>,
+        programs: Arc<dyn Programs>,
+    ) -> Result<Self> {
         check_dataset(dataset)?;
         let disks = Self { dataset: dataset.to_owned(), root, devices, programs };
         disks.look_at_dataset().map(|()| disks)
     }
 
-    fn with(root: PathBuf, dataset: &str, devices: PathBuf, programs: Arc<dyn Programs>) -> Result<Self> {
+    fn with(
+        root: PathBuf,
+        dataset: &str,
+        devices: Arc<dyn Devices>,
+        programs: Arc<dyn Programs>,
+    ) -> Result<Self> {
         let disks = Self::below(root, dataset, devices, programs)?;
         let tmp = disks.tmp();
         if let Some(home) = disks.root.parent() {
@@ -144,68 +155,9 @@ impl ZfsDisks {
         format!("{}/{name}", self.dataset)
     }
 
-    fn recover(&self) -> Result<()> {
-        let alive = self.alive()?;
-        while let Some((from, id)) =
-            self.listing()?.half_restored(&alive).map(|(made, id)| (made.name.clone(), id.clone()))
-        {
-            self.zfs(&format!("restore `{id}`"), &["rename", &from, &self.volume(&id)])?;
-        }
-        for volume in self.listing()?.half_removed() {
-            self.zfs("remove a disk", &["inherit", "kiln:disk", &volume.name])?;
-        }
-        self.take_away_unneeded();
-        Ok(())
-    }
-
-    /// Nothing depends on this: what stays is tried again the next time.
-    fn take_away_unneeded(&self) {
-        for _ in 0..SWEEPS {
-            let (Ok(alive), Ok(listing)) = (self.alive(), self.listing()) else { return };
-            let unneeded = listing.unneeded(&alive);
-            if unneeded.is_empty() {
-                return;
-            }
-            for name in unneeded {
-                if let Err(error) = self.zfs("take away what nobody needs", &["destroy", name]) {
-                    tracing::debug!(name, %error, "left for another time");
-                    return;
-                }
-            }
-        }
-    }
-
-    fn device(&self, volume: &str) -> PathBuf {
-        self.devices.join(volume)
-    }
-
-    /// The device of a volume. Names below `/dev/zvol` are made by udev, a moment after a volume was made or renamed; until
-    /// then a name may still mean another volume that had it before.
-    fn wait_for_device(&self, volume: &str) -> Result<PathBuf> {
-        let settle = ["settle", "--timeout=10"].map(OsStr::new);
-        if let Err(error) = self.programs.run("wait for devices", "udevadm", &settle) {
-            tracing::debug!(%error, "not waiting for udev");
-        }
-        let path = self.device(volume);
-        let begun = Instant::now();
-        loop {
-            match fs::metadata(&path) {
-                Ok(_) => return Ok(path),
-                Err(error) if error.kind() != ErrorKind::NotFound => {
-                    return Err(error).doing("look at", &path);
-                }
-                Err(_) if begun.elapsed() > DEVICE_WAIT => {
-                    let late = io::Error::new(ErrorKind::TimedOut, "it did not appear; is udev running?");
-                    return Err(late).doing("open", &path);
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(5)),
-            }
-        }
-    }
-
     /// Puts on the storage what the host has of a disk in its caches: snapshots know nothing of it.
     fn flush_volume(&self, id: &DiskId) -> Result<()> {
-        let path = self.device(&self.volume(id));
+        let path = self.wait_for_device(&self.volume(id))?;
         let device = File::open(&path).doing("open", &path)?;
         device.sync_data().doing("write to disk", &path)
     }
@@ -223,7 +175,7 @@ impl ZfsDisks {
         self.find(listing, id)?;
         let all = listing.snapshots_of(id);
         match all.iter().find(|(_, has)| *has == name) {
-            Some((snapshot, _)) => Ok((snapshot.name.clone(), snapshot.has_clones)),
+            Some((snapshot, _)) => Ok((snapshot.name.clone(), !snapshot.clones.is_empty())),
             None => Err(DiskError::NoSnapshot {
                 disk: id.clone(),
                 snapshot: name.clone(),
@@ -259,23 +211,28 @@ impl ZfsDisks {
         if put.is_err() {
             self.take_away_unneeded();
         }
-        put?;
-        self.wait_for_device(&self.volume(id))
+        put
     }
 
     /// Makes a volume a disk. If there is one of that name, it stays as it is.
-    fn rename_to_disk(&self, purpose: &str, from: &str, id: &DiskId) -> Result<()> {
-        match self.zfs(purpose, &["rename", from, &self.volume(id)]) {
+    fn rename_to_disk(&self, purpose: &str, from: &str, id: &DiskId) -> Result<PathBuf> {
+        match self.rename(purpose, from, &self.volume(id)) {
             Err(DiskError::ProgramFailed { said, .. }) if said.contains("already exists") => {
                 Err(DiskError::Exists { disk: id.clone() })
             }
-            renamed => renamed.map(drop),
+            renamed => renamed,
         }
     }
 
+    /// Makes a volume of a snapshot, for a disk. It is there with its device or not at all.
     fn clone_volume(&self, purpose: &str, snapshot: &str, id: &DiskId, to: &str) -> Result<()> {
         let whose = format!("kiln:disk={id}");
-        self.zfs(purpose, &["clone", "-o", "volmode=dev", "-o", &whose, snapshot, to]).map(drop)
+        self.zfs(purpose, &["clone", "-o", "volmode=dev", "-o", &whose, snapshot, to])?;
+        self.wait_for_device(to).map(drop).inspect_err(|_| {
+            if let Err(error) = self.destroy(to, Instant::now()) {
+                tracing::debug!(to, %error, "it stays");
+            }
+        })
     }
 
     /// Makes a snapshot that nobody sees, as the base of something.
@@ -293,13 +250,18 @@ impl ZfsDisks {
         let made = self.volume(format_args!("making:{token}"));
         let old = self.volume(format_args!("old:{token}"));
         let put = self.clone_volume(&purpose, &snapshot, id, &made).and_then(|()| {
-            self.zfs(&purpose, &["rename", &self.volume(id), &old])?;
+            self.rename(&purpose, &self.volume(id), &old)?;
             self.rename_to_disk(&purpose, &made, id)
         });
+        if put.is_err() && self.listing().is_ok_and(|listing| listing.live(id).is_none()) {
+            // If that fails too, whoever opens the disks next finishes the restore.
+            if let Err(error) = self.rename(&purpose, &old, &self.volume(id)) {
+                tracing::warn!(%error, disk = %id, "the disk is not in its place");
+            }
+        }
         drop(staging);
         self.take_away_unneeded();
-        put?;
-        self.wait_for_device(&self.volume(id)).map(drop)
+        put.map(drop)
     }
 
     fn delete(&self, id: &DiskId, name: &SnapshotName) -> Result<()> {
@@ -333,7 +295,7 @@ impl ZfsDisks {
             let mut token = [0; 8];
             getrandom::fill(&mut token).map_err(io::Error::other).doing("choose a name in", &self.root)?;
             let old = self.volume(format_args!("old:{:016x}", u64::from_ne_bytes(token)));
-            self.zfs(&purpose, &["rename", &self.volume(id), &old])?;
+            self.rename(&purpose, &self.volume(id), &old)?;
         }
         for volume in self.listing()?.volumes {
             if volume.disk.as_ref() == Some(id) && matches!(volume.role, Role::Old(_)) {
@@ -343,31 +305,6 @@ impl ZfsDisks {
         remove_at_once(&self.root.join(id.as_str()), &self.tmp())?;
         self.take_away_unneeded();
         Ok(())
-    }
-
-    fn usage_of_all(&self) -> Result<DisksUsage> {
-        let listing = self.listing()?;
-        let mut usage = DisksUsage {
-            taken: listing.volumes.iter().map(|volume| volume.used).sum(),
-            ..Default::default()
-        };
-        for volume in &listing.volumes {
-            let Role::Live(id) = &volume.role else { continue };
-            let own = listing.volumes.iter().filter(|other| other.disk.as_ref() == Some(id));
-            // Blocks that clones stand on are not freed with the volume that ZFS charges them to.
-            let exclusive = |volume: &Volume| {
-                let has_clones = volume.snapshots.iter().any(|snapshot| snapshot.has_clones);
-                if has_clones { volume.used_by_itself } else { volume.used }
-            };
-            let of_disk = DiskUsage {
-                logical: volume.size,
-                exclusive: own.map(exclusive).sum(),
-                shared: volume.referenced.saturating_sub(volume.used_by_itself),
-            };
-            usage.disks.push((id.clone(), of_disk));
-        }
-        usage.disks.sort_by(|one, other| one.0.cmp(&other.0));
-        Ok(usage)
     }
 }
 
@@ -492,7 +429,7 @@ impl DiskBackend for ZfsDisks {
     }
 
     fn usage(&self) -> std::result::Result<DisksUsage, BackendError> {
-        Ok(self.usage_of_all()?)
+        Ok(usage::usage(&self.listing()?))
     }
 
     fn remove(&self, id: &DiskId) -> std::result::Result<(), BackendError> {

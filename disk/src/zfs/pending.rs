@@ -29,8 +29,7 @@ impl PendingVolume {
             Rest::Clone { snapshot, id } => {
                 disks.refuse_taken(&disks.listing()?, id)?;
                 let purpose = format!("create the disk `{id}`");
-                disks.clone_volume(&purpose, snapshot, id, &disks.volume(id))?;
-                disks.wait_for_device(&disks.volume(id)).map(drop)
+                disks.clone_volume(&purpose, snapshot, id, &disks.volume(id))
             }
             Rest::Name { base, id, name } => {
                 let listing = disks.listing()?;

@@ -7,7 +7,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// Answers commands that must come exactly in this order. Names of devices appear as udev would make them.
+/// Answers commands that must come exactly in this order. Devices are files, which appear and are renamed as volumes are.
 #[derive(Debug)]
 struct Script {
     steps: Mutex<VecDeque<(String, std::result::Result<String, String>)>>,
@@ -41,6 +41,12 @@ impl Programs for Script {
     }
 }
 
+impl Devices for Script {
+    fn find(&self, volume: &str) -> Option<PathBuf> {
+        Some(self.devices.join(volume)).filter(|path| path.exists())
+    }
+}
+
 /// Random tokens are shown as `*`; those in the listings here are shorter.
 fn without_tokens(command: &str) -> String {
     let mut shown = command.to_owned();
@@ -59,20 +65,20 @@ fn without_tokens(command: &str) -> String {
 }
 
 const LIST: &str = "zfs list -H -p -r -t volume,snapshot -o \
-                    name,type,creation,volsize,used,referenced,usedbydataset,clones,kiln:disk tank/kiln";
-const SETTLE: &str = "udevadm settle --timeout=10";
+                    name,type,createtxg,creation,volsize,used,referenced,usedbydataset,written,origin,clones,kiln:disk \
+                    tank/kiln";
 
-/// A disk `web` of 1 GiB with the snapshot `before`.
+/// A disk `web` of 1 GiB with the snapshot `before`, after which it wrote 1 MiB of its 4 again; as OpenZFS 2.1 lists it.
 const WEB: &str = "\
-tank/kiln/web\tvolume\t1700000100\t1073741824\t7000000\t5000000\t4000000\t-\tweb
-tank/kiln/web@snap-before\tsnapshot\t1700000200\t536870912\t1000000\t4500000\t-\t-\tweb
+tank/kiln/web\tvolume\t8\t1700000100\t1073741824\t5312512\t4229120\t4229120\t1083392\t-\t-\tweb
+tank/kiln/web@snap-before\tsnapshot\t20\t1700000200\t536870912\t1083392\t4229120\t-\t4229120\t-\t\tweb
 ";
 
-/// The same, when its snapshot has a clone `fork`.
+/// The same, when its snapshot has a clone `fork`, which wrote 2 MiB again.
 const FORKED: &str = "\
-tank/kiln/web\tvolume\t1700000100\t1073741824\t7000000\t5000000\t4000000\t-\tweb
-tank/kiln/web@snap-before\tsnapshot\t1700000200\t536870912\t1000000\t4500000\t-\ttank/kiln/fork\tweb
-tank/kiln/fork\tvolume\t1700000300\t536870912\t300000\t4600000\t300000\t-\tfork
+tank/kiln/fork\tvolume\t21\t1700000300\t536870912\t2131968\t4229120\t2131968\t2131968\ttank/kiln/web@snap-before\t-\tfork
+tank/kiln/web\tvolume\t8\t1700000100\t1073741824\t5312512\t4229120\t4229120\t1083392\t-\t-\tweb
+tank/kiln/web@snap-before\tsnapshot\t20\t1700000200\t536870912\t1083392\t4229120\t-\t4229120\t-\ttank/kiln/fork\tweb
 ";
 
 struct Bed {
@@ -95,7 +101,8 @@ impl Bed {
         let type_of = ("zfs list -H -o type tank/kiln", Ok("filesystem\n"));
         script.expect(&[type_of, (LIST, Ok(listing)), (LIST, Ok(listing)), (LIST, Ok(listing))]);
         let disks =
-            ZfsDisks::with(directory.path().join("disks"), "tank/kiln", devices, script.clone()).unwrap();
+            ZfsDisks::with(directory.path().join("disks"), "tank/kiln", script.clone(), script.clone())
+                .unwrap();
         script.is_done();
         Self { disks, script, directory }
     }
@@ -128,9 +135,7 @@ fn a_volume_is_made_written_and_then_renamed_to_its_place() {
     bed.script.expect(&[
         (LIST, Ok("")),
         ("zfs create -s -b 16384 -o volmode=dev -o kiln:disk=new -V 1073758208 tank/kiln/making:*", Ok("")),
-        (SETTLE, Ok("")),
         ("zfs rename tank/kiln/making:* tank/kiln/new", Ok("")),
-        (SETTLE, Ok("")),
     ]);
     let path = bed.disks.create(&id("new"), (1 << 30) + 1).unwrap();
     bed.script.is_done();
@@ -141,11 +146,10 @@ fn a_volume_is_made_written_and_then_renamed_to_its_place() {
 #[test]
 fn a_volume_that_cannot_be_made_is_taken_away() {
     let bed = Bed::new("");
-    let making = "tank/kiln/making:dead\tvolume\t1\t1073741824\t1\t1\t1\t-\tnew\n";
+    let making = "tank/kiln/making:dead\tvolume\t1\t1\t1073741824\t1\t1\t1\t1\t-\t-\tnew\n";
     bed.script.expect(&[
         (LIST, Ok("")),
         ("zfs create -s -b 16384 -o volmode=dev -o kiln:disk=new -V 1073741824 tank/kiln/making:*", Ok("")),
-        (SETTLE, Err("not found")),
         (
             "zfs rename tank/kiln/making:* tank/kiln/new",
             Err("cannot rename 'tank/kiln/making:dead': dataset already exists"),
@@ -168,7 +172,6 @@ fn a_clone_stands_on_a_snapshot_that_nobody_sees() {
     bed.script.expect(&[
         (LIST, Ok(WEB)),
         ("zfs clone -o volmode=dev -o kiln:disk=new tank/kiln/web@base-* tank/kiln/new", Ok("")),
-        (SETTLE, Ok("")),
     ]);
     pending.finish().unwrap();
     bed.script.is_done();
@@ -178,7 +181,6 @@ fn a_clone_stands_on_a_snapshot_that_nobody_sees() {
         (LIST, Ok(WEB)),
         (LIST, Ok(WEB)),
         ("zfs clone -o volmode=dev -o kiln:disk=new tank/kiln/web@snap-before tank/kiln/new", Ok("")),
-        (SETTLE, Ok("")),
     ]);
     bed.disks.start_clone(&id("web"), Some(&name("before")), &id("new")).unwrap().finish().unwrap();
     bed.script.is_done();
@@ -186,7 +188,7 @@ fn a_clone_stands_on_a_snapshot_that_nobody_sees() {
     // Given up: what it would have stood on goes.
     bed.script.expect(&[(LIST, Ok(WEB)), ("zfs snapshot tank/kiln/web@base-*", Ok(""))]);
     let pending = bed.disks.start_clone(&id("web"), None, &id("new")).unwrap();
-    let left = format!("{WEB}tank/kiln/web@base-dead\tsnapshot\t1\t1\t1\t1\t-\t\tweb\n");
+    let left = format!("{WEB}tank/kiln/web@base-dead\tsnapshot\t1\t1\t1\t1\t1\t-\t-\t-\t\tweb\n");
     bed.script.expect(&[(LIST, Ok(&left)), ("zfs destroy tank/kiln/web@base-dead", Ok("")), (LIST, Ok(WEB))]);
     drop(pending);
     bed.script.is_done();
@@ -211,9 +213,9 @@ fn a_snapshot_gets_its_name_when_it_is_finished() {
 fn a_restore_puts_a_clone_in_the_disks_place() {
     let bed = Bed::new(WEB);
     let after = "\
-tank/kiln/old:abc\tvolume\t1700000100\t1073741824\t7000000\t5000000\t4000000\t-\tweb
-tank/kiln/old:abc@snap-before\tsnapshot\t1700000200\t536870912\t1000000\t4500000\t-\ttank/kiln/web\tweb
-tank/kiln/web\tvolume\t1700000300\t536870912\t0\t4500000\t0\t-\tweb
+tank/kiln/old:abc\tvolume\t8\t1700000100\t1073741824\t7000000\t5000000\t4000000\t4000000\t-\t-\tweb
+tank/kiln/old:abc@snap-before\tsnapshot\t20\t1700000200\t536870912\t1000000\t4500000\t-\t-\t-\ttank/kiln/web\tweb
+tank/kiln/web\tvolume\t21\t1700000300\t536870912\t0\t4500000\t0\t0\ttank/kiln/old:abc@snap-before\t-\tweb
 ";
     bed.script.expect(&[
         (LIST, Ok(WEB)),
@@ -221,7 +223,7 @@ tank/kiln/web\tvolume\t1700000300\t536870912\t0\t4500000\t0\t-\tweb
         ("zfs rename tank/kiln/web tank/kiln/old:*", Ok("")),
         ("zfs rename tank/kiln/making:* tank/kiln/web", Ok("")),
         (LIST, Ok(after)),
-        (SETTLE, Ok("")),
+        ("zfs rollback tank/kiln/old:abc@snap-before", Ok("")),
     ]);
     bed.disks.restore(&id("web"), &name("before")).unwrap();
     bed.script.is_done();
@@ -236,6 +238,43 @@ tank/kiln/web\tvolume\t1700000300\t536870912\t0\t4500000\t0\t-\tweb
 }
 
 #[test]
+fn a_disk_is_put_back_in_its_place_if_its_restore_fails_half_way() {
+    let bed = Bed::new(WEB);
+    let half = "\
+tank/kiln/making:abc\tvolume\t30\t1\t536870912\t0\t1\t0\t0\ttank/kiln/old:abc@snap-before\t-\tweb
+tank/kiln/old:abc\tvolume\t8\t1\t1073741824\t1\t1\t1\t1\t-\t-\tweb
+tank/kiln/old:abc@snap-before\tsnapshot\t20\t1\t536870912\t1\t1\t-\t1\t-\ttank/kiln/making:abc\tweb
+";
+    bed.script.expect(&[
+        (LIST, Ok(WEB)),
+        ("zfs clone -o volmode=dev -o kiln:disk=web tank/kiln/web@snap-before tank/kiln/making:*", Ok("")),
+        ("zfs rename tank/kiln/web tank/kiln/old:*", Ok("")),
+        ("zfs rename tank/kiln/making:* tank/kiln/web", Err("pool I/O is currently suspended")),
+        (LIST, Ok(half)),
+        ("zfs rename tank/kiln/old:* tank/kiln/web", Ok("")),
+        (LIST, Ok(&half.replace("old:abc", "web"))),
+        ("zfs destroy tank/kiln/making:abc", Ok("")),
+        (LIST, Ok(WEB)),
+    ]);
+    let error = bed.disks.restore(&id("web"), &name("before")).unwrap_err().to_string();
+    bed.script.is_done();
+    assert_eq!(error, "cannot restore the disk `web`: zfs says: pool I/O is currently suspended");
+
+    // Where that fails as well, both stay for whoever finishes it.
+    bed.script.expect(&[
+        (LIST, Ok(WEB)),
+        ("zfs clone -o volmode=dev -o kiln:disk=web tank/kiln/web@snap-before tank/kiln/making:*", Ok("")),
+        ("zfs rename tank/kiln/web tank/kiln/old:*", Ok("")),
+        ("zfs rename tank/kiln/making:* tank/kiln/web", Err("pool I/O is currently suspended")),
+        (LIST, Ok(half)),
+        ("zfs rename tank/kiln/old:* tank/kiln/web", Err("pool I/O is currently suspended")),
+        (LIST, Ok(half)),
+    ]);
+    bed.disks.restore(&id("web"), &name("before")).unwrap_err();
+    bed.script.is_done();
+}
+
+#[test]
 fn a_restore_that_was_cut_short_is_finished_by_whoever_opens_the_disks_next() {
     let directory = tempfile::tempdir().unwrap();
     let devices = directory.path().join("dev");
@@ -243,10 +282,10 @@ fn a_restore_that_was_cut_short_is_finished_by_whoever_opens_the_disks_next() {
     fs::write(devices.join("tank/kiln/making:x"), "").unwrap();
     let script = Arc::new(Script { steps: Mutex::default(), devices: devices.clone() });
     let cut = "\
-tank/kiln/old:x\tvolume\t1\t1\t1\t1\t1\t-\tweb
-tank/kiln/old:x@snap-a\tsnapshot\t1\t1\t1\t1\t-\ttank/kiln/making:x\tweb
-tank/kiln/making:x\tvolume\t1\t1\t1\t1\t1\t-\tweb
-tank/kiln/old:y\tvolume\t1\t1\t1\t1\t1\t-\tgone
+tank/kiln/old:x\tvolume\t1\t1\t1\t1\t1\t1\t1\t-\t-\tweb
+tank/kiln/old:x@snap-a\tsnapshot\t1\t1\t1\t1\t1\t-\t-\t-\ttank/kiln/making:x\tweb
+tank/kiln/making:x\tvolume\t1\t1\t1\t1\t1\t1\t1\ttank/kiln/old:x@snap-a\t-\tweb
+tank/kiln/old:y\tvolume\t1\t1\t1\t1\t1\t1\t1\t-\t-\tgone
 ";
     let finished = cut.replace("making:x", "web");
     script.expect(&[
@@ -258,8 +297,10 @@ tank/kiln/old:y\tvolume\t1\t1\t1\t1\t1\t-\tgone
         ("zfs inherit kiln:disk tank/kiln/old:y", Ok("")),
         (LIST, Ok(&finished)),
         ("zfs destroy tank/kiln/old:y", Err("cannot destroy 'tank/kiln/old:y': dataset is busy")),
+        ("zfs destroy tank/kiln/old:y", Err("cannot destroy 'tank/kiln/old:y': I/O error")),
+        (LIST, Ok(&finished)),
     ]);
-    ZfsDisks::with(directory.path().join("disks"), "tank/kiln", devices, script.clone()).unwrap();
+    ZfsDisks::with(directory.path().join("disks"), "tank/kiln", script.clone(), script.clone()).unwrap();
     script.is_done();
 }
 
@@ -275,16 +316,19 @@ fn a_removed_disk_stays_without_a_name_while_clones_stand_on_it() {
         (LIST, Ok(&renamed)),
         ("zfs inherit kiln:disk tank/kiln/old:abc", Ok("")),
         (LIST, Ok(&removed)),
+        // What it wrote after that is freed.
+        ("zfs rollback tank/kiln/old:abc@snap-before", Ok("")),
     ]);
     bed.disks.remove(&id("web")).unwrap();
     bed.script.is_done();
     assert!(!bed.directory.path().join("disks/web").exists());
 
     // With the last clone all goes.
+    let removed = removed.replace("\t1083392\t-\t-\t", "\t1024\t-\t-\t");
     let renamed = removed.replace("kiln/fork\t", "kiln/old:def\t");
     let nameless = renamed.replace("\tfork\n", "\t-\n");
     let alone: String =
-        removed.lines().take(2).map(|line| line.replace("tank/kiln/fork", "-") + "\n").collect();
+        removed.lines().skip(1).map(|line| line.replace("tank/kiln/fork", "-") + "\n").collect();
     bed.script.expect(&[
         (LIST, Ok(&removed)),
         ("zfs rename tank/kiln/fork tank/kiln/old:*", Ok("")),
@@ -332,12 +376,32 @@ fn volumes_grow_in_whole_blocks_and_never_shrink() {
 
 #[test]
 fn usage_is_what_zfs_charges_without_what_clones_stand_on() {
-    let bed = Bed::new(FORKED);
-    bed.script.expect(&[(LIST, Ok(FORKED))]);
-    let usage = bed.disks.usage().unwrap();
-    let fork = DiskUsage { logical: 512 << 20, exclusive: 300_000, shared: 4_300_000 };
-    let web = DiskUsage { logical: 1 << 30, exclusive: 4_000_000, shared: 1_000_000 };
-    assert_eq!((usage.disks, usage.taken), (vec![(id("fork"), fork), (id("web"), web)], 7_300_000));
+    let of = |listing: &str| {
+        let usage = usage::usage(&Listing::parse("tank/kiln", listing).unwrap());
+        let figures = usage.disks.iter().map(|(id, usage)| (id.to_string(), usage.exclusive, usage.shared));
+        (figures.collect::<Vec<_>>(), usage.taken)
+    };
+    let figures = |name: &str, exclusive: u64, shared: u64| (name.to_owned(), exclusive, shared);
+    assert_eq!(
+        of(WEB),
+        (vec![figures("web", 5_312_512, 0)], 5_312_512),
+        "a snapshot of its own is nobody else's"
+    );
+    let (fork, web) = (figures("fork", 2_131_968, 2_097_152), figures("web", 1_083_392, 3_145_728));
+    assert_eq!(of(FORKED), (vec![fork, web], 7_444_480));
+
+    // What a restore left belongs to the disk.
+    let restored = "\
+tank/kiln/old:abc\tvolume\t8\t1700000100\t1073741824\t4230144\t4229120\t4229120\t1024\t-\t-\tweb
+tank/kiln/old:abc@snap-before\tsnapshot\t20\t1700000200\t536870912\t1024\t4229120\t-\t4229120\t-\ttank/kiln/web\tweb
+tank/kiln/web\tvolume\t30\t1700000300\t536870912\t1066496\t4229120\t1066496\t1066496\ttank/kiln/old:abc@snap-before\t-\tweb
+";
+    assert_eq!(of(restored), (vec![figures("web", 5_296_640, 0)], 5_296_640));
+    // A fork that was made before it keeps what is below both.
+    let forked = restored.replace("\ttank/kiln/web\tweb", "\ttank/kiln/fork,tank/kiln/web\tweb")
+        + "tank/kiln/fork\tvolume\t21\t1700000300\t536870912\t9\t4229120\t9\t9\ttank/kiln/old:abc@snap-before\t-\tfork\n";
+    let (fork, web) = (figures("fork", 9, 4_229_111), figures("web", 1_066_496 + 1024, 3_162_624));
+    assert_eq!(of(&forked), (vec![fork, web], 5_296_649));
 }
 
 #[test]
@@ -347,7 +411,7 @@ fn a_dataset_that_cannot_be_is_refused_with_a_reason() {
         let script = Arc::new(Script { steps: Mutex::default(), devices: directory.path().to_owned() });
         script.expect(steps);
         let error =
-            ZfsDisks::with(directory.path().to_owned(), dataset, "/dev".into(), script.clone()).unwrap_err();
+            ZfsDisks::with(directory.path().to_owned(), dataset, script.clone(), script.clone()).unwrap_err();
         script.is_done();
         BackendError::from(error)
     };
