@@ -13,6 +13,7 @@ mod lints;
 mod macos;
 mod setup;
 mod shell;
+mod zfs;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ cargo xtask <task>
   deny          licences, bans and sources of all dependencies (where cargo-deny is installed)
   check-macos   type-check for aarch64-apple-darwin
   disk-template make the empty file system of machines' disks anew (disk/src/ext4.zst)
+  zfs           compile OpenZFS for the kernel that tests boot, into their cache: tests of disks on ZFS run where that was done
   ci            all of it that a change must pass, as .ci/run does
 ";
 
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         "bench" => bench::run(rest),
         "demo" => demo::run(),
         "disk-template" => disk_template::write(),
+        "zfs" => zfs::make(),
         "ci" => ci::run_all(),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -52,6 +52,9 @@ use crate::staging::{Staging, remove_at_once, sweep};
 use crate::template::{self, Identity};
 use crate::{DiskError, Result, size};
 
+/// A new disk takes less than this, in bytes.
+const LEAST_ROOM: u64 = 256 << 10;
+
 /// The volumes' block, in bytes: sizes are multiples of it.
 const BLOCK: u64 = 16 << 10;
 
@@ -203,7 +206,8 @@ impl ZfsDisks {
             let device = self.wait_for_device(&made)?;
             let file = OpenOptions::new().write(true).open(&device).doing("open", &device)?;
             let identity = Identity::random().doing("choose a UUID for", &device)?;
-            template::write_ext4(&file, &identity).and_then(|()| file.sync_all()).doing("write", &device)?;
+            let written = template::write_ext4(&file, &identity).and_then(|()| file.sync_all());
+            written.doing("write", &device).map_err(|error| self.or_full(error))?;
             drop(file);
             self.rename_to_disk(&purpose, &made, id)
         });
@@ -212,6 +216,18 @@ impl ZfsDisks {
             self.take_away_unneeded();
         }
         put
+    }
+
+    /// What was in the way of writing: volumes tell a lack of room as an I/O error.
+    fn or_full(&self, error: DiskError) -> DiskError {
+        let asked = ["list", "-H", "-p", "-o", "available", &self.dataset];
+        let available = self.zfs("look for room", &asked).ok().and_then(|text| text.trim().parse().ok());
+        match available {
+            Some(available) if available < LEAST_ROOM => {
+                DiskError::DiskFull { path: self.dataset.clone().into(), needed: LEAST_ROOM, available }
+            }
+            _ => error,
+        }
     }
 
     /// Makes a volume a disk. If there is one of that name, it stays as it is.

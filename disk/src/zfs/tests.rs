@@ -397,6 +397,9 @@ tank/kiln/old:abc@snap-before\tsnapshot\t20\t1700000200\t536870912\t1024\t422912
 tank/kiln/web\tvolume\t30\t1700000300\t536870912\t1066496\t4229120\t1066496\t1066496\ttank/kiln/old:abc@snap-before\t-\tweb
 ";
     assert_eq!(of(restored), (vec![figures("web", 5_296_640, 0)], 5_296_640));
+    // What removed disks left belongs to the last that needs it.
+    let heir = FORKED.replace("kiln/web", "kiln/old:abc").replace("\tweb\n", "\t-\n");
+    assert_eq!(of(&heir), (vec![figures("fork", 7_444_480, 0)], 7_444_480));
     // A fork that was made before it keeps what is below both.
     let forked = restored.replace("\ttank/kiln/web\tweb", "\ttank/kiln/fork,tank/kiln/web\tweb")
         + "tank/kiln/fork\tvolume\t21\t1700000300\t536870912\t9\t4229120\t9\t9\ttank/kiln/old:abc@snap-before\t-\tfork\n";
