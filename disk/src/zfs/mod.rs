@@ -307,16 +307,24 @@ impl ZfsDisks {
 
     fn remove_volume(&self, id: &DiskId) -> Result<()> {
         let purpose = format!("remove the disk `{id}`");
-        if self.listing()?.live(id).is_some() {
+        let listing = self.listing()?;
+        let mut nameless: Vec<String> = listing
+            .volumes
+            .iter()
+            .filter(|volume| volume.disk.as_ref() == Some(id) && matches!(volume.role, Role::Old(_)))
+            .map(|volume| volume.name.clone())
+            .collect();
+        if listing.live(id).is_some() {
             let mut token = [0; 8];
             getrandom::fill(&mut token).map_err(io::Error::other).doing("choose a name in", &self.root)?;
             let old = self.volume(format_args!("old:{:016x}", u64::from_ne_bytes(token)));
             self.rename(&purpose, &self.volume(id), &old)?;
+            nameless.push(old);
         }
-        for volume in self.listing()?.volumes {
-            if volume.disk.as_ref() == Some(id) && matches!(volume.role, Role::Old(_)) {
-                self.zfs(&purpose, &["inherit", "kiln:disk", &volume.name])?;
-            }
+        if !nameless.is_empty() {
+            let volumes = nameless.iter().map(String::as_str);
+            let inherit: Vec<&str> = ["inherit", "kiln:disk"].into_iter().chain(volumes).collect();
+            self.zfs(&purpose, &inherit)?;
         }
         remove_at_once(&self.root.join(id.as_str()), &self.tmp())?;
         self.take_away_unneeded();
