@@ -82,17 +82,26 @@ impl Server {
     }
 }
 
+/// The directory of the control group (v2) that this process is in.
+fn own_group() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let hierarchy = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("there is cgroup v2");
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    PathBuf::from(hierarchy.split(' ').nth(4).unwrap()).join(own)
+}
+
 /// One connection: a process, as the agent starts it.
 fn serve(stream: &TcpStream, greeting: &[u8]) {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     let length = u32::try_from(greeting.len()).unwrap().to_le_bytes();
     ours.write_all(&[&length, greeting].concat()).unwrap();
-    // Where a process would join the workload's control group.
-    let entrance = File::options().write(true).open("/dev/null").unwrap();
+    // In the place of the workload's control group.
+    let group = File::open(own_group()).unwrap();
     let mut server = Command::new(env!("CARGO_BIN_EXE_kiln-guest"))
         .arg("ssh")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(entrance)
+        .stdout(group)
         .spawn()
         .unwrap();
     let (mut from_client, mut to_server) = (stream.try_clone().unwrap(), ours.try_clone().unwrap());
