@@ -15,6 +15,8 @@ use crate::shell::{Outcome, capture};
 
 /// Machines of which the memory is measured.
 const CLONES: usize = 20;
+/// Starts one after the other.
+const ROW: usize = 20;
 
 /// Starts, beside Docker's containers; commands in what runs, beside Docker's.
 pub(super) fn starts(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
@@ -50,6 +52,10 @@ pub(super) fn starts(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
             }),
         ],
     )?;
+    // No interleaving here: meanwhile the next machine would be made ready.
+    let row = (0..ROW).map(|_| keeping()).collect::<Outcome<Vec<_>>>()?;
+    wait_for_spare(&kiln)?;
+    let peer_row = (0..ROW).map(|_| docker.run()).collect::<Outcome<Vec<_>>>()?;
     kiln.output(["template", "prune"])?;
     kiln.output(["run", "--vm", "-d", "--name", "dev", &images.busybox, "sleep", "3600"])?;
     docker.sleeper("dev")?;
@@ -65,6 +71,12 @@ pub(super) fn starts(program: &Path, images: &Images) -> Outcome<Vec<Row>> {
             "`kiln run --vm --rm IMAGE true`, warm, when a spare machine waits",
             spare,
             &[("docker run --rm", beside)],
+            0.8,
+        ),
+        ratio_row(
+            "the same, one start right after the other",
+            median(&row),
+            &[("docker run --rm", median(&peer_row))],
             0.8,
         ),
         ratio_row("the same, without a spare machine", small, &[("docker run --rm", peer)], 0.8),
