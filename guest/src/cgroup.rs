@@ -92,7 +92,7 @@ impl Workload {
     }
 
     /// The directory of the group that processes are started in.
-    pub(crate) fn entrance(&self) -> BorrowedFd<'_> {
+    pub(crate) fn group(&self) -> BorrowedFd<'_> {
         self.init.as_fd()
     }
 
@@ -102,9 +102,8 @@ impl Workload {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(failed(format_args!("make the control group {APART}"), errno)),
         }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let group = openat(&self.root, APART, flags, Mode::empty());
-        group.map(Arc::new).doing(format_args!("open the control group {APART}"))
+        let group = self.open(APART, ".", OFlags::RDONLY | OFlags::DIRECTORY);
+        group.map(|group| Arc::new(group.into())).doing(format_args!("open the control group {APART}"))
     }
 
     /// Removes that group, which must be empty.

@@ -152,7 +152,7 @@ async fn start(
         if number == message::WORKLOAD {
             make_directory_of(&process)?;
         }
-        spawn(asking.workload.entrance(), asking.workload.namespace(), *process)
+        launch(asking.workload.group(), asking.workload.namespace(), *process)
     });
     match begun.await {
         Ok((started, ends)) => {
@@ -173,7 +173,7 @@ async fn start(
 pub(crate) async fn begin(group: Arc<OwnedFd>, process: Process) -> Result<Running, Failure> {
     let begun = aside(move || {
         make_directory_of(&process)?;
-        spawn(group.as_fd(), None, process)
+        launch(group.as_fd(), None, process)
     });
     let (started, ends) = begun.await?;
     let terminal = match &ends.terminal {
@@ -274,7 +274,7 @@ fn make_directory_of(process: &Process) -> Result<(), Failure> {
 }
 
 /// Starts a process in the control group whose directory is `group`, and in another control group namespace if it needs one.
-fn spawn(
+fn launch(
     group: BorrowedFd<'_>,
     namespace: Option<BorrowedFd<'_>>,
     process: Process,

@@ -23,7 +23,7 @@ const PIECE: usize = 32 << 10;
 pub(super) struct Names {
     pub(super) user: String,
     pub(super) process: Arc<Process>,
-    pub(super) entrance: Arc<OwnedFd>,
+    pub(super) group: Arc<OwnedFd>,
 }
 
 impl Names {
@@ -52,7 +52,7 @@ impl Names {
             cwd: "/".to_owned(),
             ..Process::clone(&self.process)
         };
-        let running = process::begin(Arc::clone(&self.entrance), process).await.ok()?;
+        let running = process::begin(Arc::clone(&self.group), process).await.ok()?;
         let (mut ours, theirs) = tokio::io::duplex(LONGEST_ANSWER);
         running.attach.send(Attachment::over(theirs)).await.ok()?;
         let mut words = Vec::new();

@@ -53,10 +53,10 @@ async fn serve_in_a_process(machine: &Machine, stream: &mut kiln_link::Stream) -
     }
     let (mut ours, theirs) = UnixStream::pair().doing("make a socket for an SSH server")?;
     let theirs = theirs.into_std().doing("make a socket for an SSH server")?;
-    let entrance = machine.workload.entrance().try_clone_to_owned().doing("keep the control group")?;
+    let group = machine.workload.group().try_clone_to_owned().doing("keep the control group")?;
     let mut command = std::process::Command::new(ITSELF);
     command.arg0("kiln-ssh").arg(ARGUMENT).env_clear();
-    command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(entrance));
+    command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::from(group));
     if let Some(namespace) = machine.workload.namespace() {
         let namespace = namespace.as_raw_fd();
         // SAFETY: one system call, on a descriptor that lives as long as the machine.
@@ -102,8 +102,8 @@ pub(crate) fn main() -> ExitCode {
 
 async fn run() -> Result<(), Failure> {
     let own = |end: std::os::fd::BorrowedFd<'_>| end.try_clone_to_owned().doing("keep what was inherited");
-    let (socket, entrance) = (own(std::io::stdin().as_fd())?, own(std::io::stdout().as_fd())?);
-    for inherited in [&socket, &entrance] {
+    let (socket, group) = (own(std::io::stdin().as_fd())?, own(std::io::stdout().as_fd())?);
+    for inherited in [&socket, &group] {
         rustix::io::fcntl_setfd(inherited, FdFlags::CLOEXEC).doing("keep what was inherited")?;
     }
     let socket = Blocking::from(socket);
@@ -120,7 +120,7 @@ async fn run() -> Result<(), Failure> {
         authorised: server.authorised.into_iter().map(|key| PublicKey::from_blob(key.into())).collect(),
     };
     let sessions = Sessions {
-        entrance: Arc::new(entrance),
+        group: Arc::new(group),
         process: Arc::new(server.process),
         user: String::new(),
         listeners: HashMap::new(),
@@ -143,7 +143,7 @@ pub(crate) fn serve_files() -> ExitCode {
 
 /// What the clients of one connection may do.
 struct Sessions {
-    entrance: Arc<OwnedFd>,
+    group: Arc<OwnedFd>,
     process: Arc<Process>,
     user: String,
     listeners: HashMap<(String, u16), AbortHandle>,
@@ -159,7 +159,7 @@ impl Handler for Sessions {
         let session = session::Session {
             user: user.to_owned(),
             process: Arc::clone(&self.process),
-            entrance: Arc::clone(&self.entrance),
+            group: Arc::clone(&self.group),
         };
         tokio::spawn(session.serve(channel));
     }
@@ -168,7 +168,7 @@ impl Handler for Sessions {
         let names = forward::Names {
             user: self.user.clone(),
             process: Arc::clone(&self.process),
-            entrance: Arc::clone(&self.entrance),
+            group: Arc::clone(&self.group),
         };
         tokio::spawn(forward::connect(names, host.to_owned(), port, opening));
     }

@@ -22,7 +22,7 @@ const MOST_VARIABLES: usize = 128;
 pub(super) struct Session {
     pub(super) user: String,
     pub(super) process: Arc<Process>,
-    pub(super) entrance: Arc<OwnedFd>,
+    pub(super) group: Arc<OwnedFd>,
 }
 
 /// What a client has asked for before it starts something.
@@ -60,7 +60,7 @@ impl Session {
             }
         };
         let started = match self.process_for(start, wishes) {
-            Ok(process) => process::begin(Arc::clone(&self.entrance), process).await,
+            Ok(process) => process::begin(Arc::clone(&self.group), process).await,
             Err(failure) => Err(failure),
         };
         channel.answer(wants_answer, true);
